@@ -1,0 +1,151 @@
+"""What Penguin-VL is, in numbers: frozen dataclasses, the published JSON forms, and named presets.
+
+Field names are those of the published `config.json` files. Defaults are the published values, except where a
+class docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penguin_edge.errors import CheckpointError
+
+PATCH = 14
+"""Side of a patch in pixels."""
+PATCH_VALUES = 3 * PATCH * PATCH
+"""Numbers per patch: channel, row, column."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The encoder: a bidirectional Qwen3 stack with 2D-RoPE (fact sheet, sections 1 and 3)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder: Qwen3, or a Llama-type text model when `qk_norm` is off."""
+
+    vocab_size: int = 151_936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40_960
+    tie_word_embeddings: bool = True
+    qk_norm: bool = True
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Preprocessing of images and frames (fact sheet, sections 2.3, 2.4 and 5)."""
+
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    min_tokens: int = 16
+    max_tokens: int = 16_384
+    image_merge_size: int = 1
+    video_merge_size: int = 2
+    fps: float = 1
+    max_frames: int = 180
+
+
+@dataclass(frozen=True)
+class TraConfig:
+    """Temporal Redundancy-Aware compression (fact sheet, section 7)."""
+
+    similarity_threshold: float = 0.95
+    """A frame less similar than this to the last key frame becomes key."""
+    patch_cosine: float = 0.7
+    """Two patches are similar when their cosine in HSV is above this."""
+    area_ratio: int = 16
+    """Area of a key frame over the area of an intermediate frame."""
+    min_factor: float = 1.5
+    """Floor per frame, in units of `min_tokens`."""
+    max_factor: float = 0.95
+    """Share of the budget that reference mode fills before it rounds; strict mode uses all of it."""
+
+
+@dataclass(frozen=True)
+class PenguinConfig:
+    """A whole model. `vision` is None for a text-only decoder."""
+
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    tra: TraConfig = field(default_factory=TraConfig)
+    image_token_id: int = 151_669
+    eos_token_ids: tuple[int, ...] = (151_645,)
+    pad_token_id: int = 151_643
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest form: nested plain dicts, read back by `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PenguinConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: a field is missing or of an unknown name.
+        """
+        try:
+            return cls(
+                vision=None if data["vision"] is None else VisionConfig(**data["vision"]),
+                text=TextConfig(**data["text"]),
+                image=ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}),
+                tra=TraConfig(**data["tra"]),
+                image_token_id=int(data["image_token_id"]),
+                eos_token_ids=tuple(data["eos_token_ids"]),
+                pad_token_id=int(data["pad_token_id"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the model configuration is not one of penguin-edge: {error}") from error
+
+
+PRESETS: dict[str, PenguinConfig] = {
+    "tiny": PenguinConfig(
+        vision=VisionConfig(64, 160, 2, 4, 2, 16),
+        text=TextConfig(1024, 96, 256, 3, 4, 2, 32, max_position_embeddings=4096),
+        image_token_id=603,
+        eos_token_ids=(600,),
+        pad_token_id=601,
+    ),
+    "2b": PenguinConfig(),
+    "8b": PenguinConfig(text=TextConfig(151_936, 4096, 12_288, 36, 32, 8, 128, tie_word_embeddings=False)),
+}
+"""Shapes by name; a preset is taken wherever a checkpoint is, and its weights are random from a seed."""
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not an object; `what` names the file's role in the message.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {what} is missing; a checkpoint folder needs it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: {what} cannot be read as JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: {what} holds {type(data).__name__}, wanted a JSON object")
+    return data

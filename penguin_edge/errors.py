@@ -1,0 +1,34 @@
+"""Every failure a user can cause or meet, as one small family.
+
+A message says what was found, what was wanted and what to do; the command line prints it as it is.
+"""
+
+from __future__ import annotations
+
+
+class PenguinError(Exception):
+    """Base of all errors raised on purpose; the message is meant for the user."""
+
+
+class InputError(PenguinError, ValueError):
+    """An image, clip, prompt or option that cannot be used as it is."""
+
+
+class CheckpointError(PenguinError):
+    """A checkpoint that is missing, damaged, or does not fit its configuration."""
+
+
+class BundleError(PenguinError):
+    """A bundle that is missing, damaged, or made by another schema or toolchain."""
+
+
+class BudgetError(InputError):
+    """A token budget or a context length that cannot hold what was asked for."""
+
+
+class MemoryLimitError(PenguinError):
+    """Work refused before it starts because it would not fit in memory."""
+
+
+class TargetUnavailable(PenguinError):
+    """An engine or exporter that is not installed; the message holds the `pip install` line."""
