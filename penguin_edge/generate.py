@@ -1,0 +1,103 @@
+"""Eager generation in PyTorch: the golden reference for every engine.
+
+| name      | shape     | dtype | what                                                              |
+|-----------|-----------|-------|-------------------------------------------------------------------|
+| input_ids | [1, S]    | int64 | prompt with one image-token id per visual token                   |
+| visual    | [N, H]    | float | projected features, in the order of the prompt                    |
+| logits    | [K, V]    | f32   | at the positions asked for                                        |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from penguin_edge.bundle import Bounds
+from penguin_edge.config import PenguinConfig
+from penguin_edge.decoder import KVCache
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.model import PenguinModel
+
+
+@torch.no_grad()
+def generate(
+    model: PenguinModel, input_ids: Tensor, visual: Tensor | None = None, *, max_new_tokens: int, stop: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """Greedy decoding with a KV cache.
+
+    Returns:
+        The new ids (a stop id is included and ends the answer), and the f32 logits [n, V] that each was chosen from.
+    """
+    assert model.decoder is not None and model.embedding is not None
+    length = input_ids.shape[1]
+    cache = KVCache(model.config.text, length + max_new_tokens, model.dtype, model.device)
+    embeds = model.splice(input_ids, visual)
+    ids: list[int] = []
+    rows: list[Tensor] = []
+    while len(ids) < max_new_tokens and not (ids and ids[-1] in stop):
+        positions = cache.length + torch.arange(embeds.shape[1], device=model.device)
+        hidden = model.decoder(embeds, positions, cache.attend)
+        cache.length += embeds.shape[1]
+        rows.append(model.decoder.logits(hidden, torch.tensor([-1], device=model.device))[0, 0].float())
+        ids.append(int(rows[-1].argmax()))
+        embeds = model.embedding(torch.tensor([[ids[-1]]], device=model.device))
+    return ids, torch.stack(rows)
+
+
+class EagerEngine:
+    """The `Engine` protocol of the runtime over the PyTorch model, without bounds of its own but `max_seq_len`."""
+
+    name = "eager"
+
+    def __init__(self, model: PenguinModel, *, max_seq_len: int = 4096) -> None:
+        self.model = model
+        self.config: PenguinConfig = model.config
+        self.bounds = Bounds(max_seq_len=max_seq_len, max_chunk=512, max_logits=64, max_batch=16, patch_buckets=(65_536,))
+        self._cache = KVCache(model.config.text, max_seq_len, model.dtype, model.device)
+
+    @property
+    def kv_len(self) -> int:
+        return self._cache.length
+
+    def _float(self, values: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device, self.model.dtype)
+
+    def _int(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device)
+
+    @torch.no_grad()
+    def encode(self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
+
+    @torch.no_grad()
+    def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert self.model.projector is not None
+        return self.model.projector(self._float(features)).float().cpu().numpy()
+
+    @torch.no_grad()
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        assert self.model.embedding is not None
+        return self.model.embedding(self._int(ids)).float().cpu().numpy()
+
+    @torch.no_grad()
+    def forward(self, embeds: NDArray[np.float32], logit_index: NDArray[np.int64]) -> NDArray[np.float32]:
+        assert self.model.decoder is not None
+        count = embeds.shape[0]
+        if self.kv_len + count > self.bounds.max_seq_len:
+            raise BudgetError(
+                f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter prompt or a "
+                "larger --max-seq-len"
+            )
+        positions = self.kv_len + torch.arange(count, device=self.model.device)
+        hidden = self.model.decoder(self._float(embeds)[None], positions, self._cache.attend)
+        self._cache.length += count
+        return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self.kv_len:
+            raise InputError(f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}")
+        self._cache.length = length
