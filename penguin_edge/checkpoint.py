@@ -1,0 +1,337 @@
+"""Load and save Penguin-VL checkpoints, and Qwen3 or Llama-type text models, one tensor at a time.
+
+| part      | our names               | published names (X = one of ENCODER_PREFIXES)                         |
+|-----------|-------------------------|-----------------------------------------------------------------------|
+| encoder   | encoder.patch_embedding | X.embeddings.patch_embedding, weight [E,3,14,14] <-> [E,588]          |
+|           | encoder.layers, .norm   | X.encoder.layers, X.encoder.norm                                      |
+| projector | projector.readout.{0,2} | model.vision_projector.readout.{0,2}                                  |
+| embedding | embedding.weight        | model.embed_tokens.weight                                             |
+| decoder   | decoder.layers, .norm   | model.layers, model.norm                                              |
+|           | decoder.lm_head         | lm_head; when tied absent, and read from model.embed_tokens           |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from penguin_edge.config import PATCH, PRESETS, PenguinConfig
+from penguin_edge.errors import CheckpointError
+from penguin_edge.hf_config import config_from_folder, published_json
+from penguin_edge.model import PARTS, PenguinModel
+from penguin_edge.tensorfile import StoredTensor, checkpoint_files, read_header
+
+ENCODER_PREFIXES = ("model.vision_encoder.vision_encoder.", "model.vision_encoder.", "vision_encoder.", "")
+"""Longest first: files of the reference code, of the embedded-config form, and of the encoder alone."""
+
+IGNORED = ("model.vision_encoder_teacher.", "model.vision_distill_layer.", "vision_distill_layer.", "model.audio_encoder.",
+           "model.audio_projector.")
+"""Training leftovers that the reference saves along; dead weight at inference."""
+
+DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
+"""A small byte-level BPE of the Qwen2 kind, for presets."""
+
+
+def canonical_name(name: str) -> str | None:
+    """Our name of a published key, or None when it has no part in inference."""
+    if name.startswith(IGNORED) or name.endswith("rotary_emb.inv_freq"):
+        return None
+    if name.startswith("model.vision_projector."):
+        return "projector." + name.removeprefix("model.vision_projector.")
+    if name == "model.embed_tokens.weight":
+        return "embedding.weight"
+    if name == "lm_head.weight":
+        return "decoder.lm_head.weight"
+    for prefix in ENCODER_PREFIXES:
+        rest = name.removeprefix(prefix)
+        if name.startswith(prefix) and rest.startswith("embeddings.patch_embedding."):
+            return "encoder." + rest.removeprefix("embeddings.")
+        if name.startswith(prefix) and rest.startswith("encoder."):
+            return rest
+    if name.startswith(("model.layers.", "model.norm.")):
+        return "decoder." + name.removeprefix("model.")
+    return name
+
+
+def published_name(name: str) -> str:
+    """The key under which `save` writes one of our parameters."""
+    part, _, rest = name.partition(".")
+    if part == "encoder":
+        return "model.vision_encoder." + ("embeddings." + rest if rest.startswith("patch_embedding") else name)
+    if part == "projector":
+        return "model.vision_projector." + rest
+    if part == "embedding":
+        return "model.embed_tokens." + rest
+    return rest if rest.startswith("lm_head") else "model." + rest
+
+
+def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
+    """A reproducible random weight: its own stream per name, so that parts can be made one at a time.
+
+    Scales keep activations near one, attention away from flat, and greedy output from repeating one token.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if name.endswith("norm.weight") or "layernorm" in name:
+        centre, scale = (1.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0), 0.1
+    elif name == "embedding.weight":
+        centre, scale = 0.0, 0.35
+    elif name.endswith(".bias"):
+        centre, scale = 0.0, 0.1
+    else:
+        centre, scale = 0.0, (1.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0) / math.sqrt(shape[-1])
+    out = torch.empty(tuple(shape), dtype=dtype)
+    flat, step = out.view(-1), 1 << 24
+    for begin in range(0, flat.numel(), step):
+        piece = flat[begin : begin + step]
+        piece.copy_(torch.randn(piece.shape, generator=generator).mul_(scale).add_(centre))
+    return out
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint: its configuration, and its tensors by our names, not yet read."""
+
+    source: str
+    config: PenguinConfig
+    tokenizer: Path
+    notes: list[str] = field(default_factory=list)
+    stored: dict[str, StoredTensor] | None = None
+    """None for a preset, whose weights come from `seed`."""
+    seed: int = 0
+
+    @classmethod
+    def open(cls, source: str | Path, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Checkpoint:
+        """A local folder, a preset name, or a hub id; every tensor's presence and shape is checked here.
+
+        Raises:
+            CheckpointError: not found, not reachable, damaged, or not fitting its configuration.
+        """
+        text = str(source)
+        if Path(text).is_dir():
+            checkpoint = cls._open_folder(Path(text))
+        elif text in PRESETS:
+            checkpoint = cls(text, PRESETS[text], DEFAULT_TOKENIZER, [f"preset {text}: random weights, seed {seed}"], None, seed)
+        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():
+            checkpoint = cls._open_folder(download(text))
+        else:
+            raise CheckpointError(
+                f"{text!r} is neither a checkpoint folder, nor a preset ({', '.join(sorted(PRESETS))}), nor a hub id such "
+                "as tencent/Penguin-VL-2B"
+            )
+        for line in checkpoint.notes:
+            (note or _note_to_stderr)(line)
+        return checkpoint
+
+    @classmethod
+    def _open_folder(cls, folder: Path) -> Checkpoint:
+        published = {name: tensor for path in checkpoint_files(folder) for name, tensor in read_header(path).items()}
+        stored, notes = _by_our_names(published)
+        config, encoder_folder, more = config_from_folder(folder, {name: t.shape for name, t in stored.items()})
+        notes += more
+        if encoder_folder and not any(name.startswith("encoder.") for name in stored):
+            extra, _ = _by_our_names({n: t for path in checkpoint_files(encoder_folder) for n, t in read_header(path).items()})
+            stored |= {name: tensor for name, tensor in extra.items() if name.startswith("encoder.")}
+            notes.append(f"encoder weights read from {encoder_folder}")
+        tokenizer = folder / "tokenizer.json"
+        checkpoint = cls(str(folder), config, tokenizer, notes, stored)
+        checkpoint._check_tensors()
+        return checkpoint
+
+    def _check_tensors(self) -> None:
+        assert self.stored is not None
+        wanted = {name: tuple(p.shape) for name, p in meta_model(self.config, PARTS).named_parameters(remove_duplicate=False)}
+        for name, shape in wanted.items():
+            tensor = self._find(name)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{self.source}: tensor {published_name(name)} {list(shape)} is missing; the weights do not fit config.json"
+                )
+            if math.prod(tensor.shape) != math.prod(shape) or (tensor.shape != shape and "patch_embedding" not in name):
+                raise CheckpointError(
+                    f"{self.source}: tensor {tensor.name} is {list(tensor.shape)}, wanted {list(shape)}; the weights do not "
+                    "fit config.json"
+                )
+        known = set(wanted) | {"decoder.lm_head.weight"}
+        unknown = sorted(tensor.name for name, tensor in self.stored.items() if name not in known)
+        if unknown:
+            self.notes.append(f"ignored {len(unknown)} tensors that are no part of the model, such as {unknown[0]}")
+
+    def _find(self, name: str) -> StoredTensor | None:
+        assert self.stored is not None
+        if name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings:
+            name = "embedding.weight"
+        return self.stored.get(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored embedding table; fp32 for a preset."""
+        return torch.float32 if self.stored is None else self.stored["embedding.weight"].dtype
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One parameter by our name, read now, in the dtype asked for."""
+        if self.stored is None:
+            tied = name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings
+            return random_tensor("embedding.weight" if tied else name, shape, self.seed, dtype)
+        tensor = self._find(name)
+        assert tensor is not None, name
+        return tensor.read().reshape(tuple(shape)).to(dtype)
+
+    def load(
+        self, parts: Sequence[str] = PARTS, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> PenguinModel:
+        """The model, or some of its parts, in evaluation mode; never holds more than one tensor beyond the result."""
+        model = meta_model(self.config, parts)
+        for prefix, module in list(model.named_modules()):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{leaf}"
+                if name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings and model.embedding is not None:
+                    continue
+                value = self.tensor(name, parameter.shape, dtype or self.dtype).to(device)
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        model.tie()
+        return model.eval()
+
+    def parameter_bytes(self, part: str, bytes_per_value: int) -> int:
+        """Bytes of one part at a given width; a tied head counts in the decoder, too, since it is compiled into it."""
+        return bytes_per_value * sum(p.numel() for p in meta_model(self.config, (part,)).parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' files; of a preset over its name, configuration and seed."""
+        if self.stored is None:
+            text = json.dumps([self.source, self.config.to_json(), self.seed], sort_keys=True)
+            return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for path in sorted({tensor.path for tensor in self.stored.values()}):
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _by_our_names(published: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    stored: dict[str, StoredTensor] = {}
+    ignored: list[str] = []
+    for name, tensor in published.items():
+        ours = canonical_name(name)
+        if ours is None:
+            ignored.append(name)
+        else:
+            stored[ours] = tensor
+    notes = [f"ignored {len(ignored)} tensors of training or audio parts, such as {ignored[0]}"] if ignored else []
+    return stored, notes
+
+
+def _note_to_stderr(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def meta_model(config: PenguinConfig, parts: Sequence[str] = PARTS) -> PenguinModel:
+    """The model's shape without its memory."""
+    with torch.device("meta"):
+        return PenguinModel(config, parts)
+
+
+def read_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[PenguinConfig, Any]:
+    """The encoder of a folder that holds just an encoder (such as tencent/Penguin-Encoder).
+
+    Raises:
+        CheckpointError: not an encoder checkpoint, or a tensor is missing or misshapen.
+    """
+    folder = Path(folder)
+    stored, _ = _by_our_names({n: t for path in checkpoint_files(folder) for n, t in read_header(path).items()})
+    config, _, _ = config_from_folder(folder, {name: t.shape for name, t in stored.items()})
+    model = meta_model(config, ("encoder",))
+    for prefix, module in list(model.named_modules()):
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            tensor = stored.get(f"{prefix}.{leaf}")
+            if tensor is None or math.prod(tensor.shape) != parameter.numel():
+                found = "missing" if tensor is None else str(list(tensor.shape))
+                raise CheckpointError(f"{folder}: tensor {prefix}.{leaf} is {found}, wanted {list(parameter.shape)}")
+            setattr(module, leaf, nn.Parameter(tensor.read().reshape(parameter.shape).to(dtype), requires_grad=False))
+    return config, model.encoder
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a checkpoint from the hub, with the hub library's own progress bars.
+
+    Raises:
+        CheckpointError: the library is missing, the hub cannot be reached, or the id is unknown there.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{hub_id}: downloading needs huggingface_hub; run `pip install huggingface_hub`, or name a local folder"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:  # the hub library raises many kinds for one fact: it could not be fetched
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id}: cannot be downloaded ({type(error).__name__}: {reason[:160]}); check the id and the network, or "
+            "name a local folder that holds the checkpoint"
+        ) from error
+
+
+def save(model: PenguinModel, folder: str | Path, tokenizer: Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write a checkpoint in the published form (embedded encoder configuration), sharded when large.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write_weights(model.named_parameters(), aside, max_shard_bytes)
+        for name, data in published_json(model.config, str(model.dtype).removeprefix("torch.")).items():
+            (aside / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer, aside / "tokenizer.json")
+        if folder.exists():
+            folder.rmdir()
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_weights(parameters: Iterable[tuple[str, nn.Parameter]], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, nn.Parameter]] = [{}]
+    filled = 0
+    for name, parameter in parameters:
+        if shards[-1] and filled + parameter.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = parameter
+        filled += parameter.nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    weight_map: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {}
+        for ours, parameter in shard.items():
+            value = parameter.detach().cpu().contiguous()
+            if ours == "encoder.patch_embedding.weight":
+                value = value.reshape(-1, 3, PATCH, PATCH)
+            tensors[published_name(ours)] = value
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        total = sum(p.nbytes for shard in shards for p in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

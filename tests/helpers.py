@@ -1,0 +1,74 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.config import PenguinConfig
+from penguin_edge.generate import EagerEngine
+from penguin_edge.model import PenguinModel
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.runtime.engine import F32, I64, Engine
+
+TESTS = Path(__file__).parent
+CLIP = TESTS / "media" / "polar_bear.mp4"
+
+
+@cache
+def tiny_model() -> PenguinModel:
+    """The tiny preset in fp32; shared, so do not change it."""
+    return Checkpoint.open("tiny", note=lambda line: None).load()
+
+
+def tiny_tokenizer() -> Tokenizer:
+    checkpoint = Checkpoint.open("tiny", note=lambda line: None)
+    return Tokenizer.open(checkpoint.tokenizer, image_token_id=603, vocab_size=1024)
+
+
+def picture(seed: int, height: int = 84, width: int = 112) -> NDArray[np.uint8]:
+    """Smooth random picture: blocks of 14 pixels, so that pictures of two seeds are two scenes."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (-(-height // 14), -(-width // 14), 3), dtype=np.uint8)
+    return np.kron(blocks, np.ones((14, 14, 1), np.uint8))[:height, :width]
+
+
+class CountingEngine:
+    """An engine that counts its calls and otherwise is the engine it wraps."""
+
+    def __init__(self, inner: Engine | None = None, max_seq_len: int = 2048) -> None:
+        self.inner: Engine = inner or EagerEngine(tiny_model(), max_seq_len=max_seq_len)
+        self.name = self.inner.name
+        self.config: PenguinConfig = self.inner.config
+        self.bounds = self.inner.bounds
+        self.reset()
+
+    def reset(self) -> None:
+        self.encoded_frames = self.projected_frames = self.forwarded_tokens = self.forward_calls = 0
+
+    @property
+    def kv_len(self) -> int:
+        return self.inner.kv_len
+
+    def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
+        self.encoded_frames += len(pixels)
+        return self.inner.encode(pixels, rows, cols)
+
+    def project(self, features: F32) -> F32:
+        self.projected_frames += len(features)
+        return self.inner.project(features)
+
+    def embed(self, ids: I64) -> F32:
+        return self.inner.embed(ids)
+
+    def forward(self, embeds: F32, logit_index: I64) -> F32:
+        self.forwarded_tokens += len(embeds)
+        self.forward_calls += 1
+        return self.inner.forward(embeds, logit_index)
+
+    def truncate(self, length: int) -> None:
+        self.inner.truncate(length)
