@@ -1,0 +1,287 @@
+"""Chat format, image placeholders, and the tokenizer.
+
+A conversation is rendered to pieces, and only the pieces become ids: special tokens are written by the template alone,
+so a literal `<image>` or `<|im_end|>` inside a user's text stays text.
+
+| piece      | stands for                                                            |
+|------------|-----------------------------------------------------------------------|
+| str        | text, tokenized without special tokens                                |
+| Special    | one special token by name                                             |
+| Visual     | `count` image tokens of one image or frame, in order of appearance    |
+| Ids        | tokens of an earlier answer, as they were decoded                     |
+
+Source: chat template of the reference (`penguinvl/model/processor.py`); the rendered text is equal to it character for
+character.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from penguin_edge.errors import CheckpointError, InputError
+
+START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Special:
+    """One special token."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The image tokens of one image or frame."""
+
+    count: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Tokens of an earlier answer, kept as they were decoded."""
+
+    ids: tuple[int, ...]
+
+
+Piece = str | Special | Visual | Ids
+Message = dict[str, Any]
+
+
+def frame_tag(time: float | None) -> str:
+    """The text before a video frame's image token."""
+    return "" if time is None else f"Time {round(float(time), 1)}s:"
+
+
+def render(
+    messages: Sequence[Message],
+    visual_tokens: Sequence[int] | None = None,
+    *,
+    generation_prompt: bool = True,
+    thinking: bool = False,
+) -> list[Piece]:
+    """Pieces of a conversation, none of them `Ids`.
+
+    Args:
+        messages: `{"role", "content"}`; content is a string or a list of parts: `{"type": "text", "text"}`,
+            `{"type": "image"[, "time"]}`, `{"type": "video", "num_frames"[, "timestamps"]}`. A part with the key `image`
+            or `image_url` is an image, one with `video` is a video. Role None gives the content alone.
+        visual_tokens: tokens of each image and frame in order of appearance; None means one each.
+        generation_prompt: open the assistant's turn at the end, with the empty think block unless `thinking`.
+    Raises:
+        InputError: a malformed message, or a wrong number of visual token counts.
+    """
+    out: list[Piece] = []
+    seen = 0
+
+    def add(piece: str | Special) -> None:
+        if isinstance(piece, str) and out and isinstance(out[-1], str):
+            out[-1] += piece
+        elif piece != "":
+            out.append(piece)
+
+    def add_visual() -> None:
+        nonlocal seen
+        if visual_tokens is not None and seen >= len(visual_tokens):
+            raise InputError(f"the conversation names more than the {len(visual_tokens)} images and frames that were given")
+        out.append(Visual(1 if visual_tokens is None else visual_tokens[seen], seen))
+        seen += 1
+
+    def add_part(part: dict[str, Any]) -> None:
+        kind = part_kind(part)
+        if kind == "text":
+            add(str(part["text"]))
+        elif kind == "image":
+            if part.get("time") is not None:
+                add(frame_tag(part["time"]) + " ")
+            add_visual()
+            add("\n")
+        else:
+            times = list(part.get("timestamps") or [])
+            count = int(part["num_frames"]) if "num_frames" in part else len(times)
+            if times and len(times) != count:
+                raise InputError(f"a video part has {count} frames and {len(times)} timestamps; wanted one each, or none")
+            for index in range(count):
+                add(("," if index else "") + frame_tag(times[index] if times else None))
+                add_visual()
+            add("\n")
+
+    for message in messages:
+        role, content = message_fields(message)
+        start, end = (Special(START), Special(END))
+        if role == "stream":  # not special tokens in the published vocabulary
+            start = end = Special("")
+            add("<|stream_start|>")
+        if role is not None:
+            if start.name:
+                add(start)
+            add(f"{role}\n")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            add_part(part)
+        if role is not None:
+            add(end if end.name else "<|stream_end|>")
+            add("\n")
+    if visual_tokens is not None and seen != len(visual_tokens):
+        raise InputError(f"{len(visual_tokens)} images and frames were given, but the conversation names {seen}")
+    if generation_prompt:
+        add(Special(START))
+        add("assistant\n" + ("" if thinking else EMPTY_THINK))
+    return out
+
+
+def message_fields(message: Message) -> tuple[str | None, str | list[dict[str, Any]]]:
+    """Role and content of a message, checked.
+
+    Raises:
+        InputError: not an object with a string or list as content.
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list)):
+        raise InputError(
+            f'a message is {str(message)[:80]!r}; wanted {{"role": …, "content": a string or a list of parts}}'
+        )
+    role = message.get("role")
+    if role is not None and not isinstance(role, str):
+        raise InputError(f"a message has role {role!r}; wanted a string such as 'user'")
+    return role, message["content"]
+
+
+def part_kind(part: Any) -> str:
+    """'text', 'image' or 'video'.
+
+    Raises:
+        InputError: none of them.
+    """
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if kind == "image" or "image" in part or "image_url" in part:
+            return "image"
+        if kind == "video" or "video" in part:
+            return "video"
+        if kind == "text" and isinstance(part.get("text"), str):
+            return "text"
+    raise InputError(f"a content part is {str(part)[:80]!r}; wanted a text, image or video part")
+
+
+def as_text(pieces: Iterable[str | Special | Visual]) -> str:
+    """The rendered conversation as the reference prints it: one `<image>` per image or frame."""
+    return "".join(p if isinstance(p, str) else p.name if isinstance(p, Special) else IMAGE for p in pieces)
+
+
+class Tokenizer:
+    """The checkpoint's `tokenizer.json`, with the image token added where the file lacks it."""
+
+    def __init__(self, inner: FastTokenizer, image_token_id: int, source: str) -> None:
+        self._inner = inner
+        # Special tokens are written by the template only; text that looks like one stays text.
+        self._inner.encode_special_tokens = True
+        self._special_ids = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.image_token_id = image_token_id
+        self.source = source
+
+    @classmethod
+    def open(cls, path: str | Path, *, image_token_id: int, vocab_size: int) -> Tokenizer:
+        """Read a tokenizer and check that it belongs to the model.
+
+        Args:
+            image_token_id: the id that the model expects for `<image>`; -1 for a text-only model.
+        Raises:
+            CheckpointError: missing, unreadable, without the chat tokens, or with ids outside the model's vocabulary.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the tokenizer is missing; copy tokenizer.json of the same checkpoint there")
+        try:
+            inner = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error}); copy tokenizer.json again") from error
+        if image_token_id >= 0:
+            if inner.token_to_id(IMAGE) is None:
+                inner.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+            found = inner.token_to_id(IMAGE)
+            missing = [name for name in (START, END) if inner.token_to_id(name) is None]
+            if missing or found != image_token_id:
+                what = f"has no {missing[0]}" if missing else f"has {IMAGE} as id {found}, the model wants {image_token_id}"
+                raise CheckpointError(f"{path}: this tokenizer {what}; use tokenizer.json of the same checkpoint")
+        largest = max(inner.get_vocab(with_added_tokens=True).values())
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"{path}: this tokenizer has ids up to {largest}, the model has {vocab_size}; use tokenizer.json of the same "
+                "checkpoint"
+            )
+        return cls(inner, image_token_id, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def special(self, name: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            CheckpointError: the tokenizer does not have it.
+        """
+        found = self._inner.token_to_id(name)
+        if found is None:
+            raise CheckpointError(f"{self.source}: no token {name!r}; use tokenizer.json of the same checkpoint")
+        return found
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """Ids of a rendered conversation, image tokens repeated as often as each image needs."""
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                ids += self.encode(piece)
+            elif isinstance(piece, Special):
+                ids.append(self.special(piece.name))
+            elif isinstance(piece, Ids):
+                ids += piece.ids
+            else:
+                ids += [self.image_token_id] * piece.count
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token_id: int, byte_of: dict[str, int]) -> bytes:
+        """UTF-8 bytes of one token; none for special tokens and for ids that the vocabulary leaves free."""
+        token = self._inner.id_to_token(token_id)
+        if token is None or token_id in self._special_ids:
+            return b""
+        if all(character in byte_of for character in token):
+            return bytes(byte_of[character] for character in token)
+        return token.encode()
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The printable stand-in of each byte in a byte-level BPE vocabulary (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class TextStream:
+    """Turns ids into text as they come: never half of a character, and in sum what `Tokenizer.decode` gives."""
+
+    _BYTES = _byte_of_character()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that is complete after this token; may be empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id, self._BYTES))
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for bytes that never became a character."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,79 @@
+"""Chat format and tokenizer: text stays text, ids stream back to the same characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penguin_edge.checkpoint import DEFAULT_TOKENIZER
+from penguin_edge.errors import CheckpointError, InputError
+from penguin_edge.prompt import END, IMAGE, START, TextStream, Tokenizer, as_text, render
+
+TOKENIZER = Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=1024)
+
+
+@given(st.lists(st.integers(0, 1023), max_size=40))
+def test_streamed_text_is_the_decoded_text(ids: list[int]) -> None:
+    stream = TextStream(TOKENIZER)
+    assert "".join(stream.push(i) for i in ids) + stream.flush() == TOKENIZER.decode(ids)
+
+
+@given(st.text(max_size=60))
+def test_text_survives_the_tokenizer_up_to_composition(text: str) -> None:
+    import unicodedata
+
+    assert TOKENIZER.decode(TOKENIZER.encode(text), skip_special=False) == unicodedata.normalize("NFC", text)
+
+
+@given(st.text(max_size=20), st.sampled_from([IMAGE, START, END, "<|endoftext|>"]), st.text(max_size=20))
+def test_literal_special_tokens_in_user_text_stay_text(before: str, literal: str, after: str) -> None:
+    ids = TOKENIZER.encode_pieces(render([{"role": "user", "content": before + literal + after}]))
+    assert ids.count(TOKENIZER.special(IMAGE)) == 0
+    assert ids.count(TOKENIZER.special(END)) == 1
+    assert ids.count(TOKENIZER.special(START)) == 2
+    assert TOKENIZER.special("<|endoftext|>") not in ids
+
+
+def test_a_half_character_waits() -> None:
+    stream = TextStream(TOKENIZER)
+    ids = TOKENIZER.encode("日")
+    assert len(ids) > 1, "the test needs a character of several tokens"
+    assert [stream.push(i) for i in ids] == [""] * (len(ids) - 1) + ["日"]
+
+
+def test_image_tokens_are_counted_per_image() -> None:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "video", "num_frames": 2, "timestamps": [0, 1.04]}]}]
+    pieces = render(messages, [5, 3, 2], generation_prompt=False)
+    assert TOKENIZER.encode_pieces(pieces).count(603) == 10
+    assert as_text(pieces) == f"{START}user\n<image>\nTime 0.0s:<image>,Time 1.0s:<image>\n{END}\n"
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1, 1, 1, 1]])
+def test_wrong_number_of_images(counts: list[int]) -> None:
+    content = [{"type": "image"}, {"type": "video", "num_frames": 2}]
+    with pytest.raises(InputError, match="images and frames"):
+        render([{"role": "user", "content": content}], counts)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["hello", {"role": "user"}, {"role": 3, "content": "x"}, {"role": "user", "content": [{"type": "audio"}]}, {"role": "user", "content": [7]}],
+)
+def test_malformed_messages(message: object) -> None:
+    with pytest.raises(InputError, match="wanted"):
+        render([message])  # type: ignore[list-item]
+
+
+def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        Tokenizer.open(tmp_path / "tokenizer.json", image_token_id=603, vocab_size=1024)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer.open(tmp_path / "tokenizer.json", image_token_id=603, vocab_size=1024)
+    with pytest.raises(CheckpointError, match="as id 603"):
+        Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=151_669, vocab_size=151_936)
+    with pytest.raises(CheckpointError, match="ids up to 605"):
+        Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=500)
