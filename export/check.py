@@ -1,0 +1,110 @@
+"""Check data: fixed inputs and eager outputs of every stage, so that a device can verify a bundle without a checkpoint.
+
+| name                | shape       | dtype | what                                                                        |
+|---------------------|-------------|-------|-----------------------------------------------------------------------------|
+| image_{c}           | [H,W,3]     | u8    | native pixels of case c                                                     |
+| size_{c}            | [3]         | i64   | target height and width, merge size                                         |
+| pixels_{c}          | [h,w,3]     | u8    | after resizing                                                              |
+| patches_{c}         | [1,P,588]   | f32   | after normalising, in merge-block order                                     |
+| features_{c}        | [1,P,C]     | f32   | encoder output                                                              |
+| visual_{c}          | [1,T,H]     | f32   | projector output                                                            |
+| ids                 | [S]         | i64   | prompt, image tokens included                                               |
+| embeds              | [S,H]       | f32   | prompt after splicing                                                       |
+| prefill             | [1,V]       | f32   | logits after the prompt                                                     |
+| tokens              | [33]        | i64   | greedy answer                                                               |
+| decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone               |
+| decode_top          | [32]        | i64   | greedy choice after each token of the answer                                |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from penguin_edge.config import PenguinConfig
+from penguin_edge.generate import generate
+from penguin_edge.model import PenguinModel
+from penguin_edge.preprocess import positions, preprocess_image, resize
+from penguin_edge.prompt import Tokenizer, render
+
+Arrays = dict[str, NDArray]
+DECODED = 32
+STORED_LOGITS = 8
+"""Rows of decode logits kept: all 32 would be 19 MB at the published vocabulary."""
+CASES = ((90, 118, 84, 112, 2), (61, 75, 56, 70, 1))
+"""Native height and width, target height and width, merge size."""
+QUESTION = "What is in this picture, and what happens in this clip?"
+
+
+def check_image(height: int, width: int) -> NDArray[np.uint8]:
+    """A deterministic picture with smooth colour, edges and fine texture."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    red = 127 + 120 * np.sin(x / 9) * np.cos(y / 13)
+    green = np.where((x // 16 + y // 16) % 2 == 0, 220, 35) + 0 * x
+    blue = (x * 7 + y * 13 + (x * y) % 31) % 256
+    return np.stack((red, green, blue), axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def check_patches(config: PenguinConfig) -> Arrays:
+    """Images, resized pixels and patches."""
+    out: Arrays = {}
+    for case, (native_h, native_w, height, width, merge) in enumerate(CASES):
+        image = check_image(native_h, native_w)
+        out[f"image_{case}"] = image
+        out[f"size_{case}"] = np.array([height, width, merge])
+        out[f"pixels_{case}"] = resize(image, height, width)
+        out[f"patches_{case}"] = preprocess_image(image, config.image, merge, size=(height, width)).pixels[None]
+    return out
+
+
+def check_encoder(model: PenguinModel, arrays: Arrays) -> Arrays:
+    """Eager features of every case."""
+    out: Arrays = {}
+    for case, (_, _, height, width, merge) in enumerate(CASES):
+        rows, cols = positions((height // 14, width // 14), merge)
+        pixels = torch.from_numpy(arrays[f"patches_{case}"]).to(model.dtype)
+        with torch.no_grad():
+            out[f"features_{case}"] = (
+                model.encode(pixels, torch.from_numpy(rows), torch.from_numpy(cols)).float().numpy()
+            )
+    return out
+
+
+def check_projector(model: PenguinModel, arrays: Arrays) -> Arrays:
+    """Eager visual embeddings of every case."""
+    out: Arrays = {}
+    for case, (*_, merge) in enumerate(CASES):
+        with torch.no_grad():
+            features = torch.from_numpy(arrays[f"features_{case}"]).to(model.dtype)
+            out[f"visual_{case}"] = model.project(features, merge).float().numpy()
+    return out
+
+
+def check_ids(config: PenguinConfig, tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """The prompt: both pictures and a question, or just the question for a text-only model."""
+    content: list[dict[str, str]] = [{"type": "text", "text": QUESTION}]
+    if config.vision is None:
+        return np.array(tokenizer.encode(QUESTION), np.int64)
+    counts = [(h // (14 * m)) * (w // (14 * m)) for _, _, h, w, m in CASES]
+    pieces = render([{"role": "user", "content": [{"type": "image"}] * len(CASES) + content}], counts)
+    return np.array(tokenizer.encode_pieces(pieces), np.int64)
+
+
+def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
+    """Eager embeddings, prefill logits, and a greedy answer; `model` holds the decoder and the embedding."""
+    ids = torch.from_numpy(arrays["ids"])[None]
+    visual = None
+    if model.config.vision is not None:
+        rows = [torch.from_numpy(arrays[f"visual_{case}"])[0] for case in range(len(CASES))]
+        visual = torch.cat(rows).to(model.dtype)
+    with torch.no_grad():
+        embeds = model.splice(ids, visual)[0].float().numpy()
+    tokens, logits = generate(model, ids, visual, max_new_tokens=DECODED + 1)
+    return {
+        "embeds": embeds,
+        "prefill": logits[:1].numpy(),
+        "tokens": np.array(tokens),
+        "decode": logits[1 : 1 + STORED_LOGITS].contiguous().numpy(),
+        "decode_top": logits[1:].argmax(-1).numpy(),
+    }

@@ -1,0 +1,41 @@
+"""What a target is: which precisions it computes, what exporting costs, and how one part is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from penguin_edge.bundle import Bounds
+from penguin_edge.model import PenguinModel
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """What compiling one part left behind: its main file (others lie beside it), relative to the folder."""
+
+    file: str
+
+
+class Target(Protocol):
+    """One toolchain. `export_part` runs in a process of its own and may use all memory it declares."""
+
+    name: str
+    precisions: tuple[str, ...]
+    tools: tuple[str, ...]
+    """Distributions whose versions go into the manifest."""
+
+    def bounds(self, max_seq_len: int) -> Bounds:
+        """Bounds that this target can plan for."""
+
+    def kv_dtype(self, precision: str) -> str:
+        """What the KV buffers hold: "fp32" or "fp16"."""
+
+    def peak_factor(self, precision: str) -> float:
+        """Peak memory of exporting a part over the part's bf16 bytes, beyond what the tools take."""
+
+    def check_installed(self) -> None:
+        """Raise TargetUnavailable, with the `pip install` line, when a tool is missing."""
+
+    def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
+        """Compile `part` of `model`, which holds just that part in the precision to be exported."""

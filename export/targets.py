@@ -1,0 +1,20 @@
+"""The one dict of targets."""
+
+from __future__ import annotations
+
+from penguin_edge.export.executorch import ExecutorchTarget
+from penguin_edge.export.onnx import OnnxTarget
+from penguin_edge.export.target import Target
+
+TARGETS: dict[str, Target] = {"executorch": ExecutorchTarget(), "onnx": OnnxTarget()}
+
+
+def find_target(name: str) -> Target:
+    """A target by name.
+
+    Raises:
+        ValueError: unknown; the message lists the known ones.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(sorted(TARGETS))}")
+    return TARGETS[name]

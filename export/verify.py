@@ -1,0 +1,185 @@
+"""Stage by stage: does a bundle compute what the eager model computes?
+
+Every stage but the last is fed the reference's own inputs, so that an error is reported where it arises and not where it
+arrives. `tokens` is judged with the reference's tokens fed back, so that one near-tie does not hide all that follows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, write_json
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.errors import BundleError
+from penguin_edge.export import check
+from penguin_edge.export.check import CASES, Arrays
+from penguin_edge.preprocess import positions, preprocess_image, resize
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error over the reference's largest value, smallest cosine, and share of equal greedy choices."""
+
+    relative: float
+    cosine: float
+    top1: float
+    reason: str
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 0.999999, 1.0, "the same arithmetic in another order"),
+    "fp16": Tolerance(3e-2, 0.999, 0.9, "engines round to half precision at other places; near-ties may flip"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One comparison. `relative` is max_abs over the largest reference value."""
+
+    name: str
+    max_abs: float
+    relative: float
+    cosine: float
+    passed: bool
+    detail: str = ""
+
+
+def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any = None) -> Arrays:
+    """The bundle's own check data, or the same computed again from a checkpoint, one part in memory at a time.
+
+    Raises:
+        BundleError: the bundle holds no check data, or was made from a model of another shape.
+    """
+    if checkpoint is None:
+        return load_file(bundle.path(CHECK))
+    config = bundle.manifest.model
+    if (checkpoint.config.text, checkpoint.config.vision) != (config.text, config.vision):
+        raise BundleError(
+            f"{bundle.folder}: exported from a model of another shape than {checkpoint.source}; name the checkpoint that "
+            f"the bundle was made from ({bundle.manifest.source.get('name')})"
+        )
+    tokenizer = Tokenizer.open(
+        bundle.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+    )
+    arrays: Arrays = {"ids": check.check_ids(config, tokenizer)}
+    if config.vision is not None:
+        arrays |= check.check_patches(config)
+        arrays |= check.check_encoder(checkpoint.load(("encoder",), dtype=dtype), arrays)
+        arrays |= check.check_projector(checkpoint.load(("projector",), dtype=dtype), arrays)
+    return arrays | check.check_decoder(checkpoint.load(("embedding", "decoder"), dtype=dtype), arrays)
+
+
+def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, detail: str = "") -> Stage:
+    """Shapes must be equal, all numbers finite, and both measures within the tolerance."""
+    if got.shape != wanted.shape:
+        return Stage(
+            name, float("inf"), float("inf"), 0.0, False, f"shape {list(got.shape)}, wanted {list(wanted.shape)}"
+        )
+    a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    max_abs = float(np.abs(a - b).max(initial=0.0))
+    relative = max_abs / max(float(np.abs(b).max(initial=0.0)), 1e-30)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = 1.0 if not norms and not max_abs else float(a @ b) / max(norms, 1e-30)
+    passed = bool(np.isfinite(a).all()) and relative <= tolerance.relative and cosine >= tolerance.cosine
+    return Stage(name, max_abs, relative, cosine, passed, detail)
+
+
+def verify_stages(engine: Engine, reference: Arrays, precision: str, progress: Callable[[str], None]) -> list[Stage]:
+    """All stages of one engine against the reference arrays."""
+    tolerance = TOLERANCES[precision]
+    exact = TOLERANCES["fp32"]
+    stages: list[Stage] = []
+    if engine.config.vision is not None:
+        found: dict[str, list[tuple[NDArray, NDArray]]] = {
+            name: [] for name in ("pixels", "patches", "encoder", "projector")
+        }
+        for case in range(len(CASES)):
+            height, width, merge = (int(x) for x in reference[f"size_{case}"])
+            image = reference[f"image_{case}"]
+            patches = preprocess_image(image, engine.config.image, merge, size=(height, width))
+            rows, cols = positions((height // 14, width // 14), merge)
+            progress("encoder")
+            features = engine.encode(reference[f"patches_{case}"], rows, cols)
+            progress("projector")
+            shaped = reference[f"features_{case}"]
+            visual = engine.project(shaped.reshape(1, -1, merge**2, shaped.shape[-1]))
+            found["pixels"].append((resize(image, height, width), reference[f"pixels_{case}"]))
+            found["patches"].append((patches.pixels[None], reference[f"patches_{case}"]))
+            found["encoder"].append((features, reference[f"features_{case}"]))
+            found["projector"].append((visual, reference[f"visual_{case}"]))
+        for name, pairs in found.items():
+            rule = exact if name in ("pixels", "patches") else tolerance
+            results = [compare(name, got, wanted, rule) for got, wanted in pairs]
+            stages.append(max(results, key=lambda stage: (not stage.passed, stage.relative)))
+    progress("embedding")
+    ids = reference["ids"]
+    text = ids != engine.config.image_token_id
+    stages.append(compare("embedding", engine.embed(ids[text]), reference["embeds"][text], tolerance))
+    progress("prefill")
+    return stages + _decoder_stages(engine, reference, tolerance, progress)
+
+
+def prefill(engine: Engine, embeds: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:
+    """Append `embeds` in chunks; logits [1, V] after the last position."""
+    logits = np.empty((0, 0), np.float32)
+    for begin in range(0, len(embeds), chunk):
+        last = begin + chunk >= len(embeds)
+        logits = engine.forward(embeds[begin : begin + chunk], np.full(int(last), -1, np.int64))
+    return logits
+
+
+def _decoder_stages(
+    engine: Engine, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
+) -> list[Stage]:
+    embeds, tokens = reference["embeds"], reference["tokens"]
+    engine.truncate(0)
+    first = prefill(engine, embeds, engine.bounds.max_chunk)
+    stages = [compare("prefill", first, reference["prefill"], tolerance)]
+    progress("decode")
+    rows = [engine.forward(engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(check.DECODED)]
+    logits = np.stack(rows)
+    kept = len(reference["decode"])
+    stages.append(compare("decode", logits[:kept], reference["decode"], tolerance))
+    equal = np.append(first.argmax() == tokens[0], logits.argmax(-1) == reference["decode_top"])
+    share = float(equal.mean())
+    detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal"
+    stages.append(Stage("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
+    progress("truncate")
+    middle = len(embeds) // 2
+    engine.truncate(middle)
+    again = prefill(engine, embeds[middle:], 7)
+    stages.append(
+        compare("truncate", again, reference["prefill"], tolerance, f"truncated to {middle}, then chunks of 7")
+    )
+    engine.truncate(0)
+    return stages
+
+
+def verify_bundle(
+    bundle: Bundle, engine: Engine, checkpoint: Checkpoint | None, dtype: Any, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Verify, write `verify.json` beside the manifest, and return its content."""
+    reference = reference_arrays(bundle, checkpoint, dtype)
+    precision = bundle.manifest.precision
+    stages = verify_stages(engine, reference, precision, progress)
+    result = {
+        "passed": all(stage.passed for stage in stages),
+        "stages": [asdict(stage) for stage in stages],
+        "engine": engine.name,
+        "precision": precision,
+        "against": "check data of the bundle" if checkpoint is None else checkpoint.source,
+        "tolerance": asdict(TOLERANCES[precision]),
+        "manifest_sha256": bundle.manifest.to_json()["sha256"],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(bundle.path(VERIFY), result)
+    return result

@@ -1,0 +1,105 @@
+"""Exports one part in a process of its own: `python -m penguin_edge.export.worker JOB.json`.
+
+A part's memory is given back by ending the process, and its peak is the process's own. The result, or the reason why there
+is none, is written to the file that the job names; stdout and stderr belong to the exporters' chatter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from penguin_edge.bundle import EMBEDDING, Bounds, write_json
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.errors import PenguinError
+from penguin_edge.export import check
+from penguin_edge.export.targets import TARGETS
+from penguin_edge.machine import peak_mb
+from penguin_edge.model import PARTS
+from penguin_edge.prompt import Tokenizer
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_part(job: dict[str, Any]) -> dict[str, Any]:
+    """Load one part, record its check data, compile it. Returns what the manifest says of it."""
+    target = TARGETS[job["target"]]
+    target.check_installed()
+    baseline = peak_mb()
+    part, folder = job["part"], Path(job["folder"])
+    checkpoint = Checkpoint.open(job["source"], seed=job["seed"], note=lambda line: None)
+    if part == "embedding":
+        return _write_embedding(checkpoint, folder, job["embedding_dtype"]) | {
+            "peak_mb": peak_mb(),
+            "baseline_mb": baseline,
+        }
+    dtype = TORCH_DTYPES[job["precision"]]
+    extra = ("embedding",) if part == "decoder" else ()
+    model = checkpoint.load((part, *extra), dtype=dtype)
+    _record_check(part, model, checkpoint, folder)
+    if part == "decoder":
+        model.embedding = None
+    loaded = peak_mb()
+    bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
+    done = target.export_part(part, model, bounds, folder)
+    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline, "loaded_mb": loaded}
+
+
+def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:
+    """Add this part's eager outputs to the check data; later parts read what earlier ones left."""
+    path = folder / "check.partial"
+    arrays = dict(load_file(path)) if path.is_file() else {}
+    if part == "encoder":
+        arrays |= check.check_patches(checkpoint.config)
+        arrays |= check.check_encoder(model, arrays)
+    elif part == "projector":
+        arrays |= check.check_projector(model, arrays)
+    else:
+        config = checkpoint.config
+        tokenizer = Tokenizer.open(
+            checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+        )
+        arrays["ids"] = check.check_ids(config, tokenizer)
+        arrays |= check.check_decoder(model, arrays)
+    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
+
+
+def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[str, Any]:
+    text = checkpoint.config.text
+    table = checkpoint.tensor("embedding.weight", (text.vocab_size, text.hidden_size), TORCH_DTYPES[dtype])
+    raw = table.view(torch.int16) if table.element_size() == 2 else table
+    with (folder / EMBEDDING).open("wb") as stream:
+        raw.numpy().tofile(stream)
+    return {"file": EMBEDDING}
+
+
+def main(path: str) -> int:
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    assert job["part"] in PARTS
+    begin = time.monotonic()
+    try:
+        result = export_part(job)
+    except PenguinError as error:
+        result = {"error": str(error)}
+    except OSError as error:
+        result = {
+            "error": f"{error.filename or job['folder']}: {error.strerror or error}; free some space and try again"
+        }
+    except MemoryError:
+        result = {
+            "error": f"out of memory while exporting the {job['part']}; lower --max-seq-len or use a larger machine"
+        }
+    result["seconds"] = time.monotonic() - begin
+    write_json(Path(job["result"]), result)
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,311 @@
+"""The bundle: the one folder that a runtime is given, and the contract of its graphs.
+
+| graph     | inputs                                                                          | outputs                |
+|-----------|---------------------------------------------------------------------------------|------------------------|
+| encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64                                | features [B,P,C] f32   |
+| projector | features [B,T,M,C] f32                                                          | visual [B,T,H] f32     |
+| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, KV state                | logits [1,K,V] f32, KV |
+|           | and on ExecuTorch kv_positions [L] i64 = 0…L-1, so that the filled length is a shape                     |
+| embedding | not a graph: a raw row-major table, read by the runtime                         | embeds [S,H]           |
+
+KV state is `[1, kv_heads, max_seq_len, D]` per layer for keys and for values, written in place at `start`. ONNX Runtime
+binds one buffer as `past_key_i`/`present_key_i` (and `…value_i`); ExecuTorch keeps mutable buffers inside.
+Graph inputs and outputs are f32 whatever the graph computes in; only KV buffers have a dtype of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penguin_edge.config import PATCH_VALUES, PenguinConfig
+from penguin_edge.errors import BundleError, CheckpointError
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer.json"
+EMBEDDING = "embedding.bin"
+CHECK = "check.safetensors"
+VERIFY = "verify.json"
+GRAPHS = ("encoder", "projector", "decoder")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor at a graph's boundary; a dimension is a number or the name of a bound."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Upper limits fixed at export; engines plan memory from them and the runtime checks them before it calls.
+
+    `patch_buckets` are the encoder's and projector's upper bounds of P, one compiled method each; engines that plan
+    nothing ahead have a single bucket.
+    """
+
+    max_seq_len: int = 4096
+    max_chunk: int = 128
+    max_logits: int = 8
+    max_batch: int = 16
+    patch_buckets: tuple[int, ...] = (16_384,)
+
+    @property
+    def max_patches(self) -> int:
+        return max(self.patch_buckets)
+
+
+def signature(graph: str, config: PenguinConfig, bounds: Bounds) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of one graph, KV state not counted. `T` is P/m², `M` is m²."""
+    text = config.text
+    if graph == "decoder":
+        inputs = [
+            TensorSpec("embeds", "f32", (1, "S", text.hidden_size)),
+            TensorSpec("start", "i64", (1,)),
+            TensorSpec("logit_index", "i64", ("K",)),
+        ]
+        return inputs, [TensorSpec("logits", "f32", (1, "K", text.vocab_size))]
+    if config.vision is None:
+        raise BundleError(f"a text-only model has no {graph}; its bundle holds the decoder and the embedding only")
+    channels = config.vision.hidden_size
+    if graph == "encoder":
+        inputs = [
+            TensorSpec("pixels", "f32", ("B", "P", PATCH_VALUES)),
+            TensorSpec("rows", "i64", ("P",)),
+            TensorSpec("cols", "i64", ("P",)),
+        ]
+        return inputs, [TensorSpec("features", "f32", ("B", "P", channels))]
+    inputs = [TensorSpec("features", "f32", ("B", "T", "M", channels))]
+    return inputs, [TensorSpec("visual", "f32", ("B", "T", text.hidden_size))]
+
+
+def kv_names(layer: int) -> dict[str, str]:
+    """Names of one layer's KV tensors where the graph takes and gives them."""
+    return {
+        "past_key": f"past_key_{layer}",
+        "past_value": f"past_value_{layer}",
+        "present_key": f"present_key_{layer}",
+        "present_value": f"present_value_{layer}",
+    }
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One compiled graph: its main file, and how it was made."""
+
+    file: str
+    precision: str
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    peak_mb: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`bundle.json` as it is; see docs/bundle.md for each field."""
+
+    model: PenguinConfig
+    source: dict[str, Any]
+    target: str
+    precision: str
+    bounds: Bounds
+    graphs: dict[str, GraphEntry]
+    embedding_dtype: str
+    kv_dtype: str
+    chat: dict[str, Any]
+    tools: dict[str, str]
+    generation: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["model"] = self.model.to_json()
+        data["kv_layout"] = "[1, kv_heads, max_seq_len, head_dim] per layer, keys and values"
+        data["sha256"] = manifest_hash(data)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Manifest:
+        def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+
+        graphs = {
+            name: GraphEntry(**{**row, "inputs": tensors(row["inputs"]), "outputs": tensors(row["outputs"])})
+            for name, row in data["graphs"].items()
+        }
+        bounds = Bounds(**{**data["bounds"], "patch_buckets": tuple(data["bounds"]["patch_buckets"])})
+        files = {name: FileEntry(**row) for name, row in data["files"].items()}
+        plain = {
+            key: data[key]
+            for key in ("source", "target", "precision", "embedding_dtype", "kv_dtype", "chat", "tools", "generation")
+        }
+        model = PenguinConfig.from_json(data["model"])
+        return cls(model=model, bounds=bounds, graphs=graphs, files=files, schema=data["schema"], **plain)
+
+
+def manifest_hash(data: dict[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of everything but the hash itself."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write aside, then rename, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Bundle:
+        """Open a bundle, check schema, manifest hash and that every file is there with its size.
+
+        Raises:
+            BundleError: not a bundle, another schema, changed by hand, or a file missing or of another size.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(
+                f"{folder}: no {MANIFEST} there, so this is not a bundle; make one with `penguin-edge export`"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            schema = data["schema"]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise BundleError(f"{path}: damaged ({error}); copy the bundle again or export it again") from error
+        if schema != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema version {schema}, wanted {SCHEMA_VERSION}; export the model again with this version "
+                "of penguin-edge"
+            )
+        if data.get("sha256") != manifest_hash(data):
+            raise BundleError(
+                f"{path}: its own hash does not fit its content; copy the bundle again or export it again"
+            )
+        try:
+            manifest = Manifest.from_json(data)
+        except (KeyError, TypeError, CheckpointError) as error:
+            raise BundleError(f"{path}: a field is missing or unknown ({error}); export the model again") from error
+        bundle = cls(folder, manifest)
+        for name, entry in manifest.files.items():
+            bundle._check_size(name, entry)
+        return bundle
+
+    def _check_size(self, name: str, entry: FileEntry) -> None:
+        path = self.path(name)
+        if not path.is_file():
+            raise BundleError(f"{self.folder}: file {name} is missing; copy the bundle again or export it again")
+        if path.stat().st_size != entry.bytes:
+            raise BundleError(
+                f"{path}: {path.stat().st_size} bytes, wanted {entry.bytes}; copy the bundle again or export it again"
+            )
+
+    def check_hashes(self) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            BundleError: a file differs from what was exported.
+        """
+        for name, entry in self.manifest.files.items():
+            self._check_size(name, entry)
+            if file_hash(self.path(name)) != entry.sha256:
+                raise BundleError(
+                    f"{self.path(name)}: its content differs from what was exported (SHA-256 does not match); copy the "
+                    "bundle again or export it again"
+                )
+
+    def check_hashes_once(self) -> None:
+        """Hash the files at the first open on this machine; afterwards size and time stamps stand for them."""
+        stamp = {
+            name: [p.stat().st_size, p.stat().st_mtime_ns] for name in self.manifest.files for p in [self.path(name)]
+        }
+        key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp], sort_keys=True).encode()).hexdigest()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penguin-edge" / "verified"
+        if (cache / key).is_file():
+            return
+        self.check_hashes()
+        # A machine where nothing can be remembered hashes at every open: slower, never wrong.
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            (cache / key).touch()
+
+
+@contextlib.contextmanager
+def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        BundleError: `out` exists and is not to be overwritten, or is a folder that is not a bundle.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise BundleError(f"{out} exists already; choose another folder or pass --overwrite")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+            raise BundleError(f"{out} exists and is not a bundle; it is left as it is, choose another folder")
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise BundleError(
+            f"{out}: cannot be created ({error.strerror}); choose a folder that can be written"
+        ) from error
+    old = aside.with_suffix(".old")
+    try:
+        yield aside
+        if out.exists():
+            out.replace(old)
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def finish(folder: Path, manifest: Manifest) -> Bundle:
+    """Hash every file in `folder`, write the manifest, and return the bundle."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {name: FileEntry(file_hash(folder / name), (folder / name).stat().st_size) for name in names}
+    complete = Manifest(**{**{f: getattr(manifest, f) for f in manifest.__dataclass_fields__}, "files": files})
+    write_json(folder / MANIFEST, complete.to_json())
+    return Bundle(folder, complete)

@@ -1,0 +1,110 @@
+"""What the verbs share: output conventions, number parsing, progress, and opening a model by any of its names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from penguin_edge.bundle import MANIFEST, TOKENIZER, Bundle
+from penguin_edge.errors import PenguinError, TargetUnavailable
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engines import open_engine
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def say(text: str = "") -> None:
+    """A line for the reader; results go to stdout, this to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """The last line of stdout: one JSON object."""
+    print(json.dumps(data), flush=True)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; wanted at least 1")
+    return value
+
+
+def byte_count(text: str) -> int:
+    """argparse type: 12GB, 800M, 16GiB, or plain bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; wanted something like 12GB or 16GiB")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def is_bundle(source: str) -> bool:
+    return (Path(source) / MANIFEST).is_file()
+
+
+def require_torch() -> None:
+    """Say what to install before a verb needs the reference model.
+
+    Raises:
+        TargetUnavailable: torch is missing.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise TargetUnavailable(
+            "this needs the PyTorch reference model; run `pip install torch==2.13.0` and then `pip install 'penguin-edge[export]'`"
+        ) from None
+
+
+def open_model(
+    source: str, *, threads: int | None, max_seq_len: int, dtype: str | None = None
+) -> tuple[Engine, Tokenizer]:
+    """The engine of a bundle, or the eager engine of a checkpoint or preset, and its tokenizer."""
+    if is_bundle(source):
+        bundle = Bundle.read(source)
+        config = bundle.manifest.model
+        path = bundle.path(TOKENIZER)
+        tokenizer = Tokenizer.open(path, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
+        return open_engine(bundle, threads=threads), tokenizer
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise PenguinError(
+            f"{source}: neither {MANIFEST} nor config.json is there; wanted a bundle or a checkpoint folder"
+        )
+    require_torch()
+    import torch
+
+    from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.generate import EagerEngine
+
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = Checkpoint.open(source)
+    config = checkpoint.config
+    tokenizer = Tokenizer.open(
+        checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+    )
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    model = checkpoint.load(dtype=kinds[dtype] if dtype else None)
+    length = min(max_seq_len, config.text.max_position_embeddings)
+    return EagerEngine(model, max_seq_len=length), tokenizer
+
+
+def table(rows: list[tuple[str, ...]], *, indent: str = "  ") -> str:
+    """Columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)

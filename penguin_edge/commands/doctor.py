@@ -1,0 +1,90 @@
+"""`penguin-edge doctor`: what is installed, what the machine is, and what fits on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from penguin_edge.commands.common import emit, table
+from penguin_edge.machine import describe, human_bytes, total_memory
+
+ENGINES = {"onnx": "onnxruntime", "executorch": "executorch", "eager": "torch", "tensorrt": "tensorrt"}
+"""Package that each engine needs; TensorRT bundles cannot be run yet."""
+INSTALL = {
+    "onnx": "pip install 'penguin-edge[onnx]'",
+    "executorch": "pip install torch==2.13.0, then pip install 'penguin-edge[executorch]'",
+    "eager": "pip install torch==2.13.0",
+    "tensorrt": "pip install 'penguin-edge[tensorrt]' (export and engine are not part of this version)",
+}
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("doctor", help="versions, engines found, processor, memory, and what fits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def what_fits() -> list[dict[str, Any]]:
+    """Exports of the published shapes: peak memory against this machine's; empty without the exporters."""
+    try:
+        from penguin_edge.checkpoint import Checkpoint
+        from penguin_edge.export.pipeline import ExportOptions, estimate
+        from penguin_edge.export.targets import TARGETS
+    except ImportError:
+        return []
+    rows = []
+    for preset in ("2b", "8b"):
+        checkpoint = Checkpoint.open(preset, note=lambda line: None)
+        for name, target in sorted(TARGETS.items()):
+            for precision in target.precisions:
+                need = estimate(checkpoint, target, ExportOptions(target=name, precision=precision))
+                rows.append(
+                    {
+                        "model": preset,
+                        "target": name,
+                        "precision": precision,
+                        "export_peak_bytes": need.peak,
+                        "kv_bytes": need.kv_bytes,
+                        "disk_bytes": need.disk_bytes,
+                        "fits": need.peak <= total_memory(),
+                    }
+                )
+    return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    machine = describe()
+    packages = machine["packages"]
+    engines = {name: packages[package] for name, package in ENGINES.items()}
+    fits = what_fits()
+    if args.json:
+        emit({**machine, "engines": engines, "exports": fits})
+        return 0
+    print(
+        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['features']) or 'no known vector features'}"
+    )
+    available = machine["available_bytes"]
+    print(
+        f"memory {human_bytes(machine['memory_bytes'])}"
+        + (f", {human_bytes(available)} available" if available else "")
+    )
+    print(f"{machine['system']}, Python {machine['python']}\n")
+    print("engines")
+    print(table([(name, version or f"missing: {INSTALL[name]}") for name, version in engines.items()]))
+    print("\npackages")
+    print(table([(name, version or "-") for name, version in packages.items()]))
+    if fits:
+        print("\nexport of the published shapes at 4096 positions (estimated)")
+        head = ("model target precision", "peak memory", "disk", "KV cache", "fits here")
+        rows = [
+            (
+                f"{row['model']} {row['target']} {row['precision']}",
+                human_bytes(row["export_peak_bytes"]),
+                human_bytes(row["disk_bytes"]),
+                human_bytes(row["kv_bytes"]),
+                "yes" if row["fits"] else "no",
+            )
+            for row in fits
+        ]
+        print(table([head, *rows]))
+    return 0

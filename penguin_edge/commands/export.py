@@ -1,0 +1,102 @@
+"""`penguin-edge export`: a checkpoint or preset becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from penguin_edge.commands.common import byte_count, emit, positive, require_torch, say
+from penguin_edge.errors import InputError
+from penguin_edge.machine import human_bytes
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("export", help="compile encoder, projector and decoder into a bundle")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR|ID|PRESET", help="checkpoint folder, hub id, or preset name"
+    )
+    parser.add_argument("--random-weights", action="store_true", help="agree that a preset has random weights")
+    parser.add_argument("--target", default="onnx", help="onnx or executorch (default: %(default)s)")
+    parser.add_argument("--quant", default="fp32", metavar="PRECISION", help="fp32 or fp16 (default: %(default)s)")
+    parser.add_argument("--max-seq-len", type=positive, default=4096, help="KV positions (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
+    parser.add_argument(
+        "--max-ram", type=byte_count, help="refuse an export that needs more, such as 16GB (default: all)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("-o", "--out", required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+class Lines:
+    """Progress on stderr: one line per part, rewritten while it works when stderr is a terminal."""
+
+    def __init__(self, parts: int) -> None:
+        self._parts, self._index, self._begin = parts, 0, time.monotonic()
+        self._rewrites = sys.stderr.isatty()
+        self._estimate_mb = 0.0
+
+    def begin(self, part: str, estimate_mb: float) -> None:
+        self._index += 1
+        self._estimate_mb = estimate_mb
+        if not self._rewrites:
+            say(f"[{self._index}/{self._parts}] {part} …")
+
+    def tick(self, part: str, seconds: float, resident_mb: float) -> None:
+        if self._rewrites:
+            limit = f" of at most {self._estimate_mb:.0f}" if self._estimate_mb else ""
+            line = f"[{self._index}/{self._parts}] {part}: {seconds:.0f} s, {resident_mb:.0f}{limit} MB"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    def done(self, part: str, seconds: float, peak_mb: float) -> None:
+        clear = "\r\x1b[K" if self._rewrites else ""
+        left = (time.monotonic() - self._begin) / self._index * (self._parts - self._index)
+        rest = f", about {left:.0f} s left" if left else ""
+        say(f"{clear}[{self._index}/{self._parts}] {part}: {seconds:.1f} s, peak {peak_mb:.0f} MB{rest}")
+
+
+def run(args: argparse.Namespace) -> int:
+    require_torch()
+    from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
+    from penguin_edge.export.targets import find_target
+
+    target = find_target(args.target)
+    checkpoint = Checkpoint.open(args.model, seed=args.seed)
+    if checkpoint.stored is None and not args.random_weights:
+        raise InputError(
+            f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
+        )
+    options = ExportOptions(args.target, args.quant, args.max_seq_len, args.seed, args.max_ram, args.overwrite)
+    check_options(checkpoint, target, options)
+    need = estimate(checkpoint, target, options)
+    say(
+        f"{args.model} -> {args.target} {args.quant}: KV cache of {args.max_seq_len} positions takes "
+        f"{human_bytes(need.kv_bytes)} at run time; export needs up to {human_bytes(need.peak)} of memory and "
+        f"{human_bytes(need.disk_bytes)} of disk"
+    )
+    begin = time.monotonic()
+    bundle = export_bundle(checkpoint, args.out, options, Lines(len(parts_of(checkpoint))))
+    total = sum(entry.bytes for entry in bundle.manifest.files.values())
+    result = {
+        "bundle": str(bundle.folder),
+        "bytes": total,
+        "kv_bytes": need.kv_bytes,
+        "seconds": round(time.monotonic() - begin, 1),
+        "parts": {
+            name: {
+                "seconds": graph.seconds,
+                "peak_mb_beyond_tools": graph.peak_mb,
+                "peak_over_bf16_bytes": round((graph.peak_mb or 0) * 1e6 / checkpoint.parameter_bytes(name, 2), 2),
+            }
+            for name, graph in bundle.manifest.graphs.items()
+        },
+    }
+    say(f"{bundle.folder}: {human_bytes(total)}; check it with `penguin-edge verify {bundle.folder}`")
+    if args.json:
+        emit(result)
+    else:
+        print(bundle.folder)
+    return 0

@@ -1,0 +1,48 @@
+"""`penguin-edge plan CLIP --budget N`: the TRA plan of a clip, in the terminal, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+
+from penguin_edge.commands.common import emit, positive, say
+from penguin_edge.config import ImageConfig
+from penguin_edge.errors import InputError
+from penguin_edge.runtime.media import Library
+from penguin_edge.runtime.report import Clock
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = ImageConfig()
+    parser = verbs.add_parser("plan", help="draw the TRA plan of a clip")
+    parser.add_argument("clip", metavar="CLIP", help="video file, gif, or folder of images")
+    parser.add_argument("--budget", type=int, required=True, metavar="N", help="visual tokens for the whole clip")
+    parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
+    parser.add_argument(
+        "--fps", type=float, default=defaults.fps, help="frames taken per second (default: %(default)s)"
+    )
+    parser.add_argument("--max-frames", type=positive, default=defaults.max_frames, help="default: %(default)s")
+    parser.add_argument("--start", type=float, help="seconds")
+    parser.add_argument("--end", type=float, help="seconds")
+    parser.add_argument("--min-image-tokens", type=positive, default=defaults.min_tokens, help="default: %(default)s")
+    parser.add_argument("-o", "--out", metavar="PNG", help="write a picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the drawing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
+
+    if args.budget < 1:
+        raise InputError(f"--budget is {args.budget}; wanted at least 1 token")
+    library = Library(ImageConfig(min_tokens=args.min_image_tokens), args.tra)
+    options = {"fps": args.fps, "max_frames": args.max_frames, "start": args.start, "end": args.end}
+    clip = library.clip(args.clip, options, Clock())
+    plan = clip.plan(args.budget, args.tra, library.config, args.budget)
+    if args.out:
+        draw_png(plan, clip.times, clip.similarities, args.out)
+        say(f"picture: {args.out}")
+    if args.json:
+        emit(plan_json(plan, clip.times, clip.similarities))
+    else:
+        print(draw_terminal(plan, clip.times, clip.similarities))
+    return 0

@@ -1,0 +1,62 @@
+"""`penguin-edge verify BUNDLE`: does it compute what the eager model computes? The last line of stdout is JSON."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.commands.common import emit, positive, require_torch, say, table
+from penguin_edge.errors import BundleError
+from penguin_edge.runtime.engines import open_engine
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("verify", help="compare a bundle with the eager model, stage by stage")
+    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument(
+        "--against", metavar="CHECKPOINT", help="compute the reference again instead of using the check data"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not Path(args.bundle).is_dir():
+        raise BundleError(f"{args.bundle}: no such folder; wanted a bundle made by `penguin-edge export`")
+    bundle = Bundle.read(args.bundle)
+    bundle.check_hashes()
+    require_torch()  # the eager code lies beside the verifier, whether or not it has to compute
+    import torch
+
+    from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.export.verify import verify_bundle
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[bundle.manifest.precision]
+    checkpoint = Checkpoint.open(args.against, seed=args.seed) if args.against else None
+    engine = open_engine(bundle, threads=args.threads)
+    result = verify_bundle(bundle, engine, checkpoint, dtype, lambda stage: None)
+    if not args.json:
+        head = ("stage", "max abs", "relative", "cosine", "")
+        rows = [
+            (
+                s["name"],
+                f"{s['max_abs']:.2e}",
+                f"{s['relative']:.2e}",
+                f"{s['cosine']:.6f}",
+                "ok" if s["passed"] else "FAILED",
+            )
+            for s in result["stages"]
+        ]
+        print(table([head, *rows], indent=""))
+        limits = result["tolerance"]
+        print(
+            f"against {result['against']}; relative <= {limits['relative']:g}, cosine >= {limits['cosine']} ({limits['reason']})"
+        )
+    for stage in result["stages"]:
+        if not stage["passed"]:
+            say(f"{stage['name']} failed: relative error {stage['relative']:.3g}. {stage['detail']}")
+    emit(result)
+    return 0 if result["passed"] else 1

@@ -1,0 +1,111 @@
+"""What this machine has: memory, processor, bandwidth, installed engines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c", "asimd", "asimddp", "i8mm", "sve", "fphp")
+"""Processor features that decide which kernels an engine picks."""
+PACKAGES = (
+    "penguin-edge",
+    "numpy",
+    "pillow",
+    "av",
+    "opencv-python-headless",
+    "tokenizers",
+    "safetensors",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "executorch",
+    "torchao",
+    "tensorrt",
+    "transformers",
+    "huggingface-hub",
+    "matplotlib",
+)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in GB, MB or kB, powers of ten."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def total_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's limit if that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        total = min(total, limit)
+    return total
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def processor() -> tuple[str, list[str]]:
+    """Name of the processor, and the features of `FEATURES` that it has."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            if key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    except OSError:
+        pass
+    return name, [feature for feature in FEATURES if feature in flags]
+
+
+def packages() -> dict[str, str | None]:
+    """Installed versions, None where a package is absent. Nothing is imported."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """Everything above, as JSON."""
+    name, features = processor()
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": name,
+        "features": features,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": total_memory(),
+        "available_bytes": available_memory(),
+        "packages": packages(),
+    }

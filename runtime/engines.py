@@ -1,0 +1,31 @@
+"""The one place that knows which engine runs which target."""
+
+from __future__ import annotations
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.errors import BundleError
+from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.executorch import ExecutorchEngine
+from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
+
+ENGINES: dict[str, type[OnnxRuntimeEngine] | type[ExecutorchEngine]] = {
+    "executorch": ExecutorchEngine,
+    "onnx": OnnxRuntimeEngine,
+}
+"""Engines by the target that a bundle was exported for; each imports its library when it is opened."""
+
+
+def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
+    """Check the bundle's files and load its graphs.
+
+    Raises:
+        BundleError: damaged files, or a target that no engine here runs.
+        TargetUnavailable: the engine's library is not installed.
+    """
+    kind = ENGINES.get(bundle.manifest.target)
+    if kind is None:
+        raise BundleError(
+            f"{bundle.folder}: made for target {bundle.manifest.target!r}; known: {', '.join(sorted(ENGINES))}"
+        )
+    bundle.check_hashes_once()
+    return kind.open(bundle, threads=threads)

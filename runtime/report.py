@@ -1,0 +1,55 @@
+"""What one answer cost: counts, and where the time went. Times are monotonic nanoseconds inside, milliseconds outside."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PHASES = ("decode_image", "decode_video", "plan", "preprocess", "encode", "project", "prefill", "other")
+"""The parts of the time to the first token, in order; `other` is what the rest of them leaves."""
+
+
+class Clock:
+    """Adds up nanoseconds per phase."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(PHASES, 0)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.spent[phase] += time.monotonic_ns() - begin
+
+
+@dataclass
+class Report:
+    """One answer. `budget` and `visual_tokens` count visual tokens; `timestamp_tokens` are text and come on top."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "unfinished"
+    frames: int = 0
+    keys: int = 0
+    intermediates: int = 0
+    dropped: int = 0
+    images: int = 0
+    visual_tokens: int = 0
+    budget: int = 0
+    timestamp_tokens: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    first_token_ms: float | None = None
+    tokens_per_s: float | None = None
+    token_ms: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,421 @@
+"""A session: frames, plan, feature cache, and what occupies which position of the KV cache.
+
+    session = Session.open("out/penguin-tiny")
+    for frame in read_video("street.mp4", fps=2):
+        session.push(frame)
+    for token in session.ask("What changed?"):
+        print(token.text, end="")
+
+Every position of the KV cache has a key: a token id, or (image or frame at a size, its n-th token). A new prompt keeps the
+longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge import prompt as chat
+from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.frames import Frame
+from penguin_edge.machine import peak_mb
+from penguin_edge.preprocess import Patches, preprocess_image
+from penguin_edge.prompt import Message, Piece, Special, Tokenizer, TextStream, frame_tag, render
+from penguin_edge.runtime.engine import F32, Engine
+from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
+from penguin_edge.runtime.report import Clock, Report
+from penguin_edge.runtime.sampling import Sampler, SamplingOptions
+from penguin_edge.tra import DROPPED, KEY, Plan
+
+PATCHES_PER_CALL = 4096
+"""Frames of one grid are encoded together up to this many patches; larger batches gain nothing and cost memory."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One decoded token; `text` may be empty while a character is incomplete."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question that was kept: it follows the first `frames` frames of the stream."""
+
+    frames: int
+    prompt: str
+    answer: tuple[int, ...]
+
+
+class Session:
+    """One conversation over one engine. Not thread-safe."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        budget: int | None = None,
+        tra: str = "strict",
+        max_frames: int | None = None,
+        thinking: bool = False,
+    ) -> None:
+        if tra not in ("strict", "reference"):
+            raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
+        if budget is not None and budget < 1:
+            raise BudgetError(f"a budget of {budget} visual tokens holds nothing; wanted at least 1")
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = engine.config
+        self.budget = budget
+        self.tra = tra
+        self.thinking = thinking
+        self.max_frames = max_frames or self.config.image.max_frames
+        self.report = Report()
+        self.library = Library(self.config.image, tra)
+        self._frames: list[Frame] = []
+        self._stream = self.library.new_clip(lambda: self._frames)
+        self._turns: list[Turn] = []
+        self._features: OrderedDict[Visual, F32] = OrderedDict()
+        self._held: list[Any] = []
+
+    @classmethod
+    def open(
+        cls, bundle: str | Path | Bundle, *, engine: str | None = None, threads: int | None = None, **options: Any
+    ) -> Session:
+        """A session over a bundle's own engine; `options` are those of `Session`.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another schema.
+            TargetUnavailable: its engine is not installed.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
+        config = opened.manifest.model
+        tokenizer = Tokenizer.open(
+            opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+        )
+        return cls(open_engine(opened, threads=threads), tokenizer, **options)
+
+    def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> None:
+        """Add a frame to the stream: label it and keep it. Beyond `max_frames` the oldest frame is given up.
+
+        Args:
+            frame: a `Frame`, or pixels [H, W, 3] uint8 RGB with `time` in seconds.
+        Raises:
+            InputError: wrong shape or dtype, or another size than the frames before.
+        """
+        if not isinstance(frame, Frame):
+            frame = Frame(np.asarray(frame), time, len(self._frames))
+        if frame.pixels.dtype != np.uint8 or frame.pixels.ndim != 3 or frame.pixels.shape[2] != 3:
+            raise InputError(
+                f"a frame is {frame.pixels.dtype} {list(frame.pixels.shape)}; wanted uint8 [H, W, 3] in RGB"
+            )
+        self._stream.add(frame)
+        self._frames.append(frame)
+        if len(self._frames) > self.max_frames:
+            self._frames.pop(0)
+            for values in (self._stream.times, self._stream.kinds, self._stream.similarities, self._stream.digests):
+                values.pop(0)
+            self._stream.kinds[0] = KEY
+            self._turns = [Turn(max(0, t.frames - 1), t.prompt, t.answer) for t in self._turns]
+
+    def ask(self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None) -> Iterator[Token]:
+        """Answer a question about the frames pushed so far; `report` says what it cost.
+
+        The question is forgotten afterwards unless `keep`: then it and its answer stay, and a new turn opens. Either way
+        the frames stay prefilled.
+        """
+        options = options or SamplingOptions()
+        turns = [*self._turns, Turn(len(self._frames), prompt, ())]
+        media: list[Picture | Clip] = [self._stream] if self._frames else []
+
+        def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
+            return self._turn_pieces(turns, plans[0] if plans else None)
+
+        for token in self._answer(pieces, media, Clock(), options):
+            yield token
+        if keep:
+            stops = self.config.eos_token_ids
+            answer = tuple(i for i in self.report.token_ids if i not in stops)
+            self._turns.append(Turn(len(self._frames), prompt, answer))
+
+    def converse(self, messages: Sequence[Message], options: SamplingOptions | None = None) -> Iterator[Token]:
+        """Answer a whole conversation in the published format; images and clips are named in its parts.
+
+        Raises:
+            InputError: a malformed conversation or unreadable media.
+            BudgetError: it does not fit into the bundle's `max_seq_len`.
+        """
+        clock = Clock()
+        media = open_media(messages, self.library, clock)
+
+        def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
+            remaining = iter(plans)
+            source = iter(media)
+            rendered = [self._with_frames(message, source, remaining) for message in messages]
+            return render(rendered, counts, thinking=self.thinking)
+
+        yield from self._answer(pieces, media, clock, options or SamplingOptions())
+
+    def _with_frames(self, message: Message, media: Iterator[Picture | Clip], plans: Iterator[Plan]) -> Message:
+        """The message with each clip spelled out as the frames that its plan keeps."""
+        content = message["content"]
+        if isinstance(content, str):
+            return message
+        parts = []
+        for part in content:
+            kind = chat.part_kind(part)
+            if kind != "text":
+                item = next(media)
+                if isinstance(item, Clip):
+                    part = _video_part(item, next(plans), 0, len(item.kinds))
+            parts.append(part)
+        return {**message, "content": parts}
+
+    def _turn_pieces(self, turns: list[Turn], plan: Plan | None) -> list[Piece]:
+        out: list[Piece] = []
+        done = 0
+        for index, turn in enumerate(turns):
+            content: list[dict[str, Any]] = [{"type": "text", "text": turn.prompt}]
+            if plan is not None and turn.frames > done:
+                content.insert(0, _video_part(self._stream, plan, done, turn.frames))
+                done = turn.frames
+            out += render([{"role": "user", "content": content}], thinking=self.thinking)
+            if index < len(turns) - 1:
+                out += [chat.Ids(turn.answer), Special(chat.END), "\n"]
+        counts = iter([f.tokens for f in plan.frames if f.kind != DROPPED] if plan else [])
+        seen = 0
+        for i, piece in enumerate(out):
+            if isinstance(piece, chat.Visual):
+                out[i] = chat.Visual(next(counts), seen)
+                seen += 1
+        return out
+
+    def _fit(
+        self, pieces: Any, media: list[Picture | Clip], options: SamplingOptions, limit: int
+    ) -> tuple[list[Piece], list[Visual], list[Plan], int]:
+        """Everything planned under `limit` visual tokens: pieces, visuals, plans, and the prompt's length in tokens."""
+        config, bounds = self.config.image, self.engine.bounds
+        visuals: list[list[Visual]] = [[] for _ in media]
+        pictures = [i for i, item in enumerate(media) if isinstance(item, Picture)]
+        clips = [i for i, item in enumerate(media) if isinstance(item, Clip)]
+        left = limit
+        for rank, i in enumerate(pictures):
+            # Each picture may take an equal share of what is left; half of the whole stays for clips when there are any.
+            share = (left if not clips else left // 2) // (len(pictures) - rank)
+            item = media[i]
+            assert isinstance(item, Picture)
+            visuals[i] = [item.fit(config, max(1, min(share, bounds.max_patches // item.merge_size**2)))]
+            left -= visuals[i][0].tokens
+        plans = []
+        weights = [len(item.kinds) * item.size[0] * item.size[1] for item in media if isinstance(item, Clip)]
+        for rank, i in enumerate(clips):
+            item = media[i]
+            assert isinstance(item, Clip)
+            share = max(1, left * weights[rank] // sum(weights[rank:]))
+            plan = item.plan(share, self.tra, config, bounds.max_patches // item.merge_size**2)
+            visuals[i] = item.visuals(plan)
+            left -= plan.total_tokens
+            plans.append(plan)
+        flat = [visual for group in visuals for visual in group]
+        rendered = pieces(plans, [visual.tokens for visual in flat])
+        length = len(self.tokenizer.encode_pieces(rendered))
+        return rendered, flat, plans, length
+
+    def _plan(
+        self, pieces: Any, media: list[Picture | Clip], options: SamplingOptions
+    ) -> tuple[list[Piece], list[Visual], list[Plan], int]:
+        """The largest visual budget that leaves room for the text, its timestamps and the answer."""
+        capacity = self.engine.bounds.max_seq_len - options.max_new_tokens
+        wanted = min(self.budget or self.config.image.max_tokens, self.config.image.max_tokens)
+        best = self._fit(pieces, media, options, wanted)
+        if best[3] <= capacity:
+            return *best[:3], wanted
+        if media and self.tra == "strict":
+            low, high = 0, min(wanted, max(capacity, 1))
+            found = None
+            while high - low > max(1, high // 64):
+                middle = (low + high) // 2
+                attempt = self._fit(pieces, media, options, middle)
+                if attempt[3] <= capacity:
+                    low, found = middle, attempt
+                else:
+                    high = middle
+            found = found or self._fit(pieces, media, options, 1)
+            if found[3] <= capacity:
+                return *found[:3], max(low, 1)
+            best = found
+        raise BudgetError(
+            f"the prompt takes {best[3]} tokens and the answer up to {options.max_new_tokens}, but max_seq_len is "
+            f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or export with a "
+            "larger --max-seq-len"
+        )
+
+    def _answer(
+        self, pieces: Any, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
+    ) -> Iterator[Token]:
+        begin = time.monotonic_ns() - sum(clock.spent.values())
+        self.report = report = Report()
+        with clock("plan"):
+            rendered, visuals, plans, report.budget = self._plan(pieces, media, options)
+            keys = self._keys(rendered, visuals)
+            self._describe(report, media, plans, visuals)
+        self._compute_features(media, visuals, clock)
+        with clock("prefill"):
+            logits = self._prefill(keys, report)
+        sampler, stream = Sampler(options), TextStream(self.tokenizer)
+        report.finish_reason = "cancelled"
+        try:
+            while True:
+                token = sampler.pick(logits)
+                now = time.monotonic_ns()
+                if report.first_token_ms is None:
+                    report.first_token_ms = (now - begin) / 1e6
+                    clock.spent["other"] = now - begin - sum(clock.spent.values())
+                    report.phases_ms = {name: ns / 1e6 for name, ns in clock.spent.items()}
+                    last = now
+                else:
+                    report.token_ms.append((now - last) / 1e6)
+                    last = now
+                report.token_ids.append(token)
+                ended = token in self.config.eos_token_ids
+                text = stream.push(token)
+                finished = ended or len(report.token_ids) == options.max_new_tokens
+                if finished:
+                    text += stream.flush()
+                    report.finish_reason = "stop" if ended else "length"
+                report.text += text
+                yield Token(token, text)
+                if finished:
+                    return
+                logits = self._forward([token], self.engine.embed(np.array([token])), 1)[0]
+        finally:
+            if report.token_ms:
+                report.tokens_per_s = 1e3 * len(report.token_ms) / sum(report.token_ms)
+            report.peak_mb = peak_mb()
+
+    def _describe(self, report: Report, media: list[Picture | Clip], plans: list[Plan], visuals: list[Visual]) -> None:
+        report.images = sum(isinstance(item, Picture) for item in media)
+        report.visual_tokens = sum(visual.tokens for visual in visuals)
+        clips = [item for item in media if isinstance(item, Clip)]
+        for clip, plan in zip(clips, plans, strict=True):
+            report.frames += len(plan.frames)
+            report.keys += plan.keys
+            report.intermediates += plan.intermediates
+            report.dropped += plan.dropped
+            report.notes += plan.notes
+            tags = [frame_tag(t) for t, f in zip(clip.times, plan.frames, strict=True) if f.kind != DROPPED]
+            report.timestamp_tokens += sum(
+                len(self.tokenizer.encode(("," if i else "") + tag)) for i, tag in enumerate(tags)
+            )
+
+    def _keys(self, pieces: list[Piece], visuals: list[Visual]) -> list[Any]:
+        """What stands at each position of the prompt."""
+        keys: list[Any] = []
+        for piece in pieces:
+            if isinstance(piece, chat.Visual):
+                keys += [(visuals[piece.index], i) for i in range(piece.count)]
+            else:
+                keys += self.tokenizer.encode_pieces([piece])
+        return keys
+
+    def _compute_features(self, media: list[Picture | Clip], visuals: list[Visual], clock: Clock) -> None:
+        """Fill the feature cache with what these visuals lack; each picture or frame is computed once per size."""
+        lacking: dict[str, set[Visual]] = {}
+        for visual in visuals:
+            if visual in self._features:
+                self._features.move_to_end(visual)
+            else:
+                lacking.setdefault(visual.digest, set()).add(visual)
+        batch: list[tuple[Visual, Patches]] = []
+
+        def flush() -> None:
+            if batch:
+                self._encode([v for v, _ in batch], [p for _, p in batch], clock)
+                batch.clear()
+
+        for item in media:
+            names = item.digests if isinstance(item, Clip) else [item.digest]
+            source = (
+                item.pixels([name for name in names if name in lacking]) if lacking.keys() & set(names) else iter(())
+            )
+            phase = "decode_video" if isinstance(item, Clip) else "decode_image"
+            while True:
+                with clock(phase):
+                    row = next(source, None)
+                if row is None:
+                    break
+                for visual in sorted(lacking.pop(row[0], ()), key=lambda v: v.tokens):
+                    with clock("preprocess"):
+                        patches = preprocess_image(
+                            row[1], self.config.image, visual.merge_size, size=(visual.height, visual.width)
+                        )
+                    count = patches.rows.shape[0]
+                    full = (len(batch) + 1) * count > PATCHES_PER_CALL or len(batch) >= self.engine.bounds.max_batch
+                    if batch and (
+                        full or batch[0][1].grid != patches.grid or batch[0][0].merge_size != visual.merge_size
+                    ):
+                        flush()
+                    batch.append((visual, patches))
+        flush()
+        limit = 4 * self.engine.bounds.max_seq_len
+        while len(self._features) > len(set(visuals)) and sum(len(rows) for rows in self._features.values()) > limit:
+            self._features.popitem(last=False)
+
+    def _encode(self, visuals: list[Visual], patches: list[Patches], clock: Clock) -> None:
+        merged = visuals[0].merge_size ** 2
+        with clock("encode"):
+            features = self.engine.encode(np.stack([p.pixels for p in patches]), patches[0].rows, patches[0].cols)
+        with clock("project"):
+            batch, count, channels = features.shape
+            rows = self.engine.project(features.reshape(batch, count // merged, merged, channels))
+        for visual, row in zip(visuals, rows, strict=True):
+            self._features[visual] = row
+
+    def _prefill(self, keys: list[Any], report: Report) -> F32:
+        """Bring the KV cache to `keys`; returns the logits [V] after the last one."""
+        same = 0
+        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
+            same += 1
+        # The last position is always computed again: its logits are wanted.
+        same = min(same, len(keys) - 1, self.engine.kv_len)
+        self.engine.truncate(same)
+        del self._held[same:]
+        report.prompt_tokens, report.reused_tokens = len(keys), same
+        logits = np.empty((0, 0), np.float32)
+        step = self.engine.bounds.max_chunk
+        for begin in range(same, len(keys), step):
+            chunk = keys[begin : begin + step]
+            logits = self._forward(chunk, self._embeds(chunk), 1 if begin + step >= len(keys) else 0)
+        return logits[0]
+
+    def _embeds(self, keys: list[Any]) -> F32:
+        out = np.empty((len(keys), self.config.text.hidden_size), np.float32)
+        text = [i for i, key in enumerate(keys) if not isinstance(key, tuple)]
+        if text:
+            out[text] = self.engine.embed(np.array([keys[i] for i in text], np.int64))
+        for i, key in enumerate(keys):
+            if isinstance(key, tuple):
+                out[i] = self._features[key[0]][key[1]]
+        return out
+
+    def _forward(self, keys: list[Any], embeds: F32, wanted: int) -> F32:
+        logits = self.engine.forward(embeds, np.full(wanted, -1, np.int64))
+        self._held += keys
+        return logits
+
+
+def _video_part(clip: Clip, plan: Plan, begin: int, end: int) -> dict[str, Any]:
+    kept = [i for i in range(begin, end) if plan.frames[i].kind != DROPPED]
+    times = [clip.times[i] for i in kept]
+    return {"type": "video", "num_frames": len(kept), "timestamps": [] if None in times else times}
