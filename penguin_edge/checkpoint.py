@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -36,12 +37,19 @@ from penguin_edge.tensorfile import StoredTensor, checkpoint_files, read_header
 ENCODER_PREFIXES = ("model.vision_encoder.vision_encoder.", "model.vision_encoder.", "vision_encoder.", "")
 """Longest first: files of the reference code, of the embedded-config form, and of the encoder alone."""
 
-IGNORED = ("model.vision_encoder_teacher.", "model.vision_distill_layer.", "vision_distill_layer.", "model.audio_encoder.",
-           "model.audio_projector.")
+IGNORED = (
+    "model.vision_encoder_teacher.",
+    "model.vision_distill_layer.",
+    "vision_distill_layer.",
+    "model.audio_encoder.",
+    "model.audio_projector.",
+)
 """Training leftovers that the reference saves along; dead weight at inference."""
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 """A small byte-level BPE of the Qwen2 kind, for presets."""
+DEFAULT_IDS: dict[str, Any] = {"image_token_id": 603, "eos_token_ids": (600,), "pad_token_id": 601}
+"""The ids of its special tokens, which are not those of the published vocabulary."""
 
 
 def canonical_name(name: str) -> str | None:
@@ -91,7 +99,10 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype
     elif name.endswith(".bias"):
         centre, scale = 0.0, 0.1
     else:
-        centre, scale = 0.0, (1.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0) / math.sqrt(shape[-1])
+        centre, scale = (
+            0.0,
+            (1.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0) / math.sqrt(shape[-1]),
+        )
     out = torch.empty(tuple(shape), dtype=dtype)
     flat, step = out.view(-1), 1 << 24
     for begin in range(0, flat.numel(), step):
@@ -123,7 +134,9 @@ class Checkpoint:
         if Path(text).is_dir():
             checkpoint = cls._open_folder(Path(text))
         elif text in PRESETS:
-            checkpoint = cls(text, PRESETS[text], DEFAULT_TOKENIZER, [f"preset {text}: random weights, seed {seed}"], None, seed)
+            config = dataclasses.replace(PRESETS[text], **DEFAULT_IDS)
+            line = f"preset {text}: random weights from seed {seed}, and the embedded small tokenizer"
+            checkpoint = cls(text, config, DEFAULT_TOKENIZER, [line], None, seed)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():
             checkpoint = cls._open_folder(download(text))
         else:
@@ -142,7 +155,9 @@ class Checkpoint:
         config, encoder_folder, more = config_from_folder(folder, {name: t.shape for name, t in stored.items()})
         notes += more
         if encoder_folder and not any(name.startswith("encoder.") for name in stored):
-            extra, _ = _by_our_names({n: t for path in checkpoint_files(encoder_folder) for n, t in read_header(path).items()})
+            extra, _ = _by_our_names(
+                {n: t for path in checkpoint_files(encoder_folder) for n, t in read_header(path).items()}
+            )
             stored |= {name: tensor for name, tensor in extra.items() if name.startswith("encoder.")}
             notes.append(f"encoder weights read from {encoder_folder}")
         tokenizer = folder / "tokenizer.json"
@@ -152,7 +167,9 @@ class Checkpoint:
 
     def _check_tensors(self) -> None:
         assert self.stored is not None
-        wanted = {name: tuple(p.shape) for name, p in meta_model(self.config, PARTS).named_parameters(remove_duplicate=False)}
+        wanted = {
+            name: tuple(p.shape) for name, p in meta_model(self.config, PARTS).named_parameters(remove_duplicate=False)
+        }
         for name, shape in wanted.items():
             tensor = self._find(name)
             if tensor is None:
@@ -197,7 +214,11 @@ class Checkpoint:
         for prefix, module in list(model.named_modules()):
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{leaf}"
-                if name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings and model.embedding is not None:
+                if (
+                    name == "decoder.lm_head.weight"
+                    and self.config.text.tie_word_embeddings
+                    and model.embedding is not None
+                ):
                     continue
                 value = self.tensor(name, parameter.shape, dtype or self.dtype).to(device)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))

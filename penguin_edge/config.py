@@ -123,10 +123,7 @@ class PenguinConfig:
 PRESETS: dict[str, PenguinConfig] = {
     "tiny": PenguinConfig(
         vision=VisionConfig(64, 160, 2, 4, 2, 16),
-        text=TextConfig(1024, 96, 256, 3, 4, 2, 32, max_position_embeddings=4096),
-        image_token_id=603,
-        eos_token_ids=(600,),
-        pad_token_id=601,
+        text=TextConfig(640, 96, 256, 3, 4, 2, 32, max_position_embeddings=4096),
     ),
     "2b": PenguinConfig(),
     "8b": PenguinConfig(text=TextConfig(151_936, 4096, 12_288, 36, 32, 8, 128, tie_word_embeddings=False)),

@@ -1,8 +1,42 @@
+"""Pictures and clips to RGB frames, decided by content and never by the name of the file.
+
+| tensor | shape | dtype | meaning |
+|---|---|---|---|
+| `Frame.pixels` | `[H, W, 3]` | uint8 | RGB at native size, upright |
+
+A clip is decoded lazily: the decoder's own frames apart, one native-size picture is in memory at a time. Frames and
+timestamps are those of the reference's two loaders (`penguinvl/mm_utils.py`): `ffmpeg` with `fps=N:round=down`, and
+sampling by frame number for folders of pictures, animated pictures and spans below one second.
+"""
+
 from __future__ import annotations
 
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
+
+from penguin_edge import video
+from penguin_edge.errors import InputError
+
+MAX_ASPECT = 1000
+"""Longest side over shortest side of an image that is still accepted."""
+FOLDER_FPS = 3
+"""Rate that a folder of pictures is taken to have."""
+ANIMATION_FPS = 25
+"""Rate that an animated picture is taken to have, whatever delays it states."""
+SHORT_SPAN = 1
+"""Spans below this many seconds are sampled by frame number: one frame per second might find none."""
+
+_ANIMATIONS = {"GIF", "WEBP", "PNG", "AVIF"}
+_MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -12,3 +46,353 @@ class Frame:
     pixels: np.ndarray
     time: float | None = None
     index: int = 0
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the header of a clip says: upright size in pixels, frames per second, seconds.
+
+    `rotation` is counter-clockwise, in degrees, and already applied to `width` and `height`; `frames` is None where
+    the header has no count.
+    """
+
+    width: int
+    height: int
+    fps: float
+    duration: float
+    rotation: int
+    frames: int | None
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Frame:
+    """One upright RGB frame from a file, its bytes, a Pillow image or an array.
+
+    Alpha is discarded, not blended; 16-bit grey is scaled to 8 bits; EXIF orientation is applied; an animation gives
+    its first frame. Arrays are uint8 `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels (channels last is
+    preferred where both fit).
+
+    Raises:
+        InputError: missing, damaged or not an image, too large for Pillow's limit, or an aspect above 1000.
+    """
+    if isinstance(source, np.ndarray):
+        pixels = _from_array(source)
+    elif isinstance(source, Image.Image):
+        pixels = _from_pillow(source, "the image")
+    else:
+        with _opened_image(source) as (image, name):
+            pixels = _from_pillow(image, name)
+    height, width = pixels.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"got an image of {width}x{height}, wanted an aspect of at most {MAX_ASPECT}; crop it first")
+    return Frame(pixels)
+
+
+@contextmanager
+def _opened_image(source: str | Path | bytes) -> Iterator[tuple[Image.Image, str]]:
+    name = "the image" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes):
+        _check_file(Path(source), "an image file")
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: more pixels than the safety limit allows ({error}); reduce it first") from error
+    except Exception as error:  # decoders of damaged headers raise many kinds, struct.error and IndexError among them
+        raise InputError(f"{name}: not a readable image; give a PNG, JPEG, WebP or similar file") from error
+    with image:
+        yield image, name
+
+
+def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I") or upright.mode == "F":
+            upright = _to_grey8(upright, name)
+        return np.array(upright.convert("RGB"))
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name}: more pixels than the safety limit allows ({error}); reduce it first") from error
+    except Exception as error:  # as above: Pillow's decoders raise many kinds on damaged data
+        raise InputError(f"{name}: the image is damaged or truncated ({error}); copy it again") from error
+
+
+def _to_grey8(image: Image.Image, name: str) -> Image.Image:
+    """16-bit grey to 8 bits. Pillow's own conversion clips at 255, which leaves most such pictures white."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{name}: pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    channels = (1, 3, 4)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
+        raise InputError(f"got an array {array.dtype} {list(array.shape)}, wanted uint8 [H, W], [H, W, C] or [C, H, W]")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.shape[2] not in channels:
+        array = array.transpose(1, 2, 0)
+    if array.shape[2] not in channels:
+        raise InputError(f"got an array {list(array.shape)} without a channel axis of 1, 3 or 4; wanted RGB or grey")
+    rgb = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+    return np.ascontiguousarray(rgb)
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Size, rate and length of a clip; decodes one frame.
+
+    Raises:
+        InputError: as `read_video`.
+    """
+    path = Path(path)
+    pictures = _pictures(path)
+    if pictures is not None:
+        height, width = next(pictures.read([0])).shape[:2]
+        return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
+    header = video.read_header(path)
+    for _, _, frame in video.decoded(path, quiet=True):
+        sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
+        count = None if header.first is None else header.packets
+        return VideoInfo(*sides, float(header.rate), float(header.duration), frame.rotation, count)
+    raise InputError(f"{path}: no frame can be decoded; the clip is damaged or empty")
+
+
+def read_video(
+    path: str | Path,
+    *,
+    fps: float | None = 1,
+    max_frames: int | None = 180,
+    start: float | None = None,
+    end: float | None = None,
+) -> Iterator[Frame]:
+    """The frames of a clip at `fps` per second between `start` and `end` (seconds from its beginning), one at a time.
+
+    `fps` None takes every frame. Of more than `max_frames` an evenly spread selection is kept, which costs a first
+    pass over the clip, because the count must be known. `Frame.time` is `start + i / fps`, or spread evenly over the
+    span when `fps` is None. A frame shown for several sampling times is given several times. A clip that is damaged
+    midway gives the frames that decode, with a warning.
+
+    A folder of pictures counts as 3 frames per second, an animated picture as 25.
+
+    Raises:
+        InputError: a path that is missing, is no clip or has no frame in the span; options out of range. Options and
+            the header are checked at the call, damage shows while reading.
+    """
+    _check_options(fps, max_frames, start, end)
+    path = Path(path)
+    pictures = _pictures(path)
+    if pictures is not None:
+        numbers = _thin(_by_number(path, pictures.count, pictures.rate, fps, max_frames, start, end), max_frames)
+        return (
+            Frame(pixels, number / pictures.rate, i)
+            for i, (number, pixels) in enumerate(zip(numbers, pictures.read(numbers), strict=True))
+        )
+    header = video.read_header(path)
+    span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
+    if span <= 0:
+        raise InputError(f"{path}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
+    if span < SHORT_SPAN:
+        numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
+        return _at_numbers(path, _thin(numbers, max_frames), float(header.rate))
+    return _at_rate(path, header, fps, max_frames, start, end)
+
+
+def read_video_by_number(
+    path: str | Path,
+    *,
+    fps: float | None = 1,
+    max_frames: int | None = 180,
+    start: float | None = None,
+    end: float | None = None,
+) -> Iterator[Frame]:
+    """The reference's second loader (`load_video_from_ids`) on a video file: every k-th frame by its number.
+
+    It begins at half an interval and stamps each frame with its number over the average rate. Like the reference it
+    applies `max_frames` with `fps` only where the span in seconds reaches that number.
+
+    Raises:
+        InputError: as `read_video`.
+    """
+    _check_options(fps, max_frames, start, end)
+    path = Path(path)
+    _check_file(path, "a video file")
+    header = video.read_header(path)
+    numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
+    return _at_numbers(path, numbers, float(header.rate))
+
+
+def _at_rate(
+    path: Path, header: video.Header, fps: float | None, max_frames: int | None, start: float | None, end: float | None
+) -> Iterator[Frame]:
+    """Frames by time: the reference's `ffmpeg` loader."""
+    begin = max(header.offset, _exact(start))
+    # Without `start` and `end` nothing is dropped: frames before the nominal beginning then count too.
+    origin = Fraction(0) if start is None and end is None else begin
+    length = None if end is None else video.nearest((_exact(end) - begin) / header.base) * header.base
+    rate = header.rate if fps is None else Fraction(str(fps)).limit_denominator(1_001_000)
+    rounding = video.nearest if fps is None else math.floor
+
+    def frames(quiet: bool) -> Iterator[video.VideoFrame]:
+        decoded = video.decoded(path, origin, quiet=quiet)
+        return video.resampled(decoded if length is None else video.trimmed(decoded, length), rate, rounding)
+
+    count, wanted = None, None
+    if fps is None or max_frames is not None and _most(header, begin, length, rate) > max_frames:
+        count = sum(1 for _ in frames(quiet=True))
+        wanted = iter(_thin(range(count), max_frames))
+    if fps is None:
+        until = header.duration if end is None else min(header.duration, _exact(end))
+        step = float(until - begin) / max((count or 0) - 1, 1)
+    else:
+        step = 1 / fps
+    index = 0
+    target = 0 if wanted is None else next(wanted, -1)
+    for i, frame in enumerate(frames(quiet=False)):
+        if i != target:
+            continue
+        yield Frame(video.to_rgb(frame), float(begin) + i * step, index)
+        index += 1
+        target = i + 1 if wanted is None else next(wanted, -1)
+        if target < 0:
+            break
+    if not index:
+        raise InputError(f"{path}: no frame can be decoded between start and end; the clip is damaged there or empty")
+
+
+def _most(header: video.Header, begin: Fraction, length: Fraction | None, rate: Fraction) -> float:
+    """A bound on the number of sampled frames, from the packets' times alone."""
+    if header.first is None or header.last is None:
+        return math.inf
+    span = header.last - min(header.first, begin)
+    return float((span if length is None else min(span, length)) * rate) + 2
+
+
+def _by_number(
+    path: Path,
+    count: int,
+    rate: float,
+    fps: float | None,
+    max_frames: int | None,
+    start: float | None,
+    end: float | None,
+) -> list[int]:
+    """Frame numbers of the reference's second loader."""
+    first = max(int((start or 0) * rate) - 1, 0)
+    last = count - 1 if end is None else min(max(int(end * rate) - 1, first), count - 1)
+    if first > last:
+        raise InputError(f"{path}: start {start or 0:g} s is not before the end at {count / rate:g} s")
+    return [first + i for i in sample_numbers(last + 1 - first, rate, fps, max_frames)]
+
+
+def sample_numbers(count: int, rate: float, fps: float | None, max_frames: int | None) -> list[int]:
+    """Every k-th of `count` frames from k // 2 on, k = rate // fps; evenly spread ones where that is not asked for.
+
+    Source: `frame_sample` and its caller in `penguinvl/mm_utils.py`. There `max_frames` is compared with seconds.
+    """
+    if fps is not None and (max_frames is None or count / rate < max_frames):
+        step = max(1, int(min(rate // fps, count)))
+        return list(range(step // 2, count, step))
+    return _thin(range(count), max_frames)
+
+
+def _thin(numbers: Sequence[int], most: int | None) -> list[int]:
+    """At most `most` of the numbers, evenly spread, the first and the last among them (one: the first)."""
+    if most is None or len(numbers) <= most:
+        return list(numbers)
+    return [numbers[i] for i in np.linspace(0, len(numbers) - 1, most, dtype=int)]
+
+
+def _at_numbers(path: Path, numbers: list[int], rate: float) -> Iterator[Frame]:
+    """Frames by their place in the order of presentation."""
+    index = 0
+    for i, (_, _, frame) in enumerate(video.decoded(path)):
+        if i == numbers[index]:
+            yield Frame(video.to_rgb(frame), i / rate, index)
+            index += 1
+            if index == len(numbers):
+                return
+    if not index:
+        raise InputError(f"{path}: no frame can be decoded between start and end; the clip is damaged there or empty")
+    warnings.warn(f"{path}: ends early, {index} of {len(numbers)} frames could be read", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """A clip made of still pictures: how many, at which rate, and how to read some of them in ascending order."""
+
+    count: int
+    rate: float
+    read: Callable[[Sequence[int]], Iterator[np.ndarray]]
+
+
+def _pictures(path: Path) -> _Pictures | None:
+    """The pictures of a folder or an animation; None for anything else that may be a video."""
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+        if not files:
+            raise InputError(f"{path}: the folder has no pictures; give a folder of image files or a video file")
+        return _Pictures(len(files), FOLDER_FPS, lambda numbers: _same_size(files[i] for i in numbers))
+    _check_file(path, "a video file")
+    try:
+        with Image.open(path) as image:
+            kind, count = image.format, getattr(image, "n_frames", 1)
+    except Exception:  # any failure means that it is for the video reader to judge
+        return None
+    if kind == "MPEG":  # Pillow knows these streams by name but cannot read them
+        return None
+    if kind != "GIF" and (count == 1 or kind not in _ANIMATIONS):
+        raise InputError(f"{path}: a single {kind} image, not a clip; use read_image")
+    return _Pictures(count, ANIMATION_FPS, lambda numbers: _animation(path, numbers))
+
+
+def _same_size(files: Iterator[Path]) -> Iterator[np.ndarray]:
+    shape: tuple[int, ...] | None = None
+    for file in files:
+        pixels = read_image(file).pixels
+        if shape is not None and pixels.shape != shape:
+            raise InputError(
+                f"{file}: {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted {shape[1]}x{shape[0]} like the pictures"
+                " before it; a folder read as a clip holds pictures of one size"
+            )
+        shape = pixels.shape
+        yield pixels
+
+
+def _animation(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    with _opened_image(path) as (image, name):
+        for number in numbers:
+            try:
+                image.seek(number)
+            except Exception as error:  # Pillow's decoders raise many kinds on damaged data
+                raise InputError(f"{name}: frame {number} of the animation is damaged; copy it again") from error
+            yield _from_pillow(image, name)
+
+
+def _check_options(fps: float | None, max_frames: int | None, start: float | None, end: float | None) -> None:
+    if fps is not None and not (0 < fps < math.inf):
+        raise InputError(f"got fps {fps}, wanted a number above 0, or None for every frame")
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"got max_frames {max_frames}, wanted at least 1, or None for no limit")
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (0 <= value < math.inf):
+            raise InputError(f"got {name} {value}, wanted seconds from the beginning of the clip, 0 or more")
+    if end is not None and end <= (start or 0):
+        raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
+
+
+def _check_file(path: Path, wanted: str) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, wanted {wanted}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; wanted {wanted}")
+
+
+def _exact(seconds: float | None) -> Fraction:
+    """Seconds as the command line of ffmpeg holds them: whole microseconds."""
+    return Fraction(round((seconds or 0) * _MICROSECONDS), _MICROSECONDS)

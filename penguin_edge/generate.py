@@ -25,7 +25,12 @@ from penguin_edge.model import PenguinModel
 
 @torch.no_grad()
 def generate(
-    model: PenguinModel, input_ids: Tensor, visual: Tensor | None = None, *, max_new_tokens: int, stop: Sequence[int] = ()
+    model: PenguinModel,
+    input_ids: Tensor,
+    visual: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[int] = (),
 ) -> tuple[list[int], Tensor]:
     """Greedy decoding with a KV cache.
 
@@ -56,7 +61,9 @@ class EagerEngine:
     def __init__(self, model: PenguinModel, *, max_seq_len: int = 4096) -> None:
         self.model = model
         self.config: PenguinConfig = model.config
-        self.bounds = Bounds(max_seq_len=max_seq_len, max_chunk=512, max_logits=64, max_batch=16, patch_buckets=(65_536,))
+        self.bounds = Bounds(
+            max_seq_len=max_seq_len, max_chunk=512, max_logits=64, max_batch=16, patch_buckets=(65_536,)
+        )
         self._cache = KVCache(model.config.text, max_seq_len, model.dtype, model.device)
 
     @property
@@ -70,7 +77,9 @@ class EagerEngine:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device)
 
     @torch.no_grad()
-    def encode(self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.float32]:
+    def encode(
+        self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
         return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
 
     @torch.no_grad()
@@ -99,5 +108,7 @@ class EagerEngine:
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.kv_len:
-            raise InputError(f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}")
+            raise InputError(
+                f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}"
+            )
         self._cache.length = length

@@ -39,7 +39,9 @@ def config_from_folder(folder: Path, shapes: Shapes) -> tuple[PenguinConfig, Pat
     text = dataclasses.replace(_stack(TextConfig, data, path), qk_norm=TEXT_TYPES[kind])
     vision, encoder_folder, more = _vision(folder, data, shapes)
     notes += more
-    generation = read_json(folder / "generation_config.json", "") if (folder / "generation_config.json").is_file() else {}
+    generation = (
+        read_json(folder / "generation_config.json", "") if (folder / "generation_config.json").is_file() else {}
+    )
     eos = generation.get("eos_token_id", data.get("eos_token_id"))
     config = PenguinConfig(
         vision=vision,
@@ -118,7 +120,11 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
         if name and (candidate / "config.json").is_file():
             encoder = read_json(candidate / "config.json", "the encoder configuration")
             return _stack(VisionConfig, encoder, candidate / "config.json"), candidate, []
-    return _vision_from_shapes(shapes, path), None, [f"encoder configuration {name!r} not found; taken from the weights' shapes"]
+    return (
+        _vision_from_shapes(shapes, path),
+        None,
+        [f"encoder configuration {name!r} not found; taken from the weights' shapes"],
+    )
 
 
 def _vision_from_shapes(shapes: Shapes, path: Path) -> VisionConfig:
@@ -134,7 +140,9 @@ def _vision_from_shapes(shapes: Shapes, path: Path) -> VisionConfig:
             head_dim=head_dim,
         )
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{path}: no encoder configuration, and the encoder's weights are missing ({error})") from error
+        raise CheckpointError(
+            f"{path}: no encoder configuration, and the encoder's weights are missing ({error})"
+        ) from error
 
 
 def _image(folder: Path, data: dict[str, Any]) -> ImageConfig:
@@ -159,7 +167,13 @@ def published_json(config: PenguinConfig, dtype: str) -> dict[str, dict[str, Any
     """The JSON files of a checkpoint in the published form, by file name."""
     text = dataclasses.asdict(config.text)
     normed = text.pop("qk_norm")
-    model: dict[str, Any] = {**text, "attention_bias": False, "hidden_act": "silu", "rope_scaling": None, "torch_dtype": dtype}
+    model: dict[str, Any] = {
+        **text,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "torch_dtype": dtype,
+    }
     model["eos_token_id"] = list(config.eos_token_ids) or None
     model["pad_token_id"] = config.pad_token_id
     files: dict[str, dict[str, Any]] = {

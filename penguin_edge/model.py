@@ -34,7 +34,9 @@ class PenguinModel(nn.Module):
         self.config = config
         vision = config.vision
         self.encoder = Encoder(vision) if vision and "encoder" in parts else None
-        self.projector = Projector(vision.hidden_size, config.text.hidden_size) if vision and "projector" in parts else None
+        self.projector = (
+            Projector(vision.hidden_size, config.text.hidden_size) if vision and "projector" in parts else None
+        )
         self.embedding = nn.Embedding(config.text.vocab_size, config.text.hidden_size) if "embedding" in parts else None
         self.decoder = Decoder(config.text) if "decoder" in parts else None
         self.tie()

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from penguin_edge.config import PATCH, PATCH_VALUES, ImageConfig
-from penguin_edge.errors import InputError
+from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 
 FLOOR_FACTOR = 1.5
@@ -70,7 +70,8 @@ def image_size(
     `min_tokens`; both counted before the sides are rounded. `min_tokens` and `max_tokens` replace the configured ones.
 
     Raises:
-        InputError: a size, count or budget below 1, or a floor above the budget.
+        InputError: a size, count or merge size below 1.
+        BudgetError: `max_tokens` below `min_tokens`.
     """
     least = config.min_tokens if min_tokens is None else min_tokens
     most = config.max_tokens if max_tokens is None else max_tokens
@@ -78,7 +79,7 @@ def image_size(
         if value < 1:
             raise InputError(f"got {name} {value}, wanted at least 1")
     if most < least:
-        raise InputError(f"max_tokens {most} is below min_tokens {least}; raise the one or lower the other")
+        raise BudgetError(f"max_tokens {most} is below min_tokens {least}; raise the one or lower the other")
     factor = PATCH * merge_size
     floor = least * factor * factor * FLOOR_FACTOR
     budget = most * factor * factor * FILL_FACTOR
@@ -188,7 +189,7 @@ def preprocess_image(
     """Resize one frame to `size` (default: its own `image_size`), normalise it and cut it into patches."""
     pixels = frame.pixels if isinstance(frame, Frame) else frame
     _check_pixels(pixels)
-    height, width = image_size(*pixels.shape[:2], config, merge_size) if size is None else size
+    height, width = size or image_size(pixels.shape[0], pixels.shape[1], config, merge_size)
     return patchify(resize(pixels, height, width), merge_size, config)
 
 
@@ -199,7 +200,7 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...], rescale: float) -> 
         raise InputError(f"image_std {std} has a zero; wanted the standard deviation of each channel")
     # The reference rescales and normalises in float32, in this order.
     levels = (np.arange(256) * rescale).astype(np.float32)
-    return (levels[None] - np.float32(mean)[:, None]) / np.float32(std)[:, None]
+    return (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def _block_order(grid: np.ndarray, merge_size: int) -> np.ndarray:

@@ -92,7 +92,9 @@ def render(
     def add_visual() -> None:
         nonlocal seen
         if visual_tokens is not None and seen >= len(visual_tokens):
-            raise InputError(f"the conversation names more than the {len(visual_tokens)} images and frames that were given")
+            raise InputError(
+                f"the conversation names more than the {len(visual_tokens)} images and frames that were given"
+            )
         out.append(Visual(1 if visual_tokens is None else visual_tokens[seen], seen))
         seen += 1
 
@@ -109,7 +111,9 @@ def render(
             times = list(part.get("timestamps") or [])
             count = int(part["num_frames"]) if "num_frames" in part else len(times)
             if times and len(times) != count:
-                raise InputError(f"a video part has {count} frames and {len(times)} timestamps; wanted one each, or none")
+                raise InputError(
+                    f"a video part has {count} frames and {len(times)} timestamps; wanted one each, or none"
+                )
             for index in range(count):
                 add(("," if index else "") + frame_tag(times[index] if times else None))
                 add_visual()
@@ -202,14 +206,20 @@ class Tokenizer:
         try:
             inner = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error}); copy tokenizer.json again") from error
+            raise CheckpointError(
+                f"{path}: cannot be read as a tokenizer ({error}); copy tokenizer.json again"
+            ) from error
         if image_token_id >= 0:
             if inner.token_to_id(IMAGE) is None:
                 inner.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
             found = inner.token_to_id(IMAGE)
             missing = [name for name in (START, END) if inner.token_to_id(name) is None]
             if missing or found != image_token_id:
-                what = f"has no {missing[0]}" if missing else f"has {IMAGE} as id {found}, the model wants {image_token_id}"
+                what = (
+                    f"has no {missing[0]}"
+                    if missing
+                    else f"has {IMAGE} as id {found}, the model wants {image_token_id}"
+                )
                 raise CheckpointError(f"{path}: this tokenizer {what}; use tokenizer.json of the same checkpoint")
         largest = max(inner.get_vocab(with_added_tokens=True).values())
         if largest >= vocab_size:

@@ -113,10 +113,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a readable shard index ({error!r}); copy the checkpoint again") from error
+            raise CheckpointError(
+                f"{index}: not a readable shard index ({error!r}); copy the checkpoint again"
+            ) from error
         missing = [name for name in names if not (folder / os.path.basename(name)).is_file()]
         if missing:
-            raise CheckpointError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it again")
+            raise CheckpointError(
+                f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it again"
+            )
         return [folder / os.path.basename(name) for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:

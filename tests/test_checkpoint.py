@@ -117,8 +117,14 @@ def test_text_models_agree_with_transformers(tmp_path: Path, kind: str) -> None:
     """A second oracle: logits within 1e-4 of transformers' own model (another attention implementation, fp32)."""
     transformers = pytest.importorskip("transformers")
     text = {
-        "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": kind == "llama",
+        "vocab_size": 320,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": kind == "llama",
     }
     if kind == "qwen3":
         oracle = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, head_dim=16))
@@ -153,7 +159,9 @@ def test_loading_peaks_below_a_fifth_above_the_weights(tmp_path: Path) -> None:
         "model = Checkpoint.open(sys.argv[1], note=lambda line: None).load(dtype=torch.bfloat16)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 1.2 * size
 
 
@@ -186,7 +194,9 @@ def damage(folder: Path, how: str) -> None:
     elif how == "odd projector":
         edit_config(folder, vision_projector_type="identity")
     elif how == "missing shard":
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}})
+        )
 
 
 @pytest.mark.parametrize(

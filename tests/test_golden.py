@@ -111,7 +111,9 @@ def test_encoder(path: Path) -> None:
     features, projected = [], []
     with torch.no_grad():
         for frame in frames:
-            out = model.encode(torch.from_numpy(frame.pixels)[None], torch.from_numpy(frame.rows), torch.from_numpy(frame.cols))
+            out = model.encode(
+                torch.from_numpy(frame.pixels)[None], torch.from_numpy(frame.rows), torch.from_numpy(frame.cols)
+            )
             merged = out.unflatten(1, (-1, frame.merge_size**2)).mean(2)
             features.append(merged[0].numpy())
             projected.append(model.project(out, frame.merge_size)[0].numpy())
@@ -212,7 +214,11 @@ def test_prompt_constants() -> None:
 
 # --- the whole model ---------------------------------------------------------------------------------------------------
 
-VLM_CASES = [p for p in sorted(GOLDEN.glob("vlm*_*.npz")) if "input_ids" in np.load(p).files and "logits_last" in np.load(p).files]
+VLM_CASES = [
+    p
+    for p in sorted(GOLDEN.glob("vlm*_*.npz"))
+    if "input_ids" in np.load(p).files and "logits_last" in np.load(p).files
+]
 
 
 def case_name(path: Path) -> str:
@@ -262,7 +268,11 @@ def test_greedy_generation(path: Path) -> None:
     with torch.no_grad():
         visual = model.visual(frames)
     ids, logits = generate(
-        model, torch.from_numpy(arrays["input_ids"]), visual, max_new_tokens=len(wanted), stop=checkpoint.config.eos_token_ids
+        model,
+        torch.from_numpy(arrays["input_ids"]),
+        visual,
+        max_new_tokens=len(wanted),
+        stop=checkpoint.config.eos_token_ids,
     )
     assert ids == wanted
     close(logits, arrays["generated_logits"], LOGITS)

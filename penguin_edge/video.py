@@ -1,0 +1,241 @@
+"""Decoding of video containers with PyAV: headers, exact times, sampling, orientation.
+
+| tensor | shape | dtype | meaning |
+|---|---|---|---|
+| result of `to_rgb` | `[H, W, 3]` | uint8 | RGB at native size, upright |
+
+Times are exact fractions of a second from the start of the container, because sampling takes floors of them. What
+comes out equals the frames of the `ffmpeg` program (`-ss`/`-t` before the input, filter `fps=N:round=down`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import numpy as np
+
+from penguin_edge.errors import InputError, TargetUnavailable
+
+if TYPE_CHECKING:
+    from av import Packet, VideoFrame, VideoStream
+    from av.buffer import Buffer
+    from av.container import InputContainer
+
+    Timed: TypeAlias = tuple[Fraction, Fraction, VideoFrame]
+    """When a frame is shown, for how long, and the frame."""
+
+SEEK_LEAD = Fraction(1, 4)
+"""Seconds to seek before the wanted time, because key frames are found by decoding time."""
+EARLY_END = 0.5
+"""A clip whose frames stop this many seconds before the stated end is reported as cut short."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a pass over the packets of a clip tells, without decoding. Times are seconds from the container's start.
+
+    `base` is the unit of the stream's clock; `offset` is when its first frame is due.
+    `first` and `last` bound the packets' presentation times; they are None where a packet has no time stamp.
+    """
+
+    rate: Fraction
+    base: Fraction
+    duration: Fraction
+    offset: Fraction
+    packets: int
+    first: Fraction | None
+    last: Fraction | None
+
+
+def read_header(path: Path) -> Header:
+    """Rate, length and packet count of a clip; reads the whole file once.
+
+    Raises:
+        InputError: not a clip that can be opened, or one without a video stream or packets.
+    """
+    with opened(path) as (container, stream):
+        base = _base(stream)
+        origin = _origin(container)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        stated = None if container.duration is None else Fraction(container.duration, 1_000_000)
+        offset = Fraction(0) if stream.start_time is None else stream.start_time * base - origin
+        count, times, last = 0, True, Fraction(0)
+        first: Fraction | None = None
+        for packet in _packets(path, container, stream, quiet=True):
+            if not packet.size:
+                continue
+            count += 1
+            if packet.pts is None:
+                times = False
+                continue
+            at = packet.pts * base - origin
+            first = at if first is None else min(first, at)
+            last = max(last, at + (packet.duration * base if packet.duration else 1 / rate))
+    if not count:
+        raise InputError(f"{path}: the video stream has no data; the file is cut short, copy it again")
+    duration = stated or (last if times else count / rate)
+    return Header(
+        rate, base, duration, max(offset, Fraction(0)), count, first if times else None, last if times else None
+    )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first real video stream (cover art is not one)."""
+    try:
+        import av
+    except ImportError:
+        raise TargetUnavailable("reading video needs PyAV: pip install av") from None
+    try:
+        # The prefix and the whitelist keep playlists and odd names from reaching the network.
+        options = {"protocol_whitelist": "file,crypto,data"}
+        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: not a readable video; the file is damaged, cut short or of another kind") from error
+    with container:
+        kind = container.format.name
+        if kind == "tty" or kind == "image2" or kind.endswith("_pipe"):
+            raise InputError(f"{path}: not a video but {kind}; give an MP4, MKV, WebM, AVI or similar clip")
+        for stream in container.streams.video:
+            if not stream.disposition & av.stream.Disposition.attached_pic:
+                if stream.codec_context is None:
+                    raise InputError(f"{path}: the codec of the video stream is unknown here; convert it to H.264")
+                stream.thread_type = "AUTO"
+                yield container, stream
+                return
+        raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
+
+
+def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True, quiet: bool = False) -> Iterator[Timed]:
+    """Frames in the order of presentation, with times relative to `begin`; none earlier than `begin`.
+
+    Damaged packets are skipped, and reported once as a warning unless `quiet`.
+    """
+    import av
+
+    with opened(path) as (container, stream):
+        base = _base(stream)
+        origin = _origin(container)
+        shift = nearest((origin + begin) / base)
+        usual = stream.average_rate or stream.guessed_rate or Fraction(25)
+        landed = True
+        if seek and begin > SEEK_LEAD and container.duration is not None:
+            try:
+                container.seek(math.floor((origin + begin - SEEK_LEAD) * 1_000_000))
+                landed = False
+            except av.FFmpegError:
+                pass  # not seekable: decode from the beginning, the frames before `begin` are dropped below
+        bad, ticks, length = 0, -shift, 1
+        for packet in _packets(path, container, stream, quiet):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                bad += 1
+                continue
+            for frame in frames:
+                ticks = ticks + length if frame.pts is None else frame.pts - shift
+                length = frame.duration or max(1, nearest(1 / usual / base))
+                if not landed and ticks > 0:  # some containers seek too far: read from the beginning instead
+                    yield from decoded(path, begin, seek=False, quiet=quiet)
+                    return
+                landed = True
+                if begin == 0 or ticks >= 0:
+                    yield ticks * base, length * base, frame
+        if bad and not quiet:
+            warnings.warn(f"{path}: {bad} damaged packets were skipped; some frames may be missing", stacklevel=2)
+
+
+def trimmed(frames: Iterable[Timed], length: Fraction) -> Iterator[Timed]:
+    """The frames less than `length` seconds after the first; the last lasts until the one that was cut off."""
+    first: Fraction | None = None
+    held: Timed | None = None
+    for timed in frames:
+        first = timed[0] if first is None else first
+        if held is not None and timed[0] - first >= length:
+            yield held[0], timed[0] - held[0], held[2]
+            return
+        if held is not None:
+            yield held
+        held = timed
+    if held is not None:
+        yield held
+
+
+def resampled(
+    frames: Iterable[Timed], rate: Fraction, rounding: Callable[[Fraction], int] = math.floor
+) -> Iterator[VideoFrame]:
+    """One frame per slot of `1 / rate` seconds: with floor, the last frame that starts within the slot.
+
+    A slot without a frame repeats the one before. A clip too short for any slot gives its last frame.
+    """
+    slot: int | None = None
+    end = Fraction(0)
+    given = 0
+    held: VideoFrame | None = None
+    for at, lasts, frame in frames:
+        index = rounding(at * rate)
+        if held is None or slot is None:
+            slot = index
+        else:
+            while slot < index:
+                yield held
+                slot, given = slot + 1, given + 1
+        held, end = frame, at + lasts
+    if held is None or slot is None:
+        return
+    while slot < rounding(end * rate) or not given:
+        yield held
+        slot, given = slot + 1, given + 1
+
+
+def nearest(value: Fraction) -> int:
+    """Round to the nearest integer, halves away from zero, as ffmpeg rescales times."""
+    return math.floor(value + Fraction(1, 2)) if value >= 0 else math.ceil(value - Fraction(1, 2))
+
+
+def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """From the display matrix: whether to transpose, then whether to mirror left-right and top-bottom."""
+    side_data = cast("Mapping[str, Buffer]", frame.side_data)
+    if "DISPLAYMATRIX" not in side_data:
+        return False, False, False
+    data = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
+    # A point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, c, d = (int(data[i]) for i in (0, 1, 3, 4))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, a < 0, d < 0
+    return True, c < 0, b < 0
+
+
+def to_rgb(frame: VideoFrame) -> np.ndarray:
+    """`[H, W, 3]` uint8, upright."""
+    pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
+    transpose, mirror, flip = orientation(frame)
+    if transpose:
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels[:: -1 if flip else 1, :: -1 if mirror else 1])
+
+
+def _packets(path: Path, container: InputContainer, stream: VideoStream, quiet: bool) -> Iterator[Packet]:
+    """Packets up to the end or to damage that the container cannot get past, then the packet that flushes."""
+    import av
+
+    try:
+        yield from container.demux(stream)
+    except av.FFmpegError as error:
+        if not quiet:
+            warnings.warn(f"{path}: reading stopped early, the file is damaged ({error})", stacklevel=2)
+
+
+def _base(stream: VideoStream) -> Fraction:
+    return stream.time_base or Fraction(1, 1_000_000)
+
+
+def _origin(container: InputContainer) -> Fraction:
+    return Fraction(container.start_time or 0, 1_000_000)

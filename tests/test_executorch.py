@@ -1,0 +1,322 @@
+"""Real exports of the tiny preset to ExecuTorch, held against eager PyTorch through the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+pytest.importorskip("executorch", reason="executorch is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature  # noqa: E402
+from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
+from penguin_edge.decoder import KVCache  # noqa: E402
+from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError  # noqa: E402
+from penguin_edge.export import executorch as export  # noqa: E402
+from penguin_edge.model import PenguinModel  # noqa: E402
+from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
+
+TINY = PRESETS["tiny"]
+ONE_LAYER = replace(
+    TINY, vision=replace(TINY.vision, num_hidden_layers=1), text=replace(TINY.text, num_hidden_layers=1)
+)
+MAX_SEQ_LEN = 160
+FP32_TOLERANCE = 1e-4
+FP16_TOLERANCE = 5e-3
+"""Relative: fp16 has 11 bits (5e-4), and the sums of a layer are rounded in another order than eager's."""
+
+
+def tiny(config: PenguinConfig, dtype: torch.dtype) -> PenguinModel:
+    """The preset with weights from a seed, large enough that every layer matters."""
+    model = PenguinModel(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.08 * noise)
+    return model.to(dtype)
+
+
+def export_bundle(folder: Path, config: PenguinConfig, precision: str) -> Bundle:
+    folder.mkdir()
+    target = export.ExecutorchTarget()
+    bounds = target.bounds(MAX_SEQ_LEN)
+    graphs = {}
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    for part in ("encoder", "projector", "decoder"):
+        model = tiny(config, dtype)
+        inputs, outputs = signature(part, config, bounds)
+        file = target.export_part(part, model, bounds, folder).file
+        graphs[part] = GraphEntry(file, precision, tuple(inputs), tuple(outputs))
+    model = tiny(config, torch.float32)
+    assert model.embedding is not None
+    model.embedding.weight.detach().numpy().tofile(folder / EMBEDDING)
+    manifest = Manifest(
+        config, {}, "executorch", precision, bounds, graphs, "fp32", target.kv_dtype(precision), {}, {"executorch": "x"}
+    )
+    return finish(folder, manifest)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_bundle(tmp_path_factory.mktemp("executorch") / "fp32", TINY, "fp32")
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_bundle(tmp_path_factory.mktemp("executorch") / "fp16", ONE_LAYER, "fp16")
+
+
+@pytest.fixture(scope="session")
+def model() -> PenguinModel:
+    return tiny(TINY, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def loaded(bundle: Bundle) -> ExecutorchEngine:
+    return ExecutorchEngine.open(bundle)
+
+
+@pytest.fixture
+def engine(loaded: ExecutorchEngine) -> Iterator[ExecutorchEngine]:
+    """With an empty cache as far as `kv_len` goes; what earlier tests left above it must not be read."""
+    loaded.truncate(0)
+    yield loaded
+
+
+def error(got: np.ndarray, wanted: torch.Tensor) -> float:
+    assert got.dtype == np.float32
+    assert got.shape == tuple(wanted.shape)
+    return float(np.linalg.norm(got - wanted.float().numpy()) / np.linalg.norm(wanted.float().numpy()))
+
+
+def embeds(count: int, seed: int, config: PenguinConfig = TINY) -> np.ndarray:
+    # Values that fp16 holds exactly, so that both sides read the same input.
+    values = np.random.default_rng(seed).standard_normal((count, config.text.hidden_size))
+    return values.astype(np.float16).astype(np.float32)
+
+
+def eager_logits(model: PenguinModel) -> Callable[[np.ndarray], torch.Tensor]:
+    """Logits [S, V] at every position of a sequence, without any cache."""
+
+    def logits(sequence: np.ndarray) -> torch.Tensor:
+        assert model.decoder is not None
+        x = torch.from_numpy(sequence)[None].to(model.dtype)
+        hidden = model.decoder(x, torch.arange(len(sequence)))
+        return model.decoder.logits(hidden, torch.arange(len(sequence)))[0].float()
+
+    return logits
+
+
+class Stream:
+    """Feeds an engine and remembers what the cache must hold."""
+
+    def __init__(self, engine: ExecutorchEngine, model: PenguinModel, tolerance: float) -> None:
+        self.engine, self.logits, self.tolerance = engine, eager_logits(model), tolerance
+        self.sequence = np.zeros((0, engine.config.text.hidden_size), np.float32)
+        self.seed = 0
+
+    def feed(self, count: int) -> None:
+        self.seed += 1
+        chunk = embeds(count, self.seed)
+        index = np.unique(np.array([0, count // 2, count - 1]))
+        got = self.engine.forward(chunk, index)
+        self.sequence = np.concatenate((self.sequence, chunk))
+        wanted = self.logits(self.sequence)[len(self.sequence) - count :][torch.from_numpy(index)]
+        assert error(got, wanted) <= self.tolerance
+        assert self.engine.kv_len == len(self.sequence)
+
+    def truncate(self, length: int) -> None:
+        self.engine.truncate(length)
+        self.sequence = self.sequence[:length]
+
+
+def test_prefill_decode_truncate(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream.feed(12)
+    for _ in range(8):
+        stream.feed(1)
+    stream.truncate(5)
+    stream.feed(4)
+    stream.feed(1)
+
+
+def test_uneven_chunks(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    stream = Stream(engine, model, FP32_TOLERANCE)
+    for count in (7, 1, 12, 13):
+        stream.feed(count)
+
+
+def test_first_token_alone(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream.feed(1)
+    stream.feed(1)
+
+
+def test_full_capacity_and_one_more(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    stream = Stream(engine, model, FP32_TOLERANCE)
+    for count in (128, 31, 1):
+        stream.feed(count)
+    with pytest.raises(BudgetError, match="max_seq_len = 160"):
+        engine.forward(embeds(1, 9), np.array([-1]))
+    assert engine.kv_len == MAX_SEQ_LEN
+    stream.truncate(159)
+    stream.feed(1)
+
+
+def test_logit_index(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    chunk = embeds(6, 3)
+    wanted = eager_logits(model)(chunk)
+    for index in ([], [-1], [2, 0, 5], [1] * 8):
+        engine.truncate(0)
+        got = engine.forward(chunk, np.array(index, dtype=np.int64))
+        assert got.shape == (len(index), TINY.text.vocab_size)
+        if index:
+            assert error(got, wanted[index]) <= FP32_TOLERANCE
+    with pytest.raises(InputError, match="at most 8"):
+        engine.forward(chunk, np.zeros(9, np.int64))
+
+
+def test_reopened_engine_equals_used_one(engine: ExecutorchEngine, bundle: Bundle) -> None:
+    """Same numbers, and a state of its own."""
+    engine.forward(embeds(100, 1), np.array([-1]))
+    engine.truncate(0)
+    fresh = ExecutorchEngine.open(bundle)
+    for count, seed in ((9, 2), (1, 3)):
+        index = np.array([-1])
+        assert_array_equal(engine.forward(embeds(count, seed), index), fresh.forward(embeds(count, seed), index))
+    other = fresh.forward(embeds(1, 5), index)
+    fresh.truncate(10)
+    engine.forward(embeds(1, 4), index)
+    assert_array_equal(fresh.forward(embeds(1, 5), index), other)
+
+
+@pytest.mark.parametrize("patches", [1, 2, 24, 255, 256, 640])
+def test_encoder(engine: ExecutorchEngine, model: PenguinModel, patches: int) -> None:
+    """Up to the bound, 4 * max_seq_len."""
+    pixels = np.random.default_rng(patches).standard_normal((1, patches, 588)).astype(np.float32)
+    rows, cols = np.arange(patches) // 16, np.arange(patches) % 16
+    wanted = model.encode(*(torch.from_numpy(x) for x in (pixels, rows, cols)))
+    assert error(engine.encode(pixels, rows, cols), wanted) <= FP32_TOLERANCE
+
+
+def test_encoder_bounds(engine: ExecutorchEngine) -> None:
+    for shape in ((1, 641, 588), (2, 4, 588)):
+        with pytest.raises(InputError, match="wanted at most 1 of 640"):
+            engine.encode(np.zeros(shape, np.float32), np.zeros(shape[1], np.int64), np.zeros(shape[1], np.int64))
+
+
+@pytest.mark.parametrize(("tokens", "merge"), [(1, 1), (1, 2), (7, 1), (160, 2), (640, 1)])
+def test_projector(engine: ExecutorchEngine, model: PenguinModel, tokens: int, merge: int) -> None:
+    features = np.random.default_rng(tokens).standard_normal((1, tokens * merge**2, 64)).astype(np.float32)
+    wanted = model.project(torch.from_numpy(features), merge)
+    got = engine.project(features.reshape(1, tokens, merge**2, 64))
+    assert error(got, wanted) <= FP32_TOLERANCE
+
+
+def test_fp16(half_bundle: Bundle) -> None:
+    """Against eager fp16, every stage."""
+    engine, model = ExecutorchEngine.open(half_bundle), tiny(ONE_LAYER, torch.float16)
+    stream = Stream(engine, model, FP16_TOLERANCE)
+    for count in (12, 1, 1):
+        stream.feed(count)
+    stream.truncate(5)
+    stream.feed(4)
+    pixels = np.random.default_rng(0).standard_normal((1, 40, 588)).astype(np.float16).astype(np.float32)
+    rows, cols = np.arange(40) // 8, np.arange(40) % 8
+    wanted = model.encode(torch.from_numpy(pixels).half(), torch.from_numpy(rows), torch.from_numpy(cols))
+    features = engine.encode(pixels, rows, cols)
+    assert error(features, wanted) <= FP16_TOLERANCE
+    wanted = model.project(wanted, 2)
+    assert error(engine.project(features.reshape(1, 10, 4, 64)), wanted) <= FP16_TOLERANCE
+
+
+def test_fp16_survives_large_residuals(half_bundle: Bundle) -> None:
+    """Squares of 3,000 leave fp16's range; the norms must not."""
+    engine, model = ExecutorchEngine.open(half_bundle), tiny(ONE_LAYER, torch.float32)
+    chunk = embeds(3, 1) * 3000
+    wanted = eager_logits(model)(chunk)[-1:]
+    assert error(engine.forward(chunk, np.array([-1])), wanted) <= FP16_TOLERANCE
+
+
+def test_weights_are_stored_once_and_caches_not_at_all(bundle: Bundle, half_bundle: Bundle) -> None:
+    for opened, config, size in ((bundle, TINY, 4), (half_bundle, ONE_LAYER, 2)):
+        for part in ("encoder", "projector", "decoder"):
+            weights = size * sum(p.numel() for p in getattr(PenguinModel(config), part).parameters())
+            stored = opened.path(f"{part}.pte").stat().st_size
+            assert weights <= stored <= weights + 120_000
+
+
+def test_only_stock_operators(bundle: Bundle) -> None:
+    """`llama::` operators need libtorch at run time."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    for part in ("encoder", "projector", "decoder"):
+        program = deserialize_pte_binary(bundle.path(f"{part}.pte").read_bytes()).program
+        names = {op.name for plan in program.execution_plan for op in plan.operators}
+        assert not names & {"aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::_softmax"}
+        assert all(name.startswith(("aten::", "executorch_prim::")) for name in names)
+        assert all(plan.delegates for plan in program.execution_plan)
+
+
+class OutsideProduct(torch.nn.Module):
+    """An integer product, which XNNPACK does not take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, x)
+
+
+def test_product_outside_the_delegate_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PenguinError, match="left 1 outside"):
+        example = (torch.ones(4, 4, dtype=torch.int64),)
+        export.compile_method("decoder", OutsideProduct(), example, ({},), tmp_path / "x.pte")
+    assert not (tmp_path / "x.pte").exists()
+
+
+def test_log_states_what_is_outside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=export.__name__):
+        export.ExecutorchTarget().export_part(
+            "projector", tiny(TINY, torch.float32), export.ExecutorchTarget().bounds(MAX_SEQ_LEN), tmp_path
+        )
+    assert "projector: 1 XNNPACK subgraphs; outside them: {'mean': 1}" in caplog.text
+
+
+def test_damaged_program(bundle: Bundle, tmp_path: Path) -> None:
+    for file in bundle.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "decoder.pte").write_bytes(bytes(4096))
+    engine = ExecutorchEngine.open(Bundle(tmp_path, bundle.manifest))
+    with pytest.raises(BundleError, match="export again"):
+        engine.forward(embeds(1, 0), np.array([-1]))
+
+
+def test_refusals(bundle: Bundle, loaded: ExecutorchEngine, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="made for target 'onnx'"):
+        ExecutorchEngine.open(Bundle(bundle.folder, replace(bundle.manifest, target="onnx")))
+    with pytest.raises(InputError, match="at least 1"):
+        ExecutorchEngine.open(bundle, threads=0)
+    with pytest.raises(InputError, match="share one pool"):
+        ExecutorchEngine.open(bundle, threads=61)
+    with pytest.raises(InputError, match="at least 32"):
+        export.ExecutorchTarget().bounds(8)
+    with pytest.raises(InputError, match="part 'embedding'"):
+        export.ExecutorchTarget().export_part(
+            "embedding", PenguinModel(TINY, ("projector",)), export.ExecutorchTarget().bounds(64), tmp_path
+        )
+
+
+def test_eager_cache_agrees(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    """The engine's cache and the model's own, token by token."""
+    assert model.decoder is not None
+    cache = KVCache(TINY.text, MAX_SEQ_LEN, torch.float32, torch.device("cpu"))
+    for seed in range(3):
+        x = embeds(2, seed)
+        hidden = model.decoder(torch.from_numpy(x)[None], cache.length + torch.arange(2), cache.attend)
+        wanted = model.decoder.logits(hidden, torch.tensor([-1]))[0]
+        cache.length += 2
+        assert error(engine.forward(x, np.array([-1])), wanted) <= FP32_TOLERANCE

@@ -1,0 +1,393 @@
+"""Plans keep their promises for any clip; detection sees what it should and survives odd frames."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from penguin_edge import keyframes
+from penguin_edge.config import PATCH, TraConfig
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
+from penguin_edge.tra import (
+    DROPPED,
+    INTERMEDIATE,
+    KEY,
+    KeyFrameDetector,
+    Plan,
+    TraPlanner,
+    compare_size,
+    plan_clip,
+    similarity,
+    size_ladder,
+)
+
+Frames = list[NDArray[np.uint8]]
+SIDES = st.one_of(st.integers(1, 200), st.integers(1, 4096))
+
+
+@st.composite
+def clips(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `plan_clip`. Labels come from a seed: a list of 2000 drawn labels would be slow to draw."""
+    n = draw(st.one_of(st.integers(1, 8), st.integers(1, 2000)))
+    share = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return {
+        "n": n,
+        "kinds": [KEY if is_key else INTERMEDIATE for is_key in random.random(n) < share],
+        "size": (draw(SIDES), draw(SIDES)),
+        "budget": draw(st.one_of(st.integers(1, 100), st.integers(1, 20_000), st.integers(1, 10_000_000))),
+        "min_tokens": draw(st.integers(1, 64)),
+        "merge_size": draw(st.sampled_from([1, 2])),
+    }
+
+
+def _rungs(clip: dict[str, Any]) -> tuple[list[int], int]:
+    """Tokens of all sizes of the clip, and those of its floor, by the definition in the module's docstring."""
+    tokens = [r * c for r, c in size_ladder(*clip["size"], PATCH * clip["merge_size"])]
+    return tokens, next((t for t in tokens if t >= 1.5 * clip["min_tokens"]), tokens[-1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(clips())
+def test_strict_plans_keep_the_budget_and_never_enlarge(clip: dict[str, Any]) -> None:
+    plan = plan_clip(**clip)
+    assert len(plan.frames) == clip["n"]
+    assert plan.keys + plan.intermediates + plan.dropped == clip["n"]
+    assert plan.total_tokens <= clip["budget"] and not plan.over_budget
+    assert plan.frames[0].kind == KEY
+    factor = PATCH * clip["merge_size"]
+    height, width = (math.ceil(side / factor) * factor for side in clip["size"])
+    for frame, asked in zip(plan.frames, clip["kinds"], strict=True):
+        if frame.kind == DROPPED:
+            assert (frame.width, frame.height, frame.tokens) == (0, 0, 0)
+            continue
+        assert frame.height % factor == 0 and factor <= frame.height <= height
+        assert frame.width % factor == 0 and factor <= frame.width <= width
+        assert frame.tokens == frame.height * frame.width // factor**2
+        assert frame.kind == asked or frame is plan.frames[0]
+    key_tokens = {frame.tokens for frame in plan.frames if frame.kind == KEY}
+    other_tokens = {frame.tokens for frame in plan.frames if frame.kind == INTERMEDIATE}
+    assert len(key_tokens) == 1 and len(other_tokens) <= 1
+    assert not other_tokens or key_tokens.pop() >= other_tokens.pop()
+    assert plan_clip(**clip) == plan
+
+
+@settings(max_examples=300, deadline=None)
+@given(clips())
+def test_strict_plans_drop_only_what_they_must_and_say_so(clip: dict[str, Any]) -> None:
+    plan = plan_clip(**clip)
+    tokens, floor = _rungs(clip)
+    n, budget = clip["n"], clip["budget"]
+    if n * tokens[-1] <= budget:
+        assert plan.stage == "native"
+        assert {frame.tokens for frame in plan.frames} == {tokens[-1]}
+    kept = plan.keys + plan.intermediates
+    assert kept == min(n, max(1, budget // floor))
+    if kept > 1:
+        assert min(frame.tokens for frame in plan.frames if frame.kind != DROPPED) >= floor
+    asked = clip["kinds"].count(KEY) + (clip["kinds"][0] != KEY)
+    assert plan.keys == min(asked, kept), "intermediate frames go before key frames"
+    said = " ".join(plan.notes)
+    for kind, lost in ((KEY, asked - plan.keys), (INTERMEDIATE, n - asked - plan.intermediates)):
+        assert (f"dropped {lost} of" in said and f"{kind} frames" in said) if lost else f"{kind} frames" not in said
+    assert ("frame 0 was made key" in said) == (clip["kinds"][0] != KEY)
+
+
+@settings(max_examples=300, deadline=None)
+@given(clips())
+def test_strict_plans_use_the_budget(clip: dict[str, Any]) -> None:
+    """What is left over is less than one more step of the frames that may still grow."""
+    plan = plan_clip(**clip)
+    tokens, _ = _rungs(clip)
+    key = tokens.index(plan.frames[0].tokens)
+    left = clip["budget"] - plan.total_tokens
+    if key + 1 < len(tokens):
+        assert plan.keys * (tokens[key + 1] - tokens[key]) > left
+    elif plan.intermediates:
+        other = tokens.index(next(frame.tokens for frame in plan.frames if frame.kind == INTERMEDIATE))
+        if other + 1 < len(tokens):
+            assert plan.intermediates * (tokens[other + 1] - tokens[other]) > left
+
+
+@settings(max_examples=100, deadline=None)
+@given(clips(), st.integers(1, 1000))
+def test_a_larger_budget_never_keeps_fewer_frames(clip: dict[str, Any], more: int) -> None:
+    small, large = plan_clip(**clip), plan_clip(**{**clip, "budget": clip["budget"] + more})
+    assert small.dropped >= large.dropped
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIDES, SIDES, st.sampled_from([14, 28]))
+def test_the_ladder_climbs_from_one_token_to_native(height: int, width: int, factor: int) -> None:
+    ladder = size_ladder(height, width, factor)
+    assert ladder[0] == (1, 1)
+    assert ladder[-1] == (max(1, round(height / factor)), max(1, round(width / factor)))
+    for (r, c), (higher, wider) in pairwise(ladder):
+        assert (higher - r, wider - c) in {(0, 1), (1, 0), (1, 1)}
+        scale = max(((higher - 0.5) * factor / height) * (higher > r), ((wider - 0.5) * factor / width) * (wider > c))
+        # A side is the scaled side rounded to whole factors, so the aspect is kept to half a factor, or it is one.
+        for cells, side in ((higher, height), (wider, width)):
+            assert cells == 1 or abs(cells - scale * side / factor) <= 0.5 + 1e-6
+
+
+def _kinds(n: int, *keys: int) -> list[str]:
+    return [KEY if i in keys else INTERMEDIATE for i in range(n)]
+
+
+def test_the_stages_of_the_cascade() -> None:
+    """8 frames of 360x640, keys 0 and 4, factor 28: native is 13x23 = 299 tokens, the floor 4x6 = 24."""
+    plans = {b: plan_clip(8, _kinds(8, 0, 4), (360, 640), b) for b in (8 * 299, 2000, 600, 500, 8 * 24, 150)}
+    sizes = {b: (p.stage, p.frames[0].tokens, max(f.tokens for f in p.frames[1:4])) for b, p in plans.items()}
+    assert sizes[8 * 299] == ("native", 299, 299)
+    stage, key, other = sizes[2000]
+    assert (stage, key) == ("joint", 299) and 299 / 16 < other < 299, "keys are native, so intermediate frames grow"
+    assert sizes[600][0] == sizes[500][0] == "floor"
+    assert sizes[500][2] == 24 < sizes[500][1] < sizes[600][1] < 299
+    assert sizes[8 * 24] == ("floor", 24, 24)
+    assert (plans[150].stage, plans[150].keys, plans[150].intermediates) == ("thinned", 2, 4)
+
+
+def test_intermediate_frames_get_a_sixteenth_where_keys_shrink() -> None:
+    plan = plan_clip(12, _kinds(12, 0, 6), (2160, 3840), 5000)
+    key, other = plan.frames[0].tokens, plan.frames[1].tokens
+    assert plan.stage == "joint"
+    assert key < 77 * 137, "below native"
+    # A side is off by half a factor at most: 5 of 9 rows and columns would be 0.8 to 1.25 of the area.
+    assert 0.75 < key / 16 / other < 1.35
+
+
+def test_thinning_is_even_and_takes_key_frames_last() -> None:
+    kinds = _kinds(100, *range(0, 100, 10))
+    plan = plan_clip(100, kinds, (360, 640), 40 * 24)
+    kept = [i for i, frame in enumerate(plan.frames) if frame.kind == INTERMEDIATE]
+    assert plan.keys == 10 and len(kept) == 30
+    assert max(b - a for a, b in pairwise(kept)) <= 5
+    plan = plan_clip(100, kinds, (360, 640), 5 * 24)
+    assert [i for i, frame in enumerate(plan.frames) if frame.kind != DROPPED] == [0, 20, 40, 60, 80]
+
+
+def test_one_token_is_enough_for_any_clip() -> None:
+    plan = plan_clip(3, _kinds(3), (1, 4000), 1)
+    assert [(f.kind, f.width, f.height, f.tokens) for f in plan.frames] == [(KEY, 28, 28, 1), *[(DROPPED, 0, 0, 0)] * 2]
+    assert "below the floor" in " ".join(plan.notes)
+
+
+def test_reference_mode_keeps_the_flaws_of_the_reference() -> None:
+    """240x320, 16 frames, one key, 1400 tokens: the key grows from 99 tokens to 690, and the total is too much."""
+    plan = plan_clip(16, _kinds(16, 0), (240, 320), 1400, mode="reference")
+    assert (plan.frames[0].height, plan.frames[0].width, plan.frames[0].tokens) == (644, 840, 690)
+    assert plan.over_budget and "exceed" in plan.notes[0]
+    with pytest.raises(InputError, match="divides by zero"):
+        plan_clip(16, _kinds(16), (240, 320), 100, mode="reference")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"budget": 0}, BudgetError),
+        ({"n": 0, "kinds": []}, InputError),
+        ({"n": 3}, InputError),
+        ({"kinds": [KEY, "other"]}, InputError),
+        ({"size": (0, 10)}, InputError),
+        ({"min_tokens": 0}, InputError),
+        ({"merge_size": 0}, InputError),
+        ({"mode": "loose"}, InputError),
+    ],
+)
+def test_bad_plans_are_refused(change: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        plan_clip(**{"n": 2, "kinds": [KEY, KEY], "size": (10, 10), "budget": 10, **change})
+
+
+def _scene(seed: int, height: int = 360, width: int = 480) -> NDArray[np.uint8]:
+    """Coloured cells of 6 pixels, two thirds of them black: patches of two seeds have cosines well below 0.7."""
+    random = np.random.default_rng(seed)
+    shape = (height // 6 + 1, width // 6 + 1)
+    cells = random.integers(64, 256, (*shape, 3), dtype=np.uint8) * (random.random((*shape, 1)) < 1 / 3)
+    return np.kron(cells, np.ones((6, 6, 1))).astype(np.uint8)[:height, :width]
+
+
+def _noisy(scene: NDArray[np.uint8], n: int, seed: int = 0) -> Frames:
+    """The scene `n` times with 3 % of noise; black stays black, because the hue of nearly black is arbitrary."""
+    random = np.random.default_rng(seed)
+    return [(scene * random.uniform(0.94, 1.0, scene.shape)).astype(np.uint8) for _ in range(n)]
+
+
+def _labels(frames: Frames, mode: Any) -> list[str]:
+    detector = KeyFrameDetector(mode)
+    return [detector.push(frame).kind for frame in frames]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_cuts_are_found_and_nothing_else(mode: str) -> None:
+    frames = [frame for seed, n in ((1, 4), (2, 3), (3, 5)) for frame in _noisy(_scene(seed), n, seed)]
+    assert [i for i, kind in enumerate(_labels(frames, mode)) if kind == KEY] == [0, 4, 7]
+
+
+def _partly_changed(share: float) -> NDArray[np.uint8]:
+    """The first scene with a strip of the second one on the left."""
+    scene = _scene(1)
+    columns = round(share * scene.shape[1])
+    scene[:, :columns] = _scene(2)[:, :columns]
+    return scene
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0, 0.2), st.integers(0, 1000))
+def test_fast_labels_differ_only_near_the_threshold(share: float, seed: int) -> None:
+    first, second = _noisy(_scene(1), 1, seed)[0], _noisy(_partly_changed(share), 1, seed + 1)[0]
+    exact, fast = KeyFrameDetector("exact"), KeyFrameDetector("fast")
+    for detector in (exact, fast):
+        detector.push(first)
+    wanted, got = exact.push(second), fast.push(second)
+    assert wanted.similarity is not None and got.similarity is not None
+    if abs(wanted.similarity - TraConfig().similarity_threshold) >= keyframes.FAST_BAND:
+        assert got.kind == wanted.kind
+
+
+def test_fast_mode_computes_single_patches_exactly() -> None:
+    """A cut out of the whole resized frame gives the same bytes, in the corners too."""
+    for height, width in ((360, 480), (250, 333), (720, 1500)):
+        pixels = _scene(5, height, width)
+        h, w = compare_size(height, width)
+        whole = keyframes._hsv(keyframes._resize(pixels, h, w))
+        rows, columns = h // PATCH, w // PATCH
+        patches = whole.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+        which = np.array([0, columns - 1, columns, rows * columns // 2, rows * columns - 1])
+        assert np.array_equal(keyframes._exact_patches(pixels, (h, w), which), patches[which])
+
+
+def test_the_resize_is_that_of_the_reference() -> None:
+    torch = pytest.importorskip("torch")
+    for height, width in ((61, 75), (7, 7), (360, 480), (33, 1000)):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        size = compare_size(height, width)
+        wanted = torch.nn.functional.interpolate(planes, size, mode="bilinear", antialias=True)
+        assert np.array_equal(keyframes._resize(pixels, *size), wanted[0].permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_comparison_is_with_the_last_key_frame(mode: Any) -> None:
+    """Three small changes: the second is key against the first frame, the third is not against the second."""
+    frames = [_partly_changed(share) for share in (0.0, 0.03, 0.08, 0.1)]
+    assert _labels(frames, mode) == [KEY, INTERMEDIATE, KEY, INTERMEDIATE]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_buffer_may_be_used_again_for_the_next_frame(mode: Any) -> None:
+    buffer, shares = np.empty_like(_scene(1)), (0.0, 0.04, 0.05, 0.06, 0.08, 0.1)
+    detector, labels = KeyFrameDetector(mode), []
+    for share in shares:
+        buffer[...] = _partly_changed(share)
+        labels.append(detector.push(buffer))
+    other = KeyFrameDetector(mode)
+    assert labels == [other.push(_partly_changed(share)) for share in shares]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_black_pairs_are_intermediate_and_black_to_scene_is_key(mode: Any) -> None:
+    black, scene = np.zeros((360, 480, 3), np.uint8), _scene(1)
+    detector = KeyFrameDetector(mode)
+    found = [detector.push(frame) for frame in (black, black, scene, scene, black)]
+    assert [d.kind for d in found] == [KEY, INTERMEDIATE, KEY, INTERMEDIATE, KEY]
+    assert [d.similarity for d in found] == [None, None, 0.0, 1.0, 0.0]
+    assert math.isnan(similarity(black[:14, :14], black[:14, :14]))
+
+
+def test_nineteen_of_twenty_patches_is_key() -> None:
+    """0.95 in float32 is 0.94999999, below the threshold, as in the reference."""
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (56, 70, 3), dtype=np.uint8)
+    other = frame.copy()
+    other[:14, :14] = 0
+    detector = KeyFrameDetector()
+    detector.push(frame)
+    assert detector.push(other) == keyframes.Detection(KEY, float(np.float32(19) / np.float32(20)))
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (14, 400), (5, 5), (300, 301)])
+def test_odd_sizes_and_grey_frames_are_compared(mode: Any, size: tuple[int, int]) -> None:
+    random = np.random.default_rng(1)
+    colour = random.integers(1, 256, (*size, 3), dtype=np.uint8)
+    for frame in (colour, colour[:, :, 0]):
+        detector = KeyFrameDetector(mode)
+        assert detector.push(frame).kind == KEY
+        assert detector.push(frame) == keyframes.Detection(INTERMEDIATE, 1.0)
+
+
+def test_a_frame_of_another_size_is_key() -> None:
+    detector = KeyFrameDetector()
+    found = [detector.push(_scene(1, *size)) for size in ((56, 70), (56, 70), (70, 56), (70, 56))]
+    assert [d.kind for d in found] == [KEY, INTERMEDIATE, KEY, INTERMEDIATE]
+    assert found[2].similarity is None
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((3, 2, 4, 4), np.uint8),
+        np.zeros((1, 1001, 3), np.uint8),
+        [[0]],
+    ],
+)
+def test_bad_frames_are_refused(frame: Any) -> None:
+    with pytest.raises(InputError):
+        KeyFrameDetector().push(frame)
+
+
+def _planned(budget: int) -> tuple[Plan, list[float], list[float | None], Frames]:
+    frames = [*_noisy(_scene(1, 112, 140), 3), *_noisy(_scene(2, 112, 140), 3)]
+    planner = TraPlanner(min_tokens=4)
+    found = [planner.push(frame) for frame in frames]
+    return planner.plan(budget), [i / 2 for i in range(6)], [d.similarity for d in found], frames
+
+
+def test_the_planner_collects_labels() -> None:
+    plan, *_ = _planned(48)
+    assert [frame.kind for frame in plan.frames] == [KEY, *[INTERMEDIATE] * 2, KEY, *[INTERMEDIATE] * 2]
+    assert plan.total_tokens <= 48
+    with pytest.raises(InputError, match="no frame"):
+        TraPlanner().plan(10)
+
+
+def test_reports_say_what_the_plan_says(tmp_path: Path) -> None:
+    plan, times, similarities, frames = _planned(18)
+    data = json.loads(json.dumps(plan_json(plan, times, similarities)))
+    assert set(data) == {
+        "frames", "keys", "intermediates", "dropped", "total_tokens", "budget", "mode", "stage", "notes"
+    }  # fmt: skip
+    assert set(data["frames"][0]) == {"time", "kind", "similarity", "width", "height", "tokens"}
+    assert data["total_tokens"] == sum(frame["tokens"] for frame in data["frames"]) <= data["budget"] == 18
+    assert (data["keys"], data["intermediates"], data["dropped"]) == (2, 1, 3)
+    text = draw_terminal(plan, times, similarities, width=60)
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("note", "tokens:"))) <= 60
+    assert "kind    K·xKxx" in text and "3 dropped" in text and "2.5 s" in text
+    for name, thumbnails in (("with.png", frames), ("without.png", None)):
+        draw_png(plan, times, similarities, tmp_path / name, thumbnails)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="one of each per frame"):
+        plan_json(plan, times[1:], similarities)
+    with pytest.raises(InputError, match="cannot write"):
+        draw_png(plan, times, similarities, tmp_path / "missing" / "plan.png")
+
+
+def test_a_long_clip_is_drawn_in_few_columns() -> None:
+    plan = plan_clip(1000, _kinds(1000, 0, 517), (360, 640), 100_000)
+    text = draw_terminal(plan, [float(i) for i in range(1000)], [None, *[0.99] * 999], width=80)
+    row = next(line for line in text.splitlines() if line.startswith("kind"))
+    assert len(row) <= 80 and row.count("K") == 2
