@@ -42,7 +42,7 @@ class ProjectorMethod(nn.Module):
         self.projector = projector
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.projector(features.to(self.projector.readout[0].bias.dtype)).float()
+        return self.projector(features.to(self.projector.get_parameter("readout.0.bias").dtype)).float()
 
 
 def decoder_logits(decoder: Decoder, embeds: Tensor, start: Tensor, logit_index: Tensor, attend: Attend) -> Tensor:

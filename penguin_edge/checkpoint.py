@@ -101,7 +101,7 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype
     else:
         centre, scale = (
             0.0,
-            (1.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0) / math.sqrt(shape[-1]),
+            (3.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0) / math.sqrt(shape[-1]),
         )
     out = torch.empty(tuple(shape), dtype=dtype)
     flat, step = out.view(-1), 1 << 24

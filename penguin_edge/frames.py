@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,10 +49,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a clip says: upright size in pixels, frames per second, seconds.
+    """A clip in numbers: upright size in pixels, average frames per second, seconds.
 
     `rotation` is counter-clockwise, in degrees, and already applied to `width` and `height`; `frames` is None where
-    the header has no count.
+    the container has no time stamps.
     """
 
     width: int
@@ -156,7 +155,7 @@ def probe_video(path: str | Path) -> VideoInfo:
         height, width = next(pictures.read([0])).shape[:2]
         return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
     header = video.read_header(path)
-    for _, _, frame in video.decoded(path, quiet=True):
+    for _, _, frame in video.decoded(path):
         sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
         count = None if header.first is None else header.packets
         return VideoInfo(*sides, float(header.rate), float(header.duration), frame.rotation, count)
@@ -173,10 +172,10 @@ def read_video(
 ) -> Iterator[Frame]:
     """The frames of a clip at `fps` per second between `start` and `end` (seconds from its beginning), one at a time.
 
-    `fps` None takes every frame. Of more than `max_frames` an evenly spread selection is kept, which costs a first
-    pass over the clip, because the count must be known. `Frame.time` is `start + i / fps`, or spread evenly over the
-    span when `fps` is None. A frame shown for several sampling times is given several times. A clip that is damaged
-    midway gives the frames that decode, with a warning.
+    `fps` None takes every frame (of a clip of variable rate: its average rate). Of more than `max_frames` an evenly
+    spread selection is kept, which costs a first pass over the clip, because the count must be known. `Frame.time` is
+    `start + i / fps`, or spread evenly over the span when `fps` is None. A frame shown for several sampling times is
+    given several times.
 
     A folder of pictures counts as 3 frames per second, an animated picture as 25.
 
@@ -193,7 +192,7 @@ def read_video(
             Frame(pixels, number / pictures.rate, i)
             for i, (number, pixels) in enumerate(zip(numbers, pictures.read(numbers), strict=True))
         )
-    header = video.read_header(path)
+    header = video.read_header(path, end)
     span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
     if span <= 0:
         raise InputError(f"{path}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
@@ -222,7 +221,7 @@ def read_video_by_number(
     _check_options(fps, max_frames, start, end)
     path = Path(path)
     _check_file(path, "a video file")
-    header = video.read_header(path)
+    header = video.read_header(path, end)
     numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
     return _at_numbers(path, numbers, float(header.rate))
 
@@ -238,13 +237,13 @@ def _at_rate(
     rate = header.rate if fps is None else Fraction(str(fps)).limit_denominator(1_001_000)
     rounding = video.nearest if fps is None else math.floor
 
-    def frames(quiet: bool) -> Iterator[video.VideoFrame]:
-        decoded = video.decoded(path, origin, quiet=quiet)
+    def frames() -> Iterator[video.VideoFrame]:
+        decoded = video.decoded(path, origin)
         return video.resampled(decoded if length is None else video.trimmed(decoded, length), rate, rounding)
 
     count, wanted = None, None
     if fps is None or max_frames is not None and _most(header, begin, length, rate) > max_frames:
-        count = sum(1 for _ in frames(quiet=True))
+        count = sum(1 for _ in frames())
         wanted = iter(_thin(range(count), max_frames))
     if fps is None:
         until = header.duration if end is None else min(header.duration, _exact(end))
@@ -253,7 +252,7 @@ def _at_rate(
         step = 1 / fps
     index = 0
     target = 0 if wanted is None else next(wanted, -1)
-    for i, frame in enumerate(frames(quiet=False)):
+    for i, frame in enumerate(frames()):
         if i != target:
             continue
         yield Frame(video.to_rgb(frame), float(begin) + i * step, index)
@@ -319,7 +318,7 @@ def _at_numbers(path: Path, numbers: list[int], rate: float) -> Iterator[Frame]:
                 return
     if not index:
         raise InputError(f"{path}: no frame can be decoded between start and end; the clip is damaged there or empty")
-    warnings.warn(f"{path}: ends early, {index} of {len(numbers)} frames could be read", stacklevel=2)
+    raise InputError(f"{path}: ends early, {index} of {len(numbers)} frames could be read; copy it again")
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,7 @@ def image_sizes(
     if not sizes:
         return []
     height, width = sizes[0]
-    size = image_size(
-        height, width, config, merge_size, count=len(sizes), min_tokens=min_tokens, max_tokens=max_tokens
-    )
+    size = image_size(height, width, config, merge_size, count=len(sizes), min_tokens=min_tokens, max_tokens=max_tokens)
     return [size] * len(sizes)
 
 

@@ -11,7 +11,6 @@ comes out equals the frames of the `ffmpeg` program (`-ss`/`-t` before the input
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +30,11 @@ if TYPE_CHECKING:
     Timed: TypeAlias = tuple[Fraction, Fraction, VideoFrame]
     """When a frame is shown, for how long, and the frame."""
 
+UNKNOWN_RATE = Fraction(25)
+"""Frames per second of a stream without any time stamps."""
 SEEK_LEAD = Fraction(1, 4)
 """Seconds to seek before the wanted time, because key frames are found by decoding time."""
-EARLY_END = 0.5
+EARLY_END = Fraction(1, 2)
 """A clip whose frames stop this many seconds before the stated end is reported as cut short."""
 
 
@@ -54,21 +55,22 @@ class Header:
     last: Fraction | None
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, end: float | None = None) -> Header:
     """Rate, length and packet count of a clip; reads the whole file once.
 
     Raises:
-        InputError: not a clip that can be opened, or one without a video stream or packets.
+        InputError: not a clip that can be opened, one without a video stream or packets, or one cut short before `end`
+            (seconds; None is its stated end).
     """
     with opened(path) as (container, stream):
         base = _base(stream)
         origin = _origin(container)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        stated_rates = [r for r in (stream.average_rate, stream.guessed_rate) if r]
         stated = None if container.duration is None else Fraction(container.duration, 1_000_000)
         offset = Fraction(0) if stream.start_time is None else stream.start_time * base - origin
         count, times, last = 0, True, Fraction(0)
         first: Fraction | None = None
-        for packet in _packets(path, container, stream, quiet=True):
+        for packet in _packets(path, container, stream):
             if not packet.size:
                 continue
             count += 1
@@ -77,9 +79,19 @@ def read_header(path: Path) -> Header:
                 continue
             at = packet.pts * base - origin
             first = at if first is None else min(first, at)
-            last = max(last, at + (packet.duration * base if packet.duration else 1 / rate))
+            last = max(last, at + (packet.duration or 0) * base)
+        due = None if stream.duration is None else stream.duration * base + offset
     if not count:
         raise InputError(f"{path}: the video stream has no data; the file is cut short, copy it again")
+    if times and due is not None and last + EARLY_END < (due if end is None else min(due, Fraction(end))):
+        raise InputError(
+            f"{path}: cut short, its pictures end at {float(last):.2f} s of {float(due):.2f} s; copy it again, or use what "
+            f"is there with an end of at most {math.floor(float(last) * 10) / 10:g} s"
+        )
+    # Some containers state the clock of the encoder as the rate: believe only what the packets bear out.
+    measured = (count - 1) / (last - first) if times and first is not None and count > 1 and last > first else None
+    near = [r for r in stated_rates if measured is None or measured / 2 < r < measured * 2]
+    rate = near[0] if near else measured or UNKNOWN_RATE
     duration = stated or (last if times else count / rate)
     return Header(
         rate, base, duration, max(offset, Fraction(0)), count, first if times else None, last if times else None
@@ -113,10 +125,13 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
 
 
-def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True, quiet: bool = False) -> Iterator[Timed]:
+def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True) -> Iterator[Timed]:
     """Frames in the order of presentation, with times relative to `begin`; none earlier than `begin`.
 
-    Damaged packets are skipped, and reported once as a warning unless `quiet`.
+    Packets that cannot be decoded are skipped before the first picture, as after a seek; later ones are damage.
+
+    Raises:
+        InputError: the file is damaged.
     """
     import av
 
@@ -124,7 +139,7 @@ def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True, qui
         base = _base(stream)
         origin = _origin(container)
         shift = nearest((origin + begin) / base)
-        usual = stream.average_rate or stream.guessed_rate or Fraction(25)
+        usual = stream.average_rate or stream.guessed_rate or UNKNOWN_RATE
         landed = True
         if seek and begin > SEEK_LEAD and container.duration is not None:
             try:
@@ -132,24 +147,27 @@ def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True, qui
                 landed = False
             except av.FFmpegError:
                 pass  # not seekable: decode from the beginning, the frames before `begin` are dropped below
-        bad, ticks, length = 0, -shift, 1
-        for packet in _packets(path, container, stream, quiet):
+        seen, ticks, length = False, -shift, 1
+        for packet in _packets(path, container, stream):
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
-                bad += 1
-                continue
+            except av.FFmpegError as error:
+                if not seen:
+                    continue
+                at = max(0.0, float((ticks + shift) * base - origin))
+                raise InputError(
+                    f"{path}: damaged after {at:.2f} s ({error.strerror}); copy it again, or end before that"
+                ) from error
+            seen = seen or bool(frames)
             for frame in frames:
                 ticks = ticks + length if frame.pts is None else frame.pts - shift
                 length = frame.duration or max(1, nearest(1 / usual / base))
                 if not landed and ticks > 0:  # some containers seek too far: read from the beginning instead
-                    yield from decoded(path, begin, seek=False, quiet=quiet)
+                    yield from decoded(path, begin, seek=False)
                     return
                 landed = True
                 if begin == 0 or ticks >= 0:
                     yield ticks * base, length * base, frame
-        if bad and not quiet:
-            warnings.warn(f"{path}: {bad} damaged packets were skipped; some frames may be missing", stacklevel=2)
 
 
 def trimmed(frames: Iterable[Timed], length: Fraction) -> Iterator[Timed]:
@@ -222,15 +240,18 @@ def to_rgb(frame: VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if flip else 1, :: -1 if mirror else 1])
 
 
-def _packets(path: Path, container: InputContainer, stream: VideoStream, quiet: bool) -> Iterator[Packet]:
-    """Packets up to the end or to damage that the container cannot get past, then the packet that flushes."""
+def _packets(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """All packets, then the one that flushes.
+
+    Raises:
+        InputError: damage that the container cannot get past.
+    """
     import av
 
     try:
         yield from container.demux(stream)
     except av.FFmpegError as error:
-        if not quiet:
-            warnings.warn(f"{path}: reading stopped early, the file is damaged ({error})", stacklevel=2)
+        raise InputError(f"{path}: the file is damaged ({error.strerror}); copy it again") from error
 
 
 def _base(stream: VideoStream) -> Fraction:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_set import GOLDEN, MEDIA, TABLES
 
 from penguin_edge.config import PATCH
 from penguin_edge.frames import read_video, read_video_by_number
 from penguin_edge.keyframes import KeyFrameDetector, compare_size, similarity
 from penguin_edge.tra import INTERMEDIATE, KEY, Plan, plan_clip
 
-GOLDEN = Path(os.environ.get("PENGUIN_GOLDEN", Path(__file__).parent / "golden"))
-MEDIA = GOLDEN.parent / "media"
-TABLES: dict[str, Any] = json.loads((GOLDEN / "tables.json").read_text(encoding="utf-8"))
 KINDS = (KEY, INTERMEDIATE)
 LOADERS = {"load_video": read_video, "load_video_from_ids": read_video_by_number}
 DECODE_CASES = TABLES.get("video_decode", {}).get("cases", {})

@@ -1,0 +1,305 @@
+"""The ONNX Runtime target: stock `torch.onnx.export`, contrib GroupQueryAttention over shared KV buffers.
+
+| graph     | inputs                                                  | outputs                                 |
+|-----------|---------------------------------------------------------|-----------------------------------------|
+| encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64        | features [B,P,C] f32                    |
+| projector | features [B,T,M,C] f32                                  | visual [B,T,H] f32                      |
+| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, | logits [1,K,V] f32,                     |
+|           | past_key_i, past_value_i [1,kv,max_seq_len,D] f32       | present_key_i, present_value_i, as past |
+
+The caller binds one buffer as `past_key_i` and `present_key_i`, and one for the values: the kernel then writes the new
+positions in place. A graph is `PART.onnx`, its weights `PART.onnx.data`.
+
+fp16 is a matter of storage: linear weights are fp16 in the file, and each has a Cast to fp32 in the graph that ONNX
+Runtime folds at load. Its CPU kernels compute in fp32 anyway: an all-fp16 graph runs no faster, takes as much memory,
+and rounds the activations on top.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional
+
+from penguin_edge.bundle import Bounds, TensorSpec, kv_names, signature
+from penguin_edge.decoder import Decoder
+from penguin_edge.errors import PenguinError, TargetUnavailable
+from penguin_edge.export.methods import EncoderMethod, ProjectorMethod, decoder_logits
+from penguin_edge.export.target import PartFile
+from penguin_edge.model import PenguinModel
+
+OPSET = 23
+"""The first with RMSNormalization; older ones give twice the nodes."""
+MAX_MERGED = 4
+"""Largest M: two by two patches for one visual token."""
+TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
+"""Sizes to trace with; none is 0 or 1, which the tracer would take for constants."""
+VERSIONS = "export with the versions of torch, onnx and onnxscript that pyproject.toml names"
+
+
+@torch.library.custom_op("penguin_edge::grouped_query_attention", mutates_args=())
+def grouped_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, last: Tensor, total: Tensor, heads: int, kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What com.microsoft GroupQueryAttention computes for one sequence: causal attention over a cache.
+
+    Args:
+        q: [1, S, heads*D]; k, v: [1, S, kv*D], rotary step done.
+        past_k, past_v: [1, kv, max_seq_len, D].
+        last, total: [1] int32, index of the last new position and count of positions, the new ones included.
+    Returns:
+        [1, S, heads*D], and the caches with the new positions written.
+    """
+    end = int(total)
+    start = end - q.shape[1]
+    keys, values = past_k.clone(), past_v.clone()
+    keys[:, :, start:end] = k.unflatten(-1, (kv, -1)).transpose(1, 2)
+    values[:, :, start:end] = v.unflatten(-1, (kv, -1)).transpose(1, 2)
+    columns = torch.arange(end, device=q.device)
+    mask = columns[None, :] <= columns[start:, None]
+    rows = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(
+        rows, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2), keys, values
+
+
+@torch.library.custom_op("penguin_edge::multi_head_attention", mutates_args=())
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """What com.microsoft MultiHeadAttention computes: every position sees all others. All [B, P, heads*D]."""
+    split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+@grouped_query_attention.register_fake
+def _(q, k, v, past_k, past_v, last, total, heads, kv):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
+
+
+@multi_head_attention.register_fake
+def _(q, k, v, heads):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q)
+
+
+def contrib(
+    name: str, floats: Sequence[str], ints: Sequence[str], outputs: Sequence[str], attributes: Sequence[str]
+) -> Any:
+    """An operator of ONNX Runtime's own domain for onnxscript.
+
+    The exporter learns the number of outputs from the schema, and onnx does not know this domain, so that the part of
+    the schema that is used here is written out.
+    """
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
+    schema = OpSchema(
+        name,
+        "com.microsoft",
+        1,
+        inputs=[parameter(x, "T") for x in floats] + [parameter(x, "M") for x in ints],
+        outputs=[parameter(x, "T") for x in outputs],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], ""), ("M", ["tensor(int32)"], "")],
+        attributes=[attribute(x, OpSchema.AttrType.INT, "", required=True) for x in attributes],
+    )
+    return Op(Opset("com.microsoft", 1), name, schema)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For each custom operator the onnxscript function that puts its node into the graph."""
+    floats, ints = ("query", "key", "value", "past_key", "past_value"), ("seqlens_k", "total_sequence_length")
+    outputs = ("output", "present_key", "present_value")
+    grouped = contrib("GroupQueryAttention", floats, ints, outputs, ("num_heads", "kv_num_heads"))
+    multi = contrib("MultiHeadAttention", floats[:3], (), outputs[:1], ("num_heads",))
+
+    def translate_grouped(q, k, v, past_k, past_v, last, total, heads: int, kv: int):  # type: ignore[no-untyped-def]
+        return grouped(q, k, v, past_k, past_v, last, total, num_heads=heads, kv_num_heads=kv)
+
+    def translate_multi(q, k, v, heads: int):  # type: ignore[no-untyped-def]
+        return multi(q, k, v, num_heads=heads)
+
+    ops = torch.ops.penguin_edge
+    return {ops.grouped_query_attention.default: translate_grouped, ops.multi_head_attention.default: translate_multi}
+
+
+def bidirectional(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The encoder's attention.
+
+    The stock Attention operator keeps all scores, [B, heads, P, P]: 17 GB for one image of 16,384 patches, where this
+    one works in tiles at the same speed. It knows no groups, so that keys and values are repeated.
+    """
+    heads = q.shape[1]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    return multi_head_attention(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), heads)
+
+
+class DecoderMethod(nn.Module):
+    """The decoder with its KV buffers as arguments: keys and values of layer 0, of layer 1, and so on."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, embeds: Tensor, start: Tensor, logit_index: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        config = self.decoder.config
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        total = (start + embeds.shape[1]).to(torch.int32)
+        last = total - 1
+        present: list[Tensor] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+            out, *both = grouped_query_attention(*rows, *past[2 * layer : 2 * layer + 2], last, total, heads, kv)
+            present.extend(both)
+            return out
+
+        return decoder_logits(self.decoder, embeds, start, logit_index, attend), *present
+
+
+class Product(nn.Module):
+    """A linear layer as MatMul wants it: the weight as [in, out], cast to the dtype of `x` where it is used.
+
+    Stored the other way round, every weight would be transposed anew by ONNX Runtime at load, in memory of its own.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ self.weight.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def prepare(module: nn.Module) -> nn.Module:
+    """Turn linear layers into `Product` and all other parameters into fp32, in place; no weight is copied."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Product(child))
+        else:
+            prepare(child)
+    for name, parameter in module.named_parameters(recurse=False):
+        if not isinstance(module, Product):
+            setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+    return module.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's notes (torchvision is absent, pytree deprecations) off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def examples(specs: Sequence[TensorSpec], bounds: Bounds) -> tuple[list[Any], list[Any]]:
+    """Inputs to trace with, and which of their dimensions vary up to which bound."""
+    limits = {"B": bounds.max_batch, "P": bounds.max_patches, "T": bounds.max_patches, "M": MAX_MERGED}
+    limits |= {"S": bounds.max_chunk, "K": bounds.max_logits}
+    dims = {name: Dim(name, min=0 if name == "K" else 1, max=limit) for name, limit in limits.items()}
+    dtypes = {"f32": torch.float32, "i64": torch.int64}
+    inputs = [
+        torch.zeros([TRACED[d] if isinstance(d, str) else d for d in spec.shape], dtype=dtypes[spec.dtype])
+        for spec in specs
+    ]
+    return inputs, [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs]
+
+
+class OnnxTarget:
+    """Encoder, projector and decoder as ONNX graphs; see the top of this file."""
+
+    name = "onnx"
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    tools: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+    def bounds(self, max_seq_len: int) -> Bounds:
+        """ONNX Runtime plans nothing from them; they keep one call's time and memory in hand."""
+        return Bounds(max_seq_len=max_seq_len, max_chunk=256)
+
+    def kv_dtype(self, precision: str) -> str:
+        """fp32 for all: the CPU's attention computes in fp32, and converting fp16 buffers costs 40 % of its speed."""
+        return "fp32"
+
+    def peak_factor(self, precision: str) -> float:
+        return {"fp32": 2.5, "fp16": 1.5}[precision]
+
+    def check_installed(self) -> None:
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise TargetUnavailable(
+                f"exporting to ONNX needs {', '.join(missing)}, not installed here; pip install 'penguin-edge[export]'"
+            )
+
+    def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
+        """Compile `part` into `folder`. The model's layers are rebuilt in place: it cannot be used afterwards.
+
+        Raises:
+            PenguinError: the exporter failed, or the graph lacks the operators that make it fast.
+        """
+        self.check_installed()
+        specs, results = signature(part, model.config, bounds)
+        inputs, shapes = examples(specs, bounds)
+        names, output_names = [spec.name for spec in specs], [spec.name for spec in results]
+        method: nn.Module
+        if part == "encoder":
+            assert model.encoder is not None, "this model was loaded without its encoder"
+            method = EncoderMethod(model.encoder, bidirectional)
+            wanted = {"MultiHeadAttention": len(model.encoder.layers)}
+        elif part == "projector":
+            assert model.projector is not None, "this model was loaded without its projector"
+            method, wanted = ProjectorMethod(model.projector), {}
+        else:
+            assert model.decoder is not None, "this model was loaded without its decoder"
+            method = DecoderMethod(model.decoder)
+            text = model.config.text
+            wanted = {"GroupQueryAttention": text.num_hidden_layers}
+            # Traced without being read, so that no memory ever stands behind them.
+            shape = (1, text.num_key_value_heads, bounds.max_seq_len, text.head_dim)
+            past = [torch.empty(shape) for _ in range(2 * text.num_hidden_layers)]
+            inputs.append(past)
+            shapes.append([{} for _ in past])
+            for kv in map(kv_names, range(text.num_hidden_layers)):
+                names += kv["past_key"], kv["past_value"]
+                output_names += kv["present_key"], kv["present_value"]
+        try:
+            with quiet():
+                program = torch.onnx.export(
+                    prepare(method),
+                    tuple(inputs),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=names,
+                    output_names=output_names,
+                    dynamic_shapes=tuple(shapes),
+                    custom_translation_table=translations(),
+                    verbose=False,
+                )
+        except torch.onnx.OnnxExporterError as error:
+            raise PenguinError(f"{part}: torch.onnx.export failed ({error}); {VERSIONS}") from error
+        assert program is not None
+        found: Counter[str] = Counter()
+        for node in program.model.graph:
+            found[node.op_type] += 1
+            node.metadata_props.clear()  # Stack traces, with the paths of the machine that exported.
+        for op, count in wanted.items():
+            if found[op] != count:
+                raise PenguinError(f"{part}: the graph has {found[op]} {op} nodes, wanted {count}; {VERSIONS}")
+        program.save(folder / f"{part}.onnx", external_data=True)
+        return PartFile(f"{part}.onnx")

@@ -1,0 +1,68 @@
+"""The embedding table as it lies in a bundle: raw rows, memory-mapped, so that only rows that are read take memory.
+
+| tensor | shape  | dtype                                       |
+|--------|--------|---------------------------------------------|
+| table  | [V, H] | fp32, fp16 or bf16, little-endian, row-major |
+| ids    | [S]    | int64                                       |
+| embeds | [S, H] | float32                                     |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.errors import BundleError, InputError
+
+STORED = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}
+"""NumPy dtype of what lies in the file; it has no bf16, whose bits are the upper half of an fp32."""
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Rows of `[V, H]`, given as float32."""
+
+    table: NDArray[Any]
+    dtype: str
+
+    @classmethod
+    def open(cls, path: str | Path, vocab: int, hidden: int, dtype: str) -> EmbeddingTable:
+        """Map the file.
+
+        Raises:
+            BundleError: unknown dtype, or a file that is missing or of another size.
+        """
+        if dtype not in STORED:
+            raise BundleError(f"embedding dtype {dtype!r}, wanted one of {', '.join(STORED)}; export the model again")
+        stored = np.dtype(STORED[dtype])
+        wanted = vocab * hidden * stored.itemsize
+        try:
+            found = Path(path).stat().st_size
+            if found != wanted:
+                raise BundleError(
+                    f"{path}: {found} bytes, wanted {wanted} for [{vocab}, {hidden}] in {dtype}; export the model again"
+                )
+            return cls(np.memmap(path, dtype=stored, mode="r", shape=(vocab, hidden)), dtype)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
+
+    def lookup(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[S] -> [S, H].
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        vocab = self.table.shape[0]
+        outside = ids[(ids < 0) | (ids >= vocab)]
+        if outside.size:
+            raise InputError(
+                f"token id {int(outside[0])}, wanted 0 to {vocab - 1}; tokenize with the bundle's own tokenizer"
+            )
+        rows = np.asarray(self.table[ids])
+        if self.dtype == "bf16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)

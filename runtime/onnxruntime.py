@@ -1,0 +1,182 @@
+"""The engine for bundles of target `onnx`: ONNX Runtime on the CPU, KV buffers bound once and written in place.
+
+| tensor                       | shape                       | dtype              | owner                              |
+|------------------------------|-----------------------------|--------------------|------------------------------------|
+| pixels, features, visual     | as in `engine.py`           | float32            | the caller; results are new arrays |
+| embeds, logits               | [1,S,H], [1,K,V]            | float32            | the caller; results are new arrays |
+| start                        | [1]                         | int64              | the engine, bound once             |
+| past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | the engine, one buffer for both    |
+
+Each graph is loaded when it is first called. The system gives memory to the KV buffers only as they fill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from penguin_edge.bundle import EMBEDDING, Bundle, kv_names
+from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
+from penguin_edge.runtime.embedding import EmbeddingTable
+from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
+
+KV_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+
+
+class OnnxRuntimeEngine:
+    """See `penguin_edge.runtime.engine.Engine`."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, runtime: Any, threads: int | None) -> None:
+        """Use `open`; `runtime` is the imported onnxruntime module."""
+        self.config = bundle.manifest.model
+        self.bounds = bundle.manifest.bounds
+        self._bundle = bundle
+        self._runtime = runtime
+        self._threads = threads
+        text = self.config.text
+        self._table = EmbeddingTable.open(
+            bundle.path(EMBEDDING), text.vocab_size, text.hidden_size, bundle.manifest.embedding_dtype
+        )
+        self._sessions: dict[str, Any] = {}
+        self._start = np.zeros(1, dtype=np.int64)
+        self._binding: Any = None
+
+    @classmethod
+    def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
+        """Open a bundle of target `onnx`; `threads` None leaves the choice to ONNX Runtime (one per core).
+
+        Raises:
+            TargetUnavailable: onnxruntime is not installed.
+            BundleError: a bundle of another target, or one whose files do not fit its manifest.
+            InputError: fewer than one thread.
+        """
+        if bundle.manifest.target != "onnx":
+            raise BundleError(
+                f"{bundle.folder}: made for target {bundle.manifest.target!r}, and this engine runs 'onnx'; export the "
+                "model with --target onnx"
+            )
+        if threads is not None and threads < 1:
+            raise InputError(f"{threads} threads, wanted at least 1")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise TargetUnavailable(
+                f"onnxruntime cannot be imported ({error}); pip install 'penguin-edge[onnx]'"
+            ) from error
+        return cls(bundle, onnxruntime, threads)
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens in the cache."""
+        return int(self._start[0])
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; nothing is moved."""
+        check_truncate(self.kv_len, length)
+        self._start[0] = length
+
+    def embed(self, ids: I64) -> F32:
+        """[S] -> [S, H]."""
+        return self._table.lookup(ids)
+
+    def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
+        """[B, P, 588] -> [B, P, C]."""
+        check_encode(self.bounds, pixels)
+        return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)})
+
+    def project(self, features: F32) -> F32:
+        """[B, T, M, C] -> [B, T, H]."""
+        batch, tokens, merged = features.shape[:3]
+        check_encode(self.bounds, features.reshape(batch, tokens * merged, -1))
+        return self._call("projector", {"features": _f32(features)})
+
+    def forward(self, embeds: F32, logit_index: I64) -> F32:
+        """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
+        check_forward(self.bounds, self.kv_len, embeds, logit_index)
+        session = self._session("decoder")
+        if self._binding is None:
+            self._binding = self._bind(session)
+        binding = self._binding
+        # ONNX Runtime reads these arrays where they are: they must outlive the call.
+        inputs = {"embeds": _f32(embeds)[None], "logit_index": _i64(logit_index)}
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise self._failed("decoder", error) from error
+        logits = binding.get_outputs()[0].numpy()[0]
+        self._start[0] += embeds.shape[0]
+        return logits
+
+    def _bind(self, session: Any) -> Any:
+        """Bind `start` and the KV buffers for good; `logits` is the first output."""
+        text, ort_value = self.config.text, self._runtime.OrtValue
+        shape = [1, text.num_key_value_heads, self.bounds.max_seq_len, text.head_dim]
+        dtype = KV_DTYPES[self._bundle.manifest.kv_dtype]
+        binding = session.io_binding()
+        binding.bind_output("logits")
+        binding.bind_ortvalue_input("start", ort_value.ortvalue_from_numpy(self._start))
+        for layer in range(text.num_hidden_layers):
+            names = kv_names(layer)
+            for what in ("key", "value"):
+                buffer = ort_value.ortvalue_from_shape_and_type(shape, dtype, "cpu")
+                binding.bind_ortvalue_input(names[f"past_{what}"], buffer)
+                binding.bind_ortvalue_output(names[f"present_{what}"], buffer)
+        return binding
+
+    def _call(self, graph: str, inputs: dict[str, Any]) -> F32:
+        session = self._session(graph)
+        try:
+            return session.run(None, inputs)[0]
+        except Exception as error:
+            raise self._failed(graph, error) from error
+
+    def _failed(self, graph: str, error: Exception) -> PenguinError:
+        """The package's own error for what ONNX Runtime raised while it ran a graph."""
+        text = str(error).strip().splitlines()[-1]
+        if "allocate" in text or "bad_alloc" in text:
+            return MemoryLimitError(f"{graph}: out of memory ({text}); use a smaller budget or fewer frames at once")
+        return InputError(f"{graph}: ONNX Runtime refused the call ({text}); compare shapes with the manifest")
+
+    def _session(self, graph: str) -> Any:
+        """Load a graph at its first use.
+
+        Raises:
+            BundleError: the bundle has no such graph, or this ONNX Runtime cannot load it.
+        """
+        if graph in self._sessions:
+            return self._sessions[graph]
+        manifest = self._bundle.manifest
+        if graph not in manifest.graphs:
+            raise BundleError(f"{self._bundle.folder}: has no {graph} (a text-only model); export a model with vision")
+        path = self._bundle.path(manifest.graphs[graph].file)
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Shapes change from call to call: an arena would keep the largest for ever.
+        options.enable_cpu_mem_arena = graph == "decoder"
+        options.enable_mem_pattern = False
+        try:
+            session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise BundleError(
+                f"{path}: onnxruntime {self._runtime.__version__} cannot load it ({reason}); it was exported for "
+                f"{manifest.tools.get('onnxruntime', 'an unknown version')}: copy the bundle again, or export again"
+            ) from error
+        self._sessions[graph] = session
+        return session
+
+
+def _f32(values: F32) -> F32:
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _i64(values: I64) -> I64:
+    return np.ascontiguousarray(values, dtype=np.int64)
