@@ -1,19 +1,19 @@
 """Check data: fixed inputs and eager outputs of every stage, so that a device can verify a bundle without a checkpoint.
 
-| name                | shape       | dtype | what                                                                        |
+| name                | shape       | dtype | what                                                                     |
 |---------------------|-------------|-------|-----------------------------------------------------------------------------|
-| image_{c}           | [H,W,3]     | u8    | native pixels of case c                                                     |
-| size_{c}            | [3]         | i64   | target height and width, merge size                                         |
-| pixels_{c}          | [h,w,3]     | u8    | after resizing                                                              |
-| patches_{c}         | [1,P,588]   | f32   | after normalising, in merge-block order                                     |
-| features_{c}        | [1,P,C]     | f32   | encoder output                                                              |
-| visual_{c}          | [1,T,H]     | f32   | projector output                                                            |
-| ids                 | [S]         | i64   | prompt, image tokens included                                               |
-| embeds              | [S,H]       | f32   | prompt after splicing                                                       |
-| prefill             | [1,V]       | f32   | logits after the prompt                                                     |
-| tokens              | [33]        | i64   | greedy answer                                                               |
-| decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone               |
-| decode_top          | [32]        | i64   | greedy choice after each token of the answer                                |
+| image_{c}           | [H,W,3]     | u8    | native pixels of case c                                                  |
+| size_{c}            | [3]         | i64   | target height and width, merge size                                      |
+| pixels_{c}          | [h,w,3]     | u8    | after resizing                                                           |
+| patches_{c}         | [1,P,588]   | f32   | after normalising, in merge-block order                                  |
+| features_{c}        | [1,P,C]     | f32   | encoder output                                                           |
+| visual_{c}          | [1,T,H]     | f32   | projector output                                                         |
+| ids                 | [S]         | i64   | prompt, image tokens included                                            |
+| embeds              | [S,H]       | f32   | prompt after splicing                                                    |
+| prefill             | [1,V]       | f32   | logits after the prompt                                                  |
+| tokens              | [33]        | i64   | greedy answer                                                            |
+| decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone            |
+| decode_top          | [32]        | i64   | greedy choice after each token of the answer                             |
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle: parts one after another, each in its own process, then one rename.
 
-Before work starts the memory and the disk that it needs are compared with what there is, and the KV memory that the bundle
-will cost is said. Nothing is left behind when a part fails or the user stops.
+Before work starts the memory and the disk that it needs are compared with what there is, and the KV memory that the
+bundle will cost is said. Nothing is left behind when a part fails or the user stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from penguin_edge import bundle as contract
-from penguin_edge.bundle import Bounds, Bundle, GraphEntry, Manifest, signature
+from penguin_edge.bundle import Bundle, GraphEntry, Manifest, signature
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.target import Target
@@ -116,7 +116,8 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
     if need.peak > limit:
         part = max(need.peak_bytes, key=lambda name: need.peak_bytes[name])
         raise MemoryLimitError(
-            f"exporting the {part} needs about {human_bytes(need.peak)} of memory, this machine offers {human_bytes(limit)}; "
+            f"exporting the {part} needs about {human_bytes(need.peak)} of memory, this machine offers "
+            f"{human_bytes(limit)}; "
             "choose a smaller precision, a smaller --max-seq-len or a larger machine, or raise --max-ram"
         )
     folder = out.absolute().parent
@@ -125,7 +126,8 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
     free = shutil.disk_usage(folder).free
     if need.disk_bytes > free:
         raise MemoryLimitError(
-            f"the bundle needs about {human_bytes(need.disk_bytes)} on disk, {folder} has {human_bytes(free)} free; free some "
+            f"the bundle needs about {human_bytes(need.disk_bytes)} on disk, {folder} has {human_bytes(free)} "
+            "free; free some "
             "space or choose another folder"
         )
 

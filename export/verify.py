@@ -1,6 +1,7 @@
 """Stage by stage: does a bundle compute what the eager model computes?
 
-Every stage but the last is fed the reference's own inputs, so that an error is reported where it arises and not where it
+Every stage but the last is fed the reference's own inputs, so that an error is reported where it arises and not
+where it
 arrives. `tokens` is judged with the reference's tokens fed back, so that one near-tie does not hide all that follows.
 """
 
@@ -64,7 +65,8 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
     config = bundle.manifest.model
     if (checkpoint.config.text, checkpoint.config.vision) != (config.text, config.vision):
         raise BundleError(
-            f"{bundle.folder}: exported from a model of another shape than {checkpoint.source}; name the checkpoint that "
+            f"{bundle.folder}: exported from a model of another shape than {checkpoint.source}; name the "
+            "checkpoint that "
             f"the bundle was made from ({bundle.manifest.source.get('name')})"
         )
     tokenizer = Tokenizer.open(

@@ -1,7 +1,7 @@
 """Exports one part in a process of its own: `python -m penguin_edge.export.worker JOB.json`.
 
-A part's memory is given back by ending the process, and its peak is the process's own. The result, or the reason why there
-is none, is written to the file that the job names; stdout and stderr belong to the exporters' chatter.
+A part's memory is given back by ending the process, and its peak is the process's own. The result, or the reason why
+there is none, is written to the file that the job names; stdout and stderr belong to the exporters' chatter.
 """
 
 from __future__ import annotations

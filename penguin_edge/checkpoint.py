@@ -141,7 +141,8 @@ class Checkpoint:
             checkpoint = cls._open_folder(download(text))
         else:
             raise CheckpointError(
-                f"{text!r} is neither a checkpoint folder, nor a preset ({', '.join(sorted(PRESETS))}), nor a hub id such "
+                f"{text!r} is neither a checkpoint folder, nor a preset ({', '.join(sorted(PRESETS))}), nor a hub "
+                "id such "
                 "as tencent/Penguin-VL-2B"
             )
         for line in checkpoint.notes:
@@ -174,11 +175,13 @@ class Checkpoint:
             tensor = self._find(name)
             if tensor is None:
                 raise CheckpointError(
-                    f"{self.source}: tensor {published_name(name)} {list(shape)} is missing; the weights do not fit config.json"
+                    f"{self.source}: tensor {published_name(name)} {list(shape)} is missing; the weights do not "
+                    "fit config.json"
                 )
             if math.prod(tensor.shape) != math.prod(shape) or (tensor.shape != shape and "patch_embedding" not in name):
                 raise CheckpointError(
-                    f"{self.source}: tensor {tensor.name} is {list(tensor.shape)}, wanted {list(shape)}; the weights do not "
+                    f"{self.source}: tensor {tensor.name} is {list(tensor.shape)}, wanted {list(shape)}; the "
+                    "weights do not "
                     "fit config.json"
                 )
         known = set(wanted) | {"decoder.lm_head.weight"}
@@ -301,7 +304,8 @@ def download(hub_id: str) -> Path:
     except Exception as error:  # the hub library raises many kinds for one fact: it could not be fetched
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{hub_id}: cannot be downloaded ({type(error).__name__}: {reason[:160]}); check the id and the network, or "
+            f"{hub_id}: cannot be downloaded ({type(error).__name__}: {reason[:160]}); check the id and the "
+            "network, or "
             "name a local folder that holds the checkpoint"
         ) from error
 

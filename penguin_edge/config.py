@@ -107,10 +107,11 @@ class PenguinConfig:
             CheckpointError: a field is missing or of an unknown name.
         """
         try:
+            image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}
             return cls(
                 vision=None if data["vision"] is None else VisionConfig(**data["vision"]),
                 text=TextConfig(**data["text"]),
-                image=ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}),
+                image=ImageConfig(**image),
                 tra=TraConfig(**data["tra"]),
                 image_token_id=int(data["image_token_id"]),
                 eos_token_ids=tuple(data["eos_token_ids"]),

@@ -242,7 +242,7 @@ def _at_rate(
         return video.resampled(decoded if length is None else video.trimmed(decoded, length), rate, rounding)
 
     count, wanted = None, None
-    if fps is None or max_frames is not None and _most(header, begin, length, rate) > max_frames:
+    if fps is None or (max_frames is not None and _most(header, begin, length, rate) > max_frames):
         count = sum(1 for _ in frames())
         wanted = iter(_thin(range(count), max_frames))
     if fps is None:

@@ -98,7 +98,8 @@ class EagerEngine:
         count = embeds.shape[0]
         if self.kv_len + count > self.bounds.max_seq_len:
             raise BudgetError(
-                f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter prompt or a "
+                f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter "
+                "prompt or a "
                 "larger --max-seq-len"
             )
         positions = self.kv_len + torch.arange(count, device=self.model.device)

@@ -1,6 +1,7 @@
 """The published configuration files: read into `PenguinConfig`, and written back.
 
-Source: reference `penguinvl/model/penguinvl_qwen3.py`, `penguinvl/model/penguinvl_encoder/configuration_penguinvl_encoder.py`
+Source: reference `penguinvl/model/penguinvl_qwen3.py`,
+`penguinvl/model/penguinvl_encoder/configuration_penguinvl_encoder.py`
 and its image processor. Three forms of the encoder's configuration are met: a dict inside `config.json`, a folder named
 there, or nothing that can be resolved; then the weights' shapes tell.
 """
@@ -89,7 +90,8 @@ def _stack(kind: type[Stack], data: dict[str, Any], path: Path) -> Stack:
         raise CheckpointError(f"{path}: a field has an unusable value ({error})") from error
     if stack.num_attention_heads % stack.num_key_value_heads or stack.head_dim % 2:
         raise CheckpointError(
-            f"{path}: {stack.num_attention_heads} heads over {stack.num_key_value_heads} kv heads of {stack.head_dim}; wanted "
+            f"{path}: {stack.num_attention_heads} heads over {stack.num_key_value_heads} kv heads of "
+            f"{stack.head_dim}; wanted "
             "a whole ratio and an even head_dim"
         )
     return stack
@@ -146,7 +148,7 @@ def _vision_from_shapes(shapes: Shapes, path: Path) -> VisionConfig:
 
 
 def _image(folder: Path, data: dict[str, Any]) -> ImageConfig:
-    """Preprocessing constants. What the reference ignores in its files (merge sizes, fps, max_frames) is honoured here."""
+    """Preprocessing constants, with those that the reference ignores in its files (merge sizes, fps, max_frames)."""
     values: dict[str, Any] = {"max_frames": data.get("max_frames") or ImageConfig.max_frames}
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name

@@ -13,7 +13,8 @@ frame below 0.95 becomes the new key frame.
 
 Two modes:
 
-- `exact` repeats the reference, its resize included, to the bit. Against the original kernel single values differ by one
+- `exact` repeats the reference, its resize included, to the bit. Against the original kernel single values differ by
+one
   grey level (5 of 5.9 million) only where frames shrink by more than two, as 4K does; labels and similarities agree.
 - `fast` looks at the comparison frame at half its size (7x7 samples per patch), so each cosine is an estimate. Where
   the estimated similarity is within `FAST_BAND` of the threshold, the patches whose cosine is within `FAST_MARGIN` of
@@ -22,7 +23,8 @@ Two modes:
 Measured on one core of a shared server, OpenCV with one thread, every frame at 25 per second, CPU time: at 1280x720
 `exact` takes 32 ms per frame; `fast` takes on average 2.6 ms (p95 4.1) on an animation and 3.0 ms (p95 5.3) on a street
 scene scaled up to 720p, which stays near the threshold for 156 of 250 frames; 1.4 ms where it does not. Estimated
-similarities were off by 0.016 at most over 840 frames of six clips. Against the same key frame, 10 of these labels differ
+similarities were off by 0.016 at most over 840 frames of six clips. Against the same key frame, 10 of these labels
+differ
 from the exact ones, all with an exact similarity within 0.0035 of the threshold. All five cuts of the street clip are
 key frames in both modes. A cut between two dark night scenes (similarity 0.98) is key in neither: the measure is blind
 to it, in the reference as well.
@@ -48,8 +50,9 @@ MIN_COMPARE_AREA = 10 * PATCH * PATCH
 MAX_ASPECT = 1000
 FAST_DOUBT = 0.65
 """Fast mode looks closer when less than this times the root of the number of patches separates a frame from a label."""
-FAST_REACH = 0.0125
-"""Distance of an estimated cosine from its limit over which errors become e times rarer."""
+FAST_REACH = 1.0
+"""Over the root of the number of patches: distance of a cosine from its limit over which doubt falls e-fold. A wrong
+patch weighs more in a small frame, and a closer look costs less there."""
 FAST_CHUNK = 32
 """Patches computed exactly at a time, before fast mode asks whether more are needed."""
 FAST_MIN_PATCHES = 256
@@ -292,15 +295,15 @@ class _Sampled:
         cosine = _cosine(_patch_sums(self.hsv, key.hsv, PATCH // 2), self.energy, key.energy).ravel()
         similar, counted = cosine > limit, ~np.isnan(cosine)
         share, total = _share(int(similar.sum()), int(counted.sum())), cosine.size
-        doubt = FAST_DOUBT * math.sqrt(total)
+        doubt, reach = FAST_DOUBT * math.sqrt(total), FAST_REACH / math.sqrt(total)
         if not abs(share - threshold) * total < doubt:
             return share
         distance = np.abs(cosine - limit)
-        order = np.flatnonzero(distance < FAST_REACH * math.log(2 * doubt))  # beyond, doubt is below half a patch
+        order = np.flatnonzero(distance < reach * math.log(2 * doubt))  # beyond, doubt is below half a patch
         order = order[np.argsort(distance[order], kind="stable")]
         for start in range(0, len(order), FAST_CHUNK):
             which = order[start : start + FAST_CHUNK]
-            if not abs(share - threshold) * total < doubt * math.exp(-distance[which[0]] / FAST_REACH):
+            if not abs(share - threshold) * total < doubt * math.exp(-distance[which[0]] / reach):
                 break
             a, b = (p.astype(np.float32) for p in (_exact_patches(self.pixels, self.size, which), key.patches(which)))
             dot, energy_a, energy_b = (np.einsum("nv,nv->n", p, q) for p, q in ((a, b), (a, a), (b, b)))

@@ -73,8 +73,8 @@ def render(
 
     Args:
         messages: `{"role", "content"}`; content is a string or a list of parts: `{"type": "text", "text"}`,
-            `{"type": "image"[, "time"]}`, `{"type": "video", "num_frames"[, "timestamps"]}`. A part with the key `image`
-            or `image_url` is an image, one with `video` is a video. Role None gives the content alone.
+            `{"type": "image"[, "time"]}`, `{"type": "video", "num_frames"[, "timestamps"]}`. A part with the key
+            `image` or `image_url` is an image, one with `video` is a video. Role None gives the content alone.
         visual_tokens: tokens of each image and frame in order of appearance; None means one each.
         generation_prompt: open the assistant's turn at the end, with the empty think block unless `thinking`.
     Raises:
@@ -224,7 +224,8 @@ class Tokenizer:
         largest = max(inner.get_vocab(with_added_tokens=True).values())
         if largest >= vocab_size:
             raise CheckpointError(
-                f"{path}: this tokenizer has ids up to {largest}, the model has {vocab_size}; use tokenizer.json of the same "
+                f"{path}: this tokenizer has ids up to {largest}, the model has {vocab_size}; use tokenizer.json "
+                "of the same "
                 "checkpoint"
             )
         return cls(inner, image_token_id, str(path))

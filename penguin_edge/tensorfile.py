@@ -1,7 +1,8 @@
 """Reading safetensors one tensor at a time, with plain reads.
 
 The `safetensors` package maps the whole file, and every page it touches counts as resident: loading a checkpoint then
-peaks at twice its size. Plain reads into the tensor's own memory peak at once its size, and say which tensor is cut off.
+peaks at twice its size. Plain reads into the tensor's own memory peak at once its size, and say which tensor is cut
+off.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class StoredTensor:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(self.offset)
-            view = memoryview(buffer.numpy())
+            view = buffer.numpy().data
             done = 0
             while done < self.nbytes:
                 count = stream.readinto(view[done:])

@@ -85,7 +85,8 @@ def read_header(path: Path, end: float | None = None) -> Header:
         raise InputError(f"{path}: the video stream has no data; the file is cut short, copy it again")
     if times and due is not None and last + EARLY_END < (due if end is None else min(due, Fraction(end))):
         raise InputError(
-            f"{path}: cut short, its pictures end at {float(last):.2f} s of {float(due):.2f} s; copy it again, or use what "
+            f"{path}: cut short, its pictures end at {float(last):.2f} s of {float(due):.2f} s; copy it again, or "
+            "use what "
             f"is there with an end of at most {math.floor(float(last) * 10) / 10:g} s"
         )
     # Some containers state the clock of the encoder as the rate: believe only what the packets bear out.

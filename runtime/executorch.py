@@ -78,14 +78,16 @@ class ExecutorchEngine:
         with _quiet():
             try:
                 import torch
-                from executorch.extension.pybindings import portable_lib
+
+                # The public `portable_lib` gives the same names and first imports the compiler, which takes seconds.
+                from executorch.extension.pybindings import _C as binding
             except ImportError as error:
                 raise TargetUnavailable(
                     f"ExecuTorch cannot be imported ({error}); pip install torch==2.13.0 and then "
                     "'penguin-edge[executorch]'"
                 ) from error
             # The first question to the thread pool makes it, with its notes on the processor.
-            current = portable_lib._threadpool_get_thread_count()
+            current = binding._threadpool_get_thread_count()
             if threads is not None and threads != current:
                 # Loaded graphs keep a pointer to the pool that they were loaded with.
                 if _OPEN:
@@ -93,8 +95,8 @@ class ExecutorchEngine:
                         f"{threads} threads, but an engine that is open in this process uses {current}, and they share "
                         "one pool; pass the same number or run it in a process of its own"
                     )
-                portable_lib._unsafe_reset_threadpool(threads)
-        return cls(bundle, portable_lib, torch)
+                binding._unsafe_reset_threadpool(threads)
+        return cls(bundle, binding, torch)
 
     @property
     def kv_len(self) -> int:

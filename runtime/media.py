@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,13 @@ from penguin_edge.frames import Frame, read_image, read_video
 from penguin_edge.preprocess import image_size
 from penguin_edge.prompt import Message, message_fields, part_kind
 from penguin_edge.runtime.report import Clock
-from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Plan, plan_clip
+from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan, plan_clip
 
 
 def digest(pixels: NDArray[np.uint8]) -> str:
     """What identifies a frame in every cache: its size and its pixels."""
     state = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    state.update(np.ascontiguousarray(pixels))
+    state.update(np.ascontiguousarray(pixels).data)
     return state.hexdigest()
 
 
@@ -104,7 +104,7 @@ class Clip:
         self.similarities.append(found.similarity)
         self.digests.append(digest(frame.pixels))
 
-    def plan(self, budget: int, mode: str, config: ImageConfig, max_tokens: int) -> Plan:
+    def plan(self, budget: int, mode: Mode, config: ImageConfig, max_tokens: int) -> Plan:
         """Sizes under `budget`; no frame above `max_tokens`, which is what the graphs were compiled for."""
         size = cap_size(self.size, max_tokens * (14 * self.merge_size) ** 2) if mode == "strict" else self.size
         return plan_clip(
@@ -145,9 +145,9 @@ def cap_size(size: tuple[int, int], max_area: int) -> tuple[int, int]:
 class Library:
     """Pictures and clips by where they come from, so that a second question about a clip does not decode it again."""
 
-    def __init__(self, config: ImageConfig, tra: str) -> None:
+    def __init__(self, config: ImageConfig, tra: Mode) -> None:
         self.config = config
-        self.detection = "exact" if tra == "reference" else "fast"
+        self.detection: Literal["exact", "fast"] = "exact" if tra == "reference" else "fast"
         self._seen: dict[str, Picture | Clip] = {}
 
     def new_clip(self, reopen: Callable[[], Iterable[Frame]]) -> Clip:

@@ -1,4 +1,5 @@
-"""What one answer cost: counts, and where the time went. Times are monotonic nanoseconds inside, milliseconds outside."""
+"""What one answer cost: counts, and where the time went. Times are monotonic nanoseconds inside, milliseconds
+outside."""
 
 from __future__ import annotations
 

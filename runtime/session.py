@@ -6,15 +6,15 @@
     for token in session.ask("What changed?"):
         print(token.text, end="")
 
-Every position of the KV cache has a key: a token id, or (image or frame at a size, its n-th token). A new prompt keeps the
-longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before.
+Every position of the KV cache has a key: a token id, or (image or frame at a size, its n-th token). A new prompt
+keeps the longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import peak_mb
 from penguin_edge.preprocess import Patches, preprocess_image
-from penguin_edge.prompt import Message, Piece, Special, Tokenizer, TextStream, frame_tag, render
+from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, render
 from penguin_edge.runtime.engine import F32, Engine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
 from penguin_edge.runtime.report import Clock, Report
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
-from penguin_edge.tra import DROPPED, KEY, Plan
+from penguin_edge.tra import DROPPED, KEY, Mode, Plan
 
 PATCHES_PER_CALL = 4096
 """Frames of one grid are encoded together up to this many patches; larger batches gain nothing and cost memory."""
@@ -66,7 +66,7 @@ class Session:
         tokenizer: Tokenizer,
         *,
         budget: int | None = None,
-        tra: str = "strict",
+        tra: Mode = "strict",
         max_frames: int | None = None,
         thinking: bool = False,
     ) -> None:
@@ -129,11 +129,13 @@ class Session:
             self._stream.kinds[0] = KEY
             self._turns = [Turn(max(0, t.frames - 1), t.prompt, t.answer) for t in self._turns]
 
-    def ask(self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None) -> Iterator[Token]:
+    def ask(
+        self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None
+    ) -> Generator[Token, None, None]:
         """Answer a question about the frames pushed so far; `report` says what it cost.
 
-        The question is forgotten afterwards unless `keep`: then it and its answer stay, and a new turn opens. Either way
-        the frames stay prefilled.
+        The question is forgotten afterwards unless `keep`: then it and its answer stay, and a new turn opens. Either
+        way the frames stay prefilled.
         """
         options = options or SamplingOptions()
         turns = [*self._turns, Turn(len(self._frames), prompt, ())]
@@ -142,14 +144,15 @@ class Session:
         def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
             return self._turn_pieces(turns, plans[0] if plans else None)
 
-        for token in self._answer(pieces, media, Clock(), options):
-            yield token
+        yield from self._answer(pieces, media, Clock(), options)
         if keep:
             stops = self.config.eos_token_ids
             answer = tuple(i for i in self.report.token_ids if i not in stops)
             self._turns.append(Turn(len(self._frames), prompt, answer))
 
-    def converse(self, messages: Sequence[Message], options: SamplingOptions | None = None) -> Iterator[Token]:
+    def converse(
+        self, messages: Sequence[Message], options: SamplingOptions | None = None
+    ) -> Generator[Token, None, None]:
         """Answer a whole conversation in the published format; images and clips are named in its parts.
 
         Raises:
@@ -211,7 +214,8 @@ class Session:
         clips = [i for i, item in enumerate(media) if isinstance(item, Clip)]
         left = limit
         for rank, i in enumerate(pictures):
-            # Each picture may take an equal share of what is left; half of the whole stays for clips when there are any.
+            # Each picture may take an equal share of what is left; half of the whole stays for clips when there are
+            # any.
             share = (left if not clips else left // 2) // (len(pictures) - rank)
             item = media[i]
             assert isinstance(item, Picture)
@@ -257,13 +261,14 @@ class Session:
             best = found
         raise BudgetError(
             f"the prompt takes {best[3]} tokens and the answer up to {options.max_new_tokens}, but max_seq_len is "
-            f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or export with a "
+            f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or "
+            "export with a "
             "larger --max-seq-len"
         )
 
     def _answer(
         self, pieces: Any, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         begin = time.monotonic_ns() - sum(clock.spent.values())
         self.report = report = Report()
         with clock("plan"):

@@ -225,7 +225,7 @@ def test_damage_is_named(copy: Path, how: str, says: str) -> None:
 
 
 def test_unknown_source_lists_what_is_known() -> None:
-    with pytest.raises(CheckpointError, match="presets? \\(2b, 8b, tiny\\)"):
+    with pytest.raises(CheckpointError, match=r"preset \(2b, 8b, tiny\)"):
         Checkpoint.open("no-such-thing")
 
 

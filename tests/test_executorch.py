@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -300,7 +302,7 @@ def test_refusals(bundle: Bundle, loaded: ExecutorchEngine, tmp_path: Path) -> N
         ExecutorchEngine.open(Bundle(bundle.folder, replace(bundle.manifest, target="onnx")))
     with pytest.raises(InputError, match="at least 1"):
         ExecutorchEngine.open(bundle, threads=0)
-    with pytest.raises(InputError, match="share one pool"):
+    with pytest.raises(InputError, match="share one pool; pass the same number"):
         ExecutorchEngine.open(bundle, threads=61)
     with pytest.raises(InputError, match="at least 32"):
         export.ExecutorchTarget().bounds(8)
@@ -320,3 +322,18 @@ def test_eager_cache_agrees(engine: ExecutorchEngine, model: PenguinModel) -> No
         wanted = model.decoder.logits(hidden, torch.tensor([-1]))[0]
         cache.length += 2
         assert error(engine.forward(x, np.array([-1])), wanted) <= FP32_TOLERANCE
+
+
+def test_opening_imports_no_compiler_and_writes_nothing(bundle: Bundle) -> None:
+    """In a process of its own: what the binding's libraries print at import stays off the user's terminal."""
+    code = f"""
+import sys
+import numpy as np
+from penguin_edge.bundle import Bundle
+from penguin_edge.runtime.executorch import ExecutorchEngine
+engine = ExecutorchEngine.open(Bundle.read({str(bundle.folder)!r}), threads=1)
+engine.forward(engine.embed(np.array([1, 2])), np.array([-1]))
+assert "executorch.exir" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

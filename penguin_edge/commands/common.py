@@ -61,7 +61,8 @@ def require_torch() -> None:
         import torch  # noqa: F401
     except ImportError:
         raise TargetUnavailable(
-            "this needs the PyTorch reference model; run `pip install torch==2.13.0` and then `pip install 'penguin-edge[export]'`"
+            "this needs the PyTorch reference model; run `pip install torch==2.13.0` and then `pip install "
+            "'penguin-edge[export]'`"
         ) from None
 
 

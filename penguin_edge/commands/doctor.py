@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit({**machine, "engines": engines, "exports": fits})
         return 0
-    print(
-        f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['features']) or 'no known vector features'}"
-    )
+    features = ", ".join(machine["features"]) or "no known vector features"
+    print(f"{machine['processor']}, {machine['cores']} cores, {features}")
     available = machine["available_bytes"]
     print(
         f"memory {human_bytes(machine['memory_bytes'])}"

@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> int:
     library = Library(ImageConfig(min_tokens=args.min_image_tokens), args.tra)
     options = {"fps": args.fps, "max_frames": args.max_frames, "start": args.start, "end": args.end}
     clip = library.clip(args.clip, options, Clock())
+    times = [0.0 if time is None else time for time in clip.times]
     plan = clip.plan(args.budget, args.tra, library.config, args.budget)
     if args.out:
-        draw_png(plan, clip.times, clip.similarities, args.out)
+        draw_png(plan, times, clip.similarities, args.out)
         say(f"picture: {args.out}")
     if args.json:
-        emit(plan_json(plan, clip.times, clip.similarities))
+        emit(plan_json(plan, times, clip.similarities))
     else:
-        print(draw_terminal(plan, clip.times, clip.similarities))
+        print(draw_terminal(plan, times, clip.similarities))
     return 0

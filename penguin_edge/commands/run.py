@@ -103,7 +103,8 @@ def report(result: Report, load_ms: float, engine: str) -> None:
     say(f"\n{engine}: finished by {result.finish_reason} after {len(result.token_ids)} tokens")
     if result.frames:
         say(
-            f"  frames {result.frames}: {result.keys} key, {result.intermediates} intermediate, {result.dropped} dropped; "
+            f"  frames {result.frames}: {result.keys} key, {result.intermediates} intermediate, {result.dropped} "
+            "dropped; "
             f"{result.timestamp_tokens} text tokens of time stamps"
         )
     if result.frames or result.images:

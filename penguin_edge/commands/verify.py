@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(table([head, *rows], indent=""))
         limits = result["tolerance"]
         print(
-            f"against {result['against']}; relative <= {limits['relative']:g}, cosine >= {limits['cosine']} ({limits['reason']})"
+            f"against {result['against']}; relative <= {limits['relative']:g}, cosine >= {limits['cosine']} "
+            f"({limits['reason']})"
         )
     for stage in result["stages"]:
         if not stage["passed"]:

@@ -1,10 +1,12 @@
-"""Prefill and decode speed of our engines on one decoder shape with random weights, side by side in one process each round.
+"""Prefill and decode speed of our engines on one decoder shape with random weights, side by side in one process each
+round.
 
     python tests/peers/decoder_speed.py --bundle out/06b-onnx --bundle out/06b-executorch --repeat 5
 
-`--make DIR` writes a text-only checkpoint of the Qwen3-0.6B shape (28 layers, width 1024, vocabulary 151936, tied head) with
-random weights, to be exported first. Rounds go through all bundles in turn, so that a change of the machine's mood meets them
-all. The last line is JSON with every sample.
+`--make DIR` writes a text-only checkpoint of the Qwen3-0.6B shape (28 layers, width 1024, vocabulary 151936, tied
+head) with
+random weights, to be exported first. Rounds go through all bundles in turn, so that a change of the machine's mood
+meets them all. The last line is JSON with every sample.
 """
 
 from __future__ import annotations
