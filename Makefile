@@ -43,14 +43,19 @@ $(STAMP): pyproject.toml $(PINS)
 	$(BIN)/python -m pip check
 	@touch $@
 
+CLIP := tests/media/polar_bear.mp4
+DEMO := build/demo
+
 demo: demo-onnx demo-executorch
-	$(BIN)/penguin-edge plan tests/media/polar_bear.mp4 -o build/demo/plan.png
+	$(BIN)/penguin-edge plan $(CLIP) --budget 1600 -o $(DEMO)/plan.png
+	$(BIN)/python tests/demo_table.py $(DEMO)/tiny-onnx.json $(DEMO)/tiny-executorch.json
 
 demo-onnx demo-executorch: demo-%: $(STAMP)
-	rm -rf build/demo/tiny-$*
-	$(BIN)/penguin-edge export --model tiny --random-weights --target $* --quant fp32 -o build/demo/tiny-$*
-	$(BIN)/penguin-edge verify build/demo/tiny-$*
-	$(BIN)/penguin-edge run build/demo/tiny-$* --video tests/media/polar_bear.mp4 --prompt "What happens in this clip?" --max-new-tokens 32
+	@mkdir -p $(DEMO)
+	$(BIN)/penguin-edge export --model tiny --random-weights --target $* --quant fp32 --overwrite -o $(DEMO)/tiny-$*
+	$(BIN)/penguin-edge verify $(DEMO)/tiny-$*
+	$(BIN)/penguin-edge run $(DEMO)/tiny-$* --video $(CLIP) --budget 1600 --prompt "What happens in this clip?" \
+	    --max-new-tokens 32 --json > $(DEMO)/tiny-$*.json
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

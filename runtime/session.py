@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,21 @@ class Turn:
     answer: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A prompt planned under a visual budget; `length` counts all of its tokens."""
+
+    pieces: list[Piece]
+    visuals: list[Visual]
+    plans: list[Plan]
+    budget: int
+    length: int
+
+
+Render = Callable[[list[Plan], list[int]], list[Piece]]
+"""From the clips' plans and the token count of every image and frame to the pieces of the prompt."""
+
+
 class Session:
     """One conversation over one engine. Not thread-safe."""
 
@@ -91,10 +106,22 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: str | Path | Bundle, *, engine: str | None = None, threads: int | None = None, **options: Any
+        cls,
+        bundle: str | Path | Bundle,
+        *,
+        threads: int | None = None,
+        budget: int | None = None,
+        tra: Mode = "strict",
+        max_frames: int | None = None,
+        thinking: bool = False,
     ) -> Session:
-        """A session over a bundle's own engine; `options` are those of `Session`.
+        """A session over a bundle's own engine.
 
+        Args:
+            threads: threads of the engine; None leaves the choice to it.
+            budget: visual tokens of a prompt; None takes what the context leaves.
+            max_frames: frames of the stream that are kept; None takes the model's number.
+            thinking: leave out the empty think block.
         Raises:
             BundleError: the bundle is missing, damaged or of another schema.
             TargetUnavailable: its engine is not installed.
@@ -104,7 +131,8 @@ class Session:
         tokenizer = Tokenizer.open(
             opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
         )
-        return cls(open_engine(opened, threads=threads), tokenizer, **options)
+        engine = open_engine(opened, threads=threads)
+        return cls(engine, tokenizer, budget=budget, tra=tra, max_frames=max_frames, thinking=thinking)
 
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> None:
         """Add a frame to the stream: label it and keep it. Beyond `max_frames` the oldest frame is given up.
@@ -204,78 +232,68 @@ class Session:
                 seen += 1
         return out
 
-    def _fit(
-        self, pieces: Any, media: list[Picture | Clip], options: SamplingOptions, limit: int
-    ) -> tuple[list[Piece], list[Visual], list[Plan], int]:
-        """Everything planned under `limit` visual tokens: pieces, visuals, plans, and the prompt's length in tokens."""
+    def _fit(self, pieces: Render, media: list[Picture | Clip], limit: int) -> Layout:
+        """Everything planned under `limit` visual tokens."""
         config, bounds = self.config.image, self.engine.bounds
         visuals: list[list[Visual]] = [[] for _ in media]
-        pictures = [i for i, item in enumerate(media) if isinstance(item, Picture)]
-        clips = [i for i, item in enumerate(media) if isinstance(item, Clip)]
+        pictures = [(i, item) for i, item in enumerate(media) if isinstance(item, Picture)]
+        clips = [(i, item) for i, item in enumerate(media) if isinstance(item, Clip)]
         left = limit
-        for rank, i in enumerate(pictures):
-            # Each picture may take an equal share of what is left; half of the whole stays for clips when there are
-            # any.
-            share = (left if not clips else left // 2) // (len(pictures) - rank)
-            item = media[i]
-            assert isinstance(item, Picture)
-            visuals[i] = [item.fit(config, max(1, min(share, bounds.max_patches // item.merge_size**2)))]
+        for rank, (i, picture) in enumerate(pictures):
+            # Each picture may take an equal share of what is left; half of it stays for clips when there are any.
+            share = (left // 2 if clips else left) // (len(pictures) - rank)
+            visuals[i] = [picture.fit(config, max(1, min(share, bounds.max_patches // picture.merge_size**2)))]
             left -= visuals[i][0].tokens
         plans = []
-        weights = [len(item.kinds) * item.size[0] * item.size[1] for item in media if isinstance(item, Clip)]
-        for rank, i in enumerate(clips):
-            item = media[i]
-            assert isinstance(item, Clip)
+        weights = [len(clip.kinds) * clip.size[0] * clip.size[1] for _, clip in clips]
+        for rank, (i, clip) in enumerate(clips):
             share = max(1, left * weights[rank] // sum(weights[rank:]))
-            plan = item.plan(share, self.tra, config, bounds.max_patches // item.merge_size**2)
-            visuals[i] = item.visuals(plan)
+            plan = clip.plan(share, self.tra, config, bounds.max_patches // clip.merge_size**2)
+            visuals[i] = clip.visuals(plan)
             left -= plan.total_tokens
             plans.append(plan)
         flat = [visual for group in visuals for visual in group]
         rendered = pieces(plans, [visual.tokens for visual in flat])
-        length = len(self.tokenizer.encode_pieces(rendered))
-        return rendered, flat, plans, length
+        return Layout(rendered, flat, plans, limit, len(self.tokenizer.encode_pieces(rendered)))
 
-    def _plan(
-        self, pieces: Any, media: list[Picture | Clip], options: SamplingOptions
-    ) -> tuple[list[Piece], list[Visual], list[Plan], int]:
-        """The largest visual budget that leaves room for the text, its timestamps and the answer."""
-        capacity = self.engine.bounds.max_seq_len - options.max_new_tokens
+    def _plan(self, pieces: Render, media: list[Picture | Clip], max_new_tokens: int) -> Layout:
+        """The largest visual budget that leaves room for the text, its timestamps and the answer.
+
+        Raises:
+            BudgetError: no budget does.
+        """
+        capacity = self.engine.bounds.max_seq_len - max_new_tokens
         wanted = min(self.budget or self.config.image.max_tokens, self.config.image.max_tokens)
-        best = self._fit(pieces, media, options, wanted)
-        if best[3] <= capacity:
-            return *best[:3], wanted
-        if media and self.tra == "strict":
-            low, high = 0, min(wanted, max(capacity, 1))
-            found = None
+        best = self._fit(pieces, media, wanted)
+        if best.length > capacity and media and self.tra == "strict":
+            # A smaller budget drops frames and with them their time stamps: the length follows, so halve the interval.
+            best = self._fit(pieces, media, 1)
+            low, high = 1, min(wanted, max(capacity, 1))
             while high - low > max(1, high // 64):
                 middle = (low + high) // 2
-                attempt = self._fit(pieces, media, options, middle)
-                if attempt[3] <= capacity:
-                    low, found = middle, attempt
+                attempt = self._fit(pieces, media, middle)
+                if attempt.length <= capacity:
+                    low, best = middle, attempt
                 else:
                     high = middle
-            found = found or self._fit(pieces, media, options, 1)
-            if found[3] <= capacity:
-                return *found[:3], max(low, 1)
-            best = found
-        raise BudgetError(
-            f"the prompt takes {best[3]} tokens and the answer up to {options.max_new_tokens}, but max_seq_len is "
-            f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or "
-            "export with a "
-            "larger --max-seq-len"
-        )
+        if best.length > capacity:
+            raise BudgetError(
+                f"the prompt takes {best.length} tokens and the answer up to {max_new_tokens}, but max_seq_len is "
+                f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or "
+                "export with a larger --max-seq-len"
+            )
+        return best
 
     def _answer(
-        self, pieces: Any, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
+        self, pieces: Render, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
     ) -> Generator[Token, None, None]:
         begin = time.monotonic_ns() - sum(clock.spent.values())
         self.report = report = Report()
         with clock("plan"):
-            rendered, visuals, plans, report.budget = self._plan(pieces, media, options)
-            keys = self._keys(rendered, visuals)
-            self._describe(report, media, plans, visuals)
-        self._compute_features(media, visuals, clock)
+            layout = self._plan(pieces, media, options.max_new_tokens)
+            keys = self._keys(layout)
+            self._describe(report, media, layout)
+        self._compute_features(media, layout.visuals, clock)
         with clock("prefill"):
             logits = self._prefill(keys, report)
         sampler, stream = Sampler(options), TextStream(self.tokenizer)
@@ -309,11 +327,12 @@ class Session:
                 report.tokens_per_s = 1e3 * len(report.token_ms) / sum(report.token_ms)
             report.peak_mb = peak_mb()
 
-    def _describe(self, report: Report, media: list[Picture | Clip], plans: list[Plan], visuals: list[Visual]) -> None:
+    def _describe(self, report: Report, media: list[Picture | Clip], layout: Layout) -> None:
+        report.budget = layout.budget
         report.images = sum(isinstance(item, Picture) for item in media)
-        report.visual_tokens = sum(visual.tokens for visual in visuals)
+        report.visual_tokens = sum(visual.tokens for visual in layout.visuals)
         clips = [item for item in media if isinstance(item, Clip)]
-        for clip, plan in zip(clips, plans, strict=True):
+        for clip, plan in zip(clips, layout.plans, strict=True):
             report.frames += len(plan.frames)
             report.keys += plan.keys
             report.intermediates += plan.intermediates
@@ -324,12 +343,12 @@ class Session:
                 len(self.tokenizer.encode(("," if i else "") + tag)) for i, tag in enumerate(tags)
             )
 
-    def _keys(self, pieces: list[Piece], visuals: list[Visual]) -> list[Any]:
+    def _keys(self, layout: Layout) -> list[Any]:
         """What stands at each position of the prompt."""
         keys: list[Any] = []
-        for piece in pieces:
+        for piece in layout.pieces:
             if isinstance(piece, chat.Visual):
-                keys += [(visuals[piece.index], i) for i in range(piece.count)]
+                keys += [(layout.visuals[piece.index], i) for i in range(piece.count)]
             else:
                 keys += self.tokenizer.encode_pieces([piece])
         return keys
