@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature  # noqa: E402
 from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
 from penguin_edge.decoder import KVCache  # noqa: E402
-from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError  # noqa: E402
+from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export import executorch as export  # noqa: E402
 from penguin_edge.model import PenguinModel  # noqa: E402
 from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
@@ -337,3 +337,9 @@ assert "executorch.exir" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_missing_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)
+    with pytest.raises(TargetUnavailable, match=r"pip install torch==2.13.0 and then 'penguin-edge\[executorch\]'"):
+        ExecutorchEngine.open(bundle)
