@@ -13,21 +13,23 @@ frame below 0.95 becomes the new key frame.
 
 Two modes:
 
-- `exact` repeats the reference, its resize included, to the bit. Against the original kernel single values differ by
-one
-  grey level (5 of 5.9 million) only where frames shrink by more than two, as 4K does; labels and similarities agree.
-- `fast` looks at the comparison frame at half its size (7x7 samples per patch), so each cosine is an estimate. Where
-  the estimated similarity is within `FAST_BAND` of the threshold, the patches whose cosine is within `FAST_MARGIN` of
-  its limit are computed exactly, in chunks, until the rest cannot change the label.
+- `exact` repeats the reference, its resize included, to the bit. Against the original kernel, single values of random
+  4K frames, which shrink by more than two, differ by one grey level (5 of 5.9 million).
+- `fast` looks at the comparison frame at half its size (7x7 samples per patch), so each cosine is an estimate. How many
+  patches could be wrong is guessed (`FAST_DOUBT`); where so many could change the label, the patches nearest to their
+  limit are computed exactly until they no longer can. Frames that are mostly noise near black are compared exactly.
 
-Measured on one core of a shared server, OpenCV with one thread, every frame at 25 per second, CPU time: at 1280x720
-`exact` takes 32 ms per frame; `fast` takes on average 2.6 ms (p95 4.1) on an animation and 3.0 ms (p95 5.3) on a street
-scene scaled up to 720p, which stays near the threshold for 156 of 250 frames; 1.4 ms where it does not. Estimated
-similarities were off by 0.016 at most over 840 frames of six clips. Against the same key frame, 10 of these labels
-differ
-from the exact ones, all with an exact similarity within 0.0035 of the threshold. All five cuts of the street clip are
-key frames in both modes. A cut between two dark night scenes (similarity 0.98) is key in neither: the measure is blind
-to it, in the reference as well.
+Measured: CPU time of one core of a busy two-core server, OpenCV with one thread, best of three passes per frame. At
+1280x720 `exact` takes 31 to 37 ms per frame. `fast` takes, mean (p95): 3.0 (5.4) on a street scene scaled up, 3.6 (6.0)
+on an animation, 2.6 (5.9) on a film and 2.7 (4.5) on a turned object scaled up; most frames of the first two are within
+0.02 of the threshold. So 3 ms is about the mean, not a limit, and a dark frame can cost as much as `exact`.
+
+Labels against exact ones with the same last key frame: seven clips, one at two sizes (1416 frames), served to choose
+the constants; 14 labels differ, all of two clips of a planet in black space, at most 0.0053 from the threshold. On
+five other clips, one at two sizes (740 frames), none differs. After one different label the two modes hold different
+key frames, so labels of whole runs can then differ anywhere: 4 of 16 such frames were more than 0.02 from the
+threshold. All eight cuts of a street clip and a film are key in both modes; a cut between two night scenes (similarity
+0.98) is key in neither.
 """
 
 from __future__ import annotations
@@ -50,10 +52,13 @@ MIN_COMPARE_AREA = 10 * PATCH * PATCH
 MAX_ASPECT = 1000
 FAST_DOUBT = 0.65
 """Fast mode looks closer when less than this times the root of the number of patches separates a frame from a label."""
-FAST_REACH = 1.0
+FAST_REACH = 0.85
 """Over the root of the number of patches: distance of a cosine from its limit over which doubt falls e-fold. A wrong
 patch weighs more in a small frame, and a closer look costs less there."""
-FAST_CHUNK = 32
+DARK_LEVEL, DARK_SHARE, DARK_DOUBT = 3, 0.25, 0.1
+"""A patch is dark when over `DARK_SHARE` of its samples have a V of 1 to `DARK_LEVEL`, where a single level of noise
+turns hue and saturation around. Each dark patch adds `DARK_DOUBT` to the doubt until it was looked at."""
+FAST_CHUNK = 16
 """Patches computed exactly at a time, before fast mode asks whether more are needed."""
 FAST_MIN_PATCHES = 256
 """Frames of at most so many patches are compared exactly in fast mode too: it is cheap, and one patch weighs more."""
@@ -236,9 +241,9 @@ def _blend(source: Array, index: Array, weight: Array) -> Array:
     for tap, w in enumerate(weight.astype(np.float64)[..., None]):
         some = w.any(axis=tuple(range(1, w.ndim)))  # the outer taps have weight in few patches
         part = slice(None) if some.all() else np.flatnonzero(some)
-        step = source.take(index[tap][part], axis=0) * w[part]
-        if tap:
-            step += total[part]
+        step = source.take(index[tap][part], axis=0).astype(np.float64)
+        step *= w[part]
+        step += total[part]
         total[part] = step
     return total
 
@@ -272,6 +277,10 @@ class _Sampled:
             pixels = cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), interpolation=cv2.INTER_AREA)
         self.hsv = _hsv(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR))
         self.energy = _patch_sums(self.hsv, self.hsv, PATCH // 2)
+        noisy = cv2.inRange(cv2.extractChannel(self.hsv, 2), 1, DARK_LEVEL)
+        share = cv2.resize(noisy, self.energy.shape[::-1], interpolation=cv2.INTER_AREA)
+        self.dark: Array = (share > 255 * DARK_SHARE).ravel()
+        self.whole: _Exact | None = None
         self.exact: Pixels | None = None
         self.known: Array | None = None
 
@@ -294,23 +303,31 @@ class _Sampled:
         limit, threshold = config.patch_cosine, config.similarity_threshold
         cosine = _cosine(_patch_sums(self.hsv, key.hsv, PATCH // 2), self.energy, key.energy).ravel()
         similar, counted = cosine > limit, ~np.isnan(cosine)
-        share, total = _share(int(similar.sum()), int(counted.sum())), cosine.size
+        share, total = _share(int(similar.sum()), int(counted.sum())), max(1, int(counted.sum()))
         doubt, reach = FAST_DOUBT * math.sqrt(total), FAST_REACH / math.sqrt(total)
-        if not abs(share - threshold) * total < doubt:
+        dark = (self.dark | key.dark) & counted
+        left = int(dark.sum())
+        if left > total // 4:
+            return self.as_exact().share(key.as_exact(), config)
+        if abs(share - threshold) * total >= doubt + DARK_DOUBT * left:
             return share
-        distance = np.abs(cosine - limit)
+        distance = np.where(dark, 0, np.abs(cosine - limit))
         order = np.flatnonzero(distance < reach * math.log(2 * doubt))  # beyond, doubt is below half a patch
         order = order[np.argsort(distance[order], kind="stable")]
         for start in range(0, len(order), FAST_CHUNK):
             which = order[start : start + FAST_CHUNK]
-            if not abs(share - threshold) * total < doubt * math.exp(-distance[which[0]] / reach):
+            remaining = doubt * math.exp(-distance[which[0]] / reach) + DARK_DOUBT * max(0, left - start)
+            if abs(share - threshold) * total >= remaining:
                 break
             a, b = (p.astype(np.float32) for p in (_exact_patches(self.pixels, self.size, which), key.patches(which)))
-            dot, energy_a, energy_b = (np.einsum("nv,nv->n", p, q) for p, q in ((a, b), (a, a), (b, b)))
-            exact = _cosine(dot, energy_a, energy_b)
+            exact = _cosine(*(np.einsum("nv,nv->n", p, q) for p, q in ((a, b), (a, a), (b, b))))
             similar[which], counted[which] = exact > limit, ~np.isnan(exact)
             share = _share(int(similar.sum()), int(counted.sum()))
         return share
+
+    def as_exact(self) -> _Exact:
+        self.whole = self.whole or _Exact(self.pixels)
+        return self.whole
 
 
 class KeyFrameDetector:

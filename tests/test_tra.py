@@ -262,7 +262,7 @@ def test_fast_labels_differ_only_near_the_threshold(share: float, seed: int) -> 
         detector.push(first)
     wanted, got = exact.push(second), fast.push(second)
     assert wanted.similarity is not None and got.similarity is not None
-    if abs(wanted.similarity - TraConfig().similarity_threshold) >= keyframes.FAST_BAND:
+    if abs(wanted.similarity - TraConfig().similarity_threshold) >= 0.02:
         assert got.kind == wanted.kind
 
 
@@ -284,14 +284,22 @@ def test_fast_mode_that_trusts_no_estimate_is_exact(
     share: float, energy: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every patch in doubt, labels rest on exact patches alone, however wrong the estimates are."""
-    monkeypatch.setattr(keyframes, "FAST_MARGIN", 100.0)
-    monkeypatch.setattr(keyframes, "FAST_BAND", 2.0)
+    monkeypatch.setattr(keyframes, "FAST_DOUBT", 1e9)
+    monkeypatch.setattr(keyframes, "FAST_REACH", 1e9)
     first, second, config = _scene(1), _partly_changed(share), TraConfig()
     wanted = keyframes._Exact(second).share(keyframes._Exact(first), config)
     frame = keyframes._Sampled(second)
     frame.energy = frame.energy * energy  # makes every estimate ten times too high or too low
     got = frame.share(keyframes._Sampled(first).keep(), config)
     assert (got < config.similarity_threshold) == (wanted < config.similarity_threshold)
+
+
+def test_fast_mode_compares_a_fade_to_black_exactly() -> None:
+    """Levels 0 to 3: one level turns hue and saturation around, so samples say nothing about the patch."""
+    random = np.random.default_rng(0)
+    frames = [_scene(1), *[random.integers(0, 4, (360, 480, 3), dtype=np.uint8) for _ in range(2)]]
+    exact, fast = KeyFrameDetector("exact"), KeyFrameDetector("fast")
+    assert [fast.push(frame) for frame in frames] == [exact.push(frame) for frame in frames]
 
 
 def test_the_resize_is_that_of_the_reference() -> None:
