@@ -183,8 +183,15 @@ def draw_png(
     bottom.axhline(threshold, color=COLOURS[KEY], linestyle="--", linewidth=1)
     lowest = min([value for _, value in known] + [threshold])
     bottom.set_ylim(max(0.0, lowest - 0.25 * (1.02 - lowest)), 1 + 0.15 * (1.02 - lowest))
-    bottom.text(1.005, threshold, f"key\nbelow\n{threshold:g}", color=COLOURS[KEY], fontsize=8, va="center",
-                transform=bottom.get_yaxis_transform())
+    bottom.text(
+        1.005,
+        threshold,
+        f"key\nbelow\n{threshold:g}",
+        color=COLOURS[KEY],
+        fontsize=8,
+        va="center",
+        transform=bottom.get_yaxis_transform(),
+    )
     bottom.set_ylabel("similarity to\nlast key frame")
     bottom.set_xlabel("time in seconds" + "".join(f"\n{note}" for note in plan.notes))
     bottom.set_xlim(times[0] - step, times[-1] + step)
