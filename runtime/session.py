@@ -27,7 +27,7 @@ from penguin_edge.bundle import TOKENIZER, Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import peak_mb
-from penguin_edge.preprocess import Patches, preprocess_image
+from penguin_edge.preprocess import Patches, image_sizes, preprocess_image
 from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, render
 from penguin_edge.runtime.engine import F32, Engine
 from penguin_edge.runtime.engines import open_engine
@@ -84,6 +84,7 @@ class Session:
         tra: Mode = "strict",
         max_frames: int | None = None,
         thinking: bool = False,
+        shared_image_size: bool = False,
     ) -> None:
         if tra not in ("strict", "reference"):
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
@@ -95,6 +96,7 @@ class Session:
         self.budget = budget
         self.tra = tra
         self.thinking = thinking
+        self.shared_image_size = shared_image_size
         self.max_frames = max_frames or self.config.image.max_frames
         self.report = Report()
         self.library = Library(self.config.image, tra)
@@ -114,6 +116,7 @@ class Session:
         tra: Mode = "strict",
         max_frames: int | None = None,
         thinking: bool = False,
+        shared_image_size: bool = False,
     ) -> Session:
         """A session over a bundle's own engine.
 
@@ -122,6 +125,7 @@ class Session:
             budget: visual tokens of a prompt; None takes what the context leaves.
             max_frames: frames of the stream that are kept; None takes the model's number.
             thinking: leave out the empty think block.
+            shared_image_size: give all images of a prompt the first one's size, as the reference does.
         Raises:
             BundleError: the bundle is missing, damaged or of another schema.
             TargetUnavailable: its engine is not installed.
@@ -132,7 +136,15 @@ class Session:
             opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
         )
         engine = open_engine(opened, threads=threads)
-        return cls(engine, tokenizer, budget=budget, tra=tra, max_frames=max_frames, thinking=thinking)
+        return cls(
+            engine,
+            tokenizer,
+            budget=budget,
+            tra=tra,
+            max_frames=max_frames,
+            thinking=thinking,
+            shared_image_size=shared_image_size,
+        )
 
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> None:
         """Add a frame to the stream: label it and keep it. Beyond `max_frames` the oldest frame is given up.
@@ -239,6 +251,13 @@ class Session:
         pictures = [(i, item) for i, item in enumerate(media) if isinstance(item, Picture)]
         clips = [(i, item) for i, item in enumerate(media) if isinstance(item, Clip)]
         left = limit
+        if self.shared_image_size and pictures:
+            sizes = [picture.frame.pixels.shape[:2] for _, picture in pictures]
+            shared = image_sizes(sizes, config, config.image_merge_size, shared=True)
+            for (i, picture), size in zip(pictures, shared, strict=True):
+                visuals[i] = [Visual(picture.digest, *size, picture.merge_size)]
+                left -= visuals[i][0].tokens
+            pictures = []
         for rank, (i, picture) in enumerate(pictures):
             # Each picture may take an equal share of what is left; half of it stays for clips when there are any.
             share = (left // 2 if clips else left) // (len(pictures) - rank)

@@ -56,6 +56,13 @@ def test_each_image_keeps_its_own_size_and_order() -> None:
     assert sizes == {(56, 140), (140, 56)}
 
 
+def test_a_flag_gives_all_images_the_first_ones_size_as_the_reference_does() -> None:
+    run, _ = session(shared_image_size=True)
+    content = [{"type": "image", "image": picture(1, 56, 140)}, {"type": "image", "image": picture(2, 140, 56)}]
+    list(run.converse([{"role": "user", "content": [*content, {"type": "text", "text": "Compare."}]}], SHORT))
+    assert {(visual.height, visual.width) for visual in run._features} == {(56, 140)}
+
+
 def test_a_second_question_encodes_nothing_and_prefills_only_itself() -> None:
     run, engine = session()
     for i in range(6):

@@ -36,6 +36,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
     parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
     parser.add_argument("--thinking", action="store_true", help="let the model think: no empty think block")
+    parser.add_argument(
+        "--shared-image-size", action="store_true", help="the first image's size for all, as the reference"
+    )
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -77,7 +80,14 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{path}: no such file; check the path")
     begin = time.monotonic()
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
-    session = Session(engine, tokenizer, budget=args.budget, tra=args.tra, thinking=args.thinking)
+    session = Session(
+        engine,
+        tokenizer,
+        budget=args.budget,
+        tra=args.tra,
+        thinking=args.thinking,
+        shared_image_size=args.shared_image_size,
+    )
     load_ms = 1e3 * (time.monotonic() - begin)
     answer = session.converse(messages, options)
     code = 0
