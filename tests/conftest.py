@@ -1,0 +1,5 @@
+"""The shared parts of the golden tests are no test files of their own: let their assertions say what they saw, too."""
+
+import pytest
+
+pytest.register_assert_rewrite("golden_model", "golden_pixels", "golden_tra")
