@@ -23,27 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from penguin_edge.config import PenguinConfig
+from penguin_edge.export.cases import CASES, DECODED, QUESTION, STORED_LOGITS, Arrays, check_image
 from penguin_edge.generate import generate
 from penguin_edge.model import PenguinModel
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer, render
-
-Arrays = dict[str, NDArray]
-DECODED = 32
-STORED_LOGITS = 8
-"""Rows of decode logits kept: all 32 would be 19 MB at the published vocabulary."""
-CASES = ((90, 118, 84, 112, 2), (61, 75, 56, 70, 1))
-"""Native height and width, target height and width, merge size."""
-QUESTION = "What is in this picture, and what happens in this clip?"
-
-
-def check_image(height: int, width: int) -> NDArray[np.uint8]:
-    """A deterministic picture with smooth colour, edges and fine texture."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    red = 127 + 120 * np.sin(x / 9) * np.cos(y / 13)
-    green = np.where((x // 16 + y // 16) % 2 == 0, 220, 35) + 0 * x
-    blue = (x * 7 + y * 13 + (x * y) % 31) % 256
-    return np.stack((red, green, blue), axis=-1).clip(0, 255).astype(np.uint8)
 
 
 def check_patches(config: PenguinConfig) -> Arrays:

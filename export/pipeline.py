@@ -6,6 +6,7 @@ bundle will cost is said. Nothing is left behind when a part fails or the user s
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -31,6 +32,8 @@ from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 
 TOOLS_BYTES = 1_500_000_000
 """Resident memory of importing torch and an exporter, on top of what a part takes."""
+MIN_SEQ_LEN = 128
+"""Positions that `verify` needs for its prompt and answer."""
 DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -102,8 +105,10 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
             f"target {target.name} cannot compute {options.precision!r}; it knows {', '.join(target.precisions)}"
         )
     longest = checkpoint.config.text.max_position_embeddings
-    if not 64 <= options.max_seq_len <= longest:
-        raise InputError(f"max_seq_len is {options.max_seq_len}; wanted 64 to {longest}, the model's own limit")
+    if not MIN_SEQ_LEN <= options.max_seq_len <= longest:
+        raise InputError(
+            f"max_seq_len is {options.max_seq_len}; wanted {MIN_SEQ_LEN} to {longest}, the model's own limit"
+        )
 
 
 def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
@@ -112,7 +117,7 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
     Raises:
         MemoryLimitError: memory or disk is too small; the message says what is needed.
     """
-    limit = options.max_ram or total_memory()
+    limit = total_memory() if options.max_ram is None else options.max_ram
     if need.peak > limit:
         part = max(need.peak_bytes, key=lambda name: need.peak_bytes[name])
         raise MemoryLimitError(
@@ -146,7 +151,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     need = estimate(checkpoint, target, options)
     check_room(need, options, Path(out))
     bounds = target.bounds(options.max_seq_len)
-    stored = DTYPE_NAMES[str(checkpoint.dtype)]
+    stored = DTYPE_NAMES.get(str(checkpoint.dtype), "fp32")
     embedding_dtype = options.precision if stored == "fp32" else stored
     with contract.writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
@@ -212,7 +217,8 @@ def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Pro
             try:
                 _wait(process, lambda seconds, resident: progress.tick(part, seconds, resident), begin)
             except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise
         if not result_path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from penguin_edge.errors import InputError
 from penguin_edge.export.executorch import ExecutorchTarget
 from penguin_edge.export.onnx import OnnxTarget
 from penguin_edge.export.target import Target
@@ -13,8 +14,8 @@ def find_target(name: str) -> Target:
     """A target by name.
 
     Raises:
-        ValueError: unknown; the message lists the known ones.
+        InputError: unknown; the message lists the known ones.
     """
     if name not in TARGETS:
-        raise ValueError(f"unknown target {name!r}; known: {', '.join(sorted(TARGETS))}")
+        raise InputError(f"unknown target {name!r}; known: {', '.join(sorted(TARGETS))}")
     return TARGETS[name]

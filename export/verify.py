@@ -10,20 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, write_json
-from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import BundleError
-from penguin_edge.export import check
-from penguin_edge.export.check import CASES, Arrays
+from penguin_edge.export.cases import CASES, DECODED, Arrays
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from penguin_edge.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
     """
     if checkpoint is None:
         return load_file(bundle.path(CHECK))
+    from penguin_edge.export import check
+
     config = bundle.manifest.model
     if (checkpoint.config.text, checkpoint.config.vision) != (config.text, config.vision):
         raise BundleError(
@@ -147,7 +150,7 @@ def _decoder_stages(
     first = prefill(engine, embeds, engine.bounds.max_chunk)
     stages = [compare("prefill", first, reference["prefill"], tolerance)]
     progress("decode")
-    rows = [engine.forward(engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(check.DECODED)]
+    rows = [engine.forward(engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(DECODED)]
     logits = np.stack(rows)
     kept = len(reference["decode"])
     stages.append(compare("decode", logits[:kept], reference["decode"], tolerance))
@@ -183,5 +186,8 @@ def verify_bundle(
         "manifest_sha256": bundle.manifest.to_json()["sha256"],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(bundle.path(VERIFY), result)
+    try:
+        write_json(bundle.path(VERIFY), result)
+    except OSError as error:
+        progress(f"{VERIFY} not written: {error.strerror}")
     return result

@@ -46,10 +46,9 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     _record_check(part, model, checkpoint, folder)
     if part == "decoder":
         model.embedding = None
-    loaded = peak_mb()
     bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
     done = target.export_part(part, model, bounds, folder)
-    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline, "loaded_mb": loaded}
+    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline}
 
 
 def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:

@@ -261,14 +261,39 @@ class Bundle:
             name: [p.stat().st_size, p.stat().st_mtime_ns] for name in self.manifest.files for p in [self.path(name)]
         }
         key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp], sort_keys=True).encode()).hexdigest()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penguin-edge" / "verified"
-        if (cache / key).is_file():
-            return
-        self.check_hashes()
+        seen = _remembered(key)
         # A machine where nothing can be remembered hashes at every open: slower, never wrong.
         with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            (cache / key).touch()
+            if seen is not None and seen.is_file():
+                return
+        self.check_hashes()
+        with contextlib.suppress(OSError):
+            if seen is not None:
+                seen.parent.mkdir(parents=True, exist_ok=True)
+                seen.touch()
+
+
+def _remembered(key: str) -> Path | None:
+    """The file whose presence says that a bundle was hashed here before; None without a home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "penguin-edge" / "verified" / key
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files in a bundle's folder that no export put there."""
+    try:
+        known = {
+            *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"],
+            MANIFEST,
+            VERIFY,
+            "profile.json",
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in known)
 
 
 @contextlib.contextmanager
@@ -284,6 +309,11 @@ def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise BundleError(f"{out} exists already; choose another folder or pass --overwrite")
         if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
             raise BundleError(f"{out} exists and is not a bundle; it is left as it is, choose another folder")
+        strangers = _strangers(out)
+        if strangers:
+            raise BundleError(
+                f"{out} holds {strangers[0]}, which is not of the bundle; move it away before you overwrite"
+            )
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         aside.mkdir(parents=True)
@@ -294,10 +324,14 @@ def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     old = aside.with_suffix(".old")
     try:
         yield aside
+        if out.exists() and not overwrite:
+            raise BundleError(f"{out} appeared while the bundle was made; it is left as it is, choose another folder")
         if out.exists():
             out.replace(old)
         aside.replace(out)
     finally:
+        if old.exists() and not out.exists():
+            old.replace(out)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -305,6 +339,8 @@ def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 def finish(folder: Path, manifest: Manifest) -> Bundle:
     """Hash every file in `folder`, write the manifest, and return the bundle."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for name in names:  # safetensors writes for its owner alone
+        (folder / name).chmod((folder / name).stat().st_mode | 0o444)
     files = {name: FileEntry(file_hash(folder / name), (folder / name).stat().st_size) for name in names}
     complete = Manifest(**{**{f: getattr(manifest, f) for f in manifest.__dataclass_fields__}, "files": files})
     write_json(folder / MANIFEST, complete.to_json())

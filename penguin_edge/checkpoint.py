@@ -138,7 +138,7 @@ class Checkpoint:
             line = f"preset {text}: random weights from seed {seed}, and the embedded small tokenizer"
             checkpoint = cls(text, config, DEFAULT_TOKENIZER, [line], None, seed)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():
-            checkpoint = cls._open_folder(download(text))
+            checkpoint = dataclasses.replace(cls._open_folder(download(text)), source=text)
         else:
             raise CheckpointError(
                 f"{text!r} is neither a checkpoint folder, nor a preset ({', '.join(sorted(PRESETS))}), nor a hub "
@@ -161,6 +161,10 @@ class Checkpoint:
             )
             stored |= {name: tensor for name, tensor in extra.items() if name.startswith("encoder.")}
             notes.append(f"encoder weights read from {encoder_folder}")
+        if not any(name.startswith(("embedding.", "decoder.")) for name in stored):
+            raise CheckpointError(
+                f"{folder}: holds just an encoder; name the folder of the whole model, or use read_encoder in Python"
+            )
         tokenizer = folder / "tokenizer.json"
         checkpoint = cls(str(folder), config, tokenizer, notes, stored)
         checkpoint._check_tensors()
@@ -177,6 +181,11 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.source}: tensor {published_name(name)} {list(shape)} is missing; the weights do not "
                     "fit config.json"
+                )
+            if not tensor.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.source}: tensor {tensor.name} is {tensor.dtype}, wanted floating-point weights; name the "
+                    "checkpoint before quantization"
                 )
             if math.prod(tensor.shape) != math.prod(shape) or (tensor.shape != shape and "patch_embedding" not in name):
                 raise CheckpointError(

@@ -40,7 +40,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; every failure on purpose is one sentence on stderr."""
     args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
         return int(args.run(args))

@@ -27,6 +27,8 @@ from penguin_edge.errors import InputError
 
 MAX_ASPECT = 1000
 """Longest side over shortest side of an image that is still accepted."""
+MAX_FPS, MAX_SECONDS = 1000, 10**9
+"""Beyond these a request is a slip of the keyboard."""
 FOLDER_FPS = 3
 """Rate that a folder of pictures is taken to have."""
 ANIMATION_FPS = 25
@@ -374,12 +376,12 @@ def _animation(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def _check_options(fps: float | None, max_frames: int | None, start: float | None, end: float | None) -> None:
-    if fps is not None and not (0 < fps < math.inf):
-        raise InputError(f"got fps {fps}, wanted a number above 0, or None for every frame")
-    if max_frames is not None and max_frames < 1:
-        raise InputError(f"got max_frames {max_frames}, wanted at least 1, or None for no limit")
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps <= MAX_FPS):
+        raise InputError(f"got fps {fps!r}, wanted a number above 0 and at most {MAX_FPS}, or None for every frame")
+    if max_frames is not None and not (isinstance(max_frames, int) and max_frames >= 1):
+        raise InputError(f"got max_frames {max_frames!r}, wanted at least 1, or None for no limit")
     for name, value in (("start", start), ("end", end)):
-        if value is not None and not (0 <= value < math.inf):
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= MAX_SECONDS):
             raise InputError(f"got {name} {value}, wanted seconds from the beginning of the clip, 0 or more")
     if end is not None and end <= (start or 0):
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")

@@ -40,25 +40,35 @@ def config_from_folder(folder: Path, shapes: Shapes) -> tuple[PenguinConfig, Pat
     text = dataclasses.replace(_stack(TextConfig, data, path), qk_norm=TEXT_TYPES[kind])
     vision, encoder_folder, more = _vision(folder, data, shapes)
     notes += more
+    if vision and not (folder / "preprocessor_config.json").is_file():
+        notes.append("preprocessor_config.json not found; the published constants are used (mean and std 0.5)")
     generation = (
         read_json(folder / "generation_config.json", "") if (folder / "generation_config.json").is_file() else {}
     )
-    eos = generation.get("eos_token_id", data.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    eos = data.get("eos_token_id") if eos is None else eos
     config = PenguinConfig(
         vision=vision,
         text=text,
         image=_image(folder, data) if vision else ImageConfig(),
-        image_token_id=int(data.get("image_token_index", 151_669)) if vision else -1,
+        image_token_id=_image_token(data, path) if vision else -1,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         pad_token_id=int(data.get("pad_token_id") or 0),
     )
     return config, encoder_folder, notes
 
 
+def _image_token(data: dict[str, Any], path: Path) -> int:
+    value = data.get("image_token_index")
+    if value is not None and not isinstance(value, int):
+        raise CheckpointError(f"{path}: image_token_index is {value!r}, wanted a token id")
+    return PenguinConfig.image_token_id if value is None else value
+
+
 def _stack(kind: type[Stack], data: dict[str, Any], path: Path) -> Stack:
     """The transformer fields that encoder and decoder share. A value that the model cannot honour is refused."""
     scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise CheckpointError(f"{path}: rope scaling {scaling} is not supported; wanted the default rotary embedding")
     if data.get("attention_bias") or data.get("mlp_bias"):
         raise CheckpointError(f"{path}: attention_bias or mlp_bias is set; wanted a model without biases in its blocks")
@@ -111,13 +121,17 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
     path = folder / "config.json"
     embedded = data.get("vision_encoder_config")
     name = data.get("vision_encoder") or data.get("mm_vision_encoder")
-    if isinstance(embedded, dict):
-        return _stack(VisionConfig, embedded, path), None, []
-    if not name and not any(key.startswith("encoder.") for key in shapes):
+    if not isinstance(embedded, dict) and not name and not any(key.startswith("encoder.") for key in shapes):
         return None, None, []
     kind = data.get("vision_projector_type", "mlp2x_gelu")
     if kind != "mlp2x_gelu":
         raise CheckpointError(f"{path}: vision_projector_type {kind!r} is not supported; wanted 'mlp2x_gelu'")
+    if isinstance(embedded, dict):
+        # What the dict leaves out is read from the weights, as if there were no dict.
+        given = {key: value for key, value in embedded.items() if value is not None}
+        complete = {item.name for item in dataclasses.fields(VisionConfig)} <= given.keys()
+        known = {} if complete else dataclasses.asdict(_vision_from_shapes(shapes, path))
+        return _stack(VisionConfig, {**known, **given}, path), None, []
     for candidate in (folder / str(name), folder.parent / str(name), Path(str(name))):
         if name and (candidate / "config.json").is_file():
             encoder = read_json(candidate / "config.json", "the encoder configuration")
@@ -159,10 +173,13 @@ def _image(folder: Path, data: dict[str, Any]) -> ImageConfig:
             if found.get(item.name) is not None:
                 value = found[item.name]
                 values[item.name] = tuple(float(x) for x in value) if isinstance(value, list) else value
-    try:
-        return ImageConfig(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{folder}: preprocessing configuration cannot be used ({error})") from error
+    for name, value in values.items():
+        default = getattr(ImageConfig, name)
+        if isinstance(default, tuple) != isinstance(value, tuple) or (isinstance(value, tuple) and len(value) != 3):
+            raise CheckpointError(f"{folder}: {name} is {value!r}, wanted something like {default!r}")
+        if not isinstance(value, tuple) and not isinstance(value, (int, float)):
+            raise CheckpointError(f"{folder}: {name} is {value!r}, wanted a number")
+    return ImageConfig(**values)
 
 
 def published_json(config: PenguinConfig, dtype: str) -> dict[str, dict[str, Any]]:

@@ -104,6 +104,8 @@ def render(
             add(str(part["text"]))
         elif kind == "image":
             if part.get("time") is not None:
+                if not isinstance(part["time"], (int, float)):
+                    raise InputError(f"an image part has time {part['time']!r}; wanted seconds")
                 add(frame_tag(part["time"]) + " ")
             add_visual()
             add("\n")
@@ -158,6 +160,16 @@ def message_fields(message: Message) -> tuple[str | None, str | list[dict[str, A
     return role, message["content"]
 
 
+def parts_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """All content parts of a conversation, strings left out.
+
+    Raises:
+        InputError: a malformed message.
+    """
+    contents = [message_fields(message)[1] for message in messages]
+    return [part for content in contents if not isinstance(content, str) for part in content]
+
+
 def part_kind(part: Any) -> str:
     """'text', 'image' or 'video'.
 
@@ -185,6 +197,9 @@ class Tokenizer:
 
     def __init__(self, inner: FastTokenizer, image_token_id: int, source: str) -> None:
         self._inner = inner
+        # Settings of training, which a saved tokenizer may carry.
+        self._inner.no_truncation()
+        self._inner.no_padding()
         # Special tokens are written by the template only; text that looks like one stays text.
         self._inner.encode_special_tokens = True
         self._special_ids = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
@@ -231,7 +246,15 @@ class Tokenizer:
         return cls(inner, image_token_id, str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text."""
+        """Ids of plain text.
+
+        Raises:
+            InputError: text that is not valid Unicode, such as half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid Unicode ({error.reason}); wanted UTF-8") from None
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def special(self, name: str) -> int:

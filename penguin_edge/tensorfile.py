@@ -8,6 +8,7 @@ off.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             continue
         try:
             dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
+            if not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"bytes {begin} to {end} for {list(shape)} of {row['dtype']}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: tensor {name} has an entry that cannot be used ({error!r})") from error
         if start + end > size:

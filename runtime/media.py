@@ -1,13 +1,14 @@
 """Images and clips of a prompt: found, labelled, and read again when their pixels are needed.
 
-A clip is decoded twice at most: once for its key-frame labels, once for the pixels that the plan asks for. Between the
-two only a digest, a time stamp and a label are kept per frame.
+A clip is read twice: once for its key-frame labels, once for the pixels that the plan asks for. Between the two only a
+digest, a time stamp and a label are kept per frame.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,18 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from penguin_edge.config import ImageConfig
+from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame, read_image, read_video
 from penguin_edge.preprocess import image_size
-from penguin_edge.prompt import Message, message_fields, part_kind
+from penguin_edge.prompt import Message, part_kind, parts_of
 from penguin_edge.runtime.report import Clock
 from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan, plan_clip
+
+REMEMBERED = 32
+"""Files a library keeps: a clip's labels are small, a picture is held at native size."""
 
 
 def digest(pixels: NDArray[np.uint8]) -> str:
@@ -104,7 +109,7 @@ class Clip:
         self.similarities.append(found.similarity)
         self.digests.append(digest(frame.pixels))
 
-    def plan(self, budget: int, mode: Mode, config: ImageConfig, max_tokens: int) -> Plan:
+    def plan(self, budget: int, mode: Mode, config: PenguinConfig, max_tokens: int) -> Plan:
         """Sizes under `budget`; no frame above `max_tokens`, which is what the graphs were compiled for."""
         size = cap_size(self.size, max_tokens * (14 * self.merge_size) ** 2) if mode == "strict" else self.size
         return plan_clip(
@@ -113,8 +118,9 @@ class Clip:
             size,
             budget,
             mode=mode,
-            min_tokens=config.min_tokens,
+            min_tokens=config.image.min_tokens,
             merge_size=self.merge_size,
+            config=config.tra,
         )
 
     def visuals(self, plan: Plan) -> list[Visual]:
@@ -148,7 +154,7 @@ class Library:
     def __init__(self, config: ImageConfig, tra: Mode) -> None:
         self.config = config
         self.detection: Literal["exact", "fast"] = "exact" if tra == "reference" else "fast"
-        self._seen: dict[str, Picture | Clip] = {}
+        self._seen: OrderedDict[str, Picture | Clip] = OrderedDict()
 
     def new_clip(self, reopen: Callable[[], Iterable[Frame]]) -> Clip:
         return Clip(self.config.video_merge_size, KeyFrameDetector(self.detection), reopen)
@@ -180,6 +186,9 @@ class Library:
         key = json.dumps([str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns, options], sort_keys=True)
         if key not in self._seen:
             self._seen[key] = make()
+            if len(self._seen) > REMEMBERED:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
         return self._seen[key]
 
 
@@ -193,36 +202,29 @@ def open_media(messages: Sequence[Message], library: Library, clock: Clock) -> l
         InputError: a part without a usable source, or an unreadable file.
     """
     media: list[Picture | Clip] = []
-    for message in messages:
-        content = message_fields(message)[1]
-        for part in [] if isinstance(content, str) else content:
-            kind = part_kind(part)
-            if kind == "image":
-                source = part.get("image", part.get("image_url"))
-                if isinstance(source, dict):
-                    source = source.get("image_path", source.get("url"))
-                media.append(library.picture(_named(source, part), clock))
-            elif kind == "video":
-                source = part.get("video")
-                options = dict(source) if isinstance(source, dict) else {}
-                path = options.get("video_path") if options else source
-                config = library.config
-                media.append(
-                    library.clip(
-                        _named(path, part),
-                        {
-                            "fps": options.get("fps", config.fps),
-                            "max_frames": options.get("max_frames", config.max_frames),
-                            "start": options.get("start_time"),
-                            "end": options.get("end_time"),
-                        },
-                        clock,
-                    )
-                )
+    for part in parts_of(messages):
+        kind = part_kind(part)
+        if kind == "image":
+            source = part.get("image")
+            source = part.get("image_url") if source is None else source
+            if isinstance(source, dict):
+                source = source.get("image_path", source.get("url"))
+            media.append(library.picture(_named(source, part), clock))
+        elif kind == "video":
+            source = part.get("video")
+            options = source if isinstance(source, dict) else {"video_path": source}
+            config = library.config
+            wanted = {
+                "fps": options.get("fps", config.fps),
+                "max_frames": options.get("max_frames", config.max_frames),
+                "start": options.get("start_time"),
+                "end": options.get("end_time"),
+            }
+            media.append(library.clip(_named(options.get("video_path"), part), wanted, clock))
     return media
 
 
 def _named(source: Any, part: dict[str, Any]) -> Any:
-    if source is None:
+    if not isinstance(source, (str, Path, bytes, np.ndarray, Image.Image)):
         raise InputError(f'part {str(part)[:80]} names no file; wanted "image_path" or "video_path"')
     return source

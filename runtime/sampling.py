@@ -27,6 +27,8 @@ class SamplingOptions:
             raise InputError(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}, wanted above 0 and at most 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, wanted 0 or more")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}, wanted 0 (off) or more")
 
@@ -46,8 +48,7 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if options.top_k:
             order = order[: options.top_k]
-        scaled = logits[order].astype(np.float64) / options.temperature
-        weights = np.exp(scaled - scaled[0])
+        weights = np.exp((logits[order].astype(np.float64) - float(logits[order[0]])) / options.temperature)
         weights /= weights.sum()
         # Keep the smallest set whose mass reaches top_p; the most likely token is always in it.
         kept = int(np.searchsorted(np.cumsum(weights), options.top_p, side="left")) + 1

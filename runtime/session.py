@@ -28,7 +28,7 @@ from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import peak_mb
 from penguin_edge.preprocess import Patches, image_sizes, preprocess_image
-from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, render
+from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, part_kind, parts_of, render
 from penguin_edge.runtime.engine import F32, Engine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
@@ -88,6 +88,8 @@ class Session:
     ) -> None:
         if tra not in ("strict", "reference"):
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
+        if max_frames is not None and max_frames < 1:
+            raise InputError(f"max_frames is {max_frames}, wanted at least 1")
         if budget is not None and budget < 1:
             raise BudgetError(f"a budget of {budget} visual tokens holds nothing; wanted at least 1")
         self.engine = engine
@@ -103,6 +105,7 @@ class Session:
         self._frames: list[Frame] = []
         self._stream = self.library.new_clip(lambda: self._frames)
         self._turns: list[Turn] = []
+        self._evicted = 0
         self._features: OrderedDict[Visual, F32] = OrderedDict()
         self._held: list[Any] = []
 
@@ -154,8 +157,9 @@ class Session:
         Raises:
             InputError: wrong shape or dtype, or another size than the frames before.
         """
-        if not isinstance(frame, Frame):
-            frame = Frame(np.asarray(frame), time, len(self._frames))
+        # Own the pixels: a camera loop may write the next picture into the same buffer.
+        pixels = np.array(frame.pixels if isinstance(frame, Frame) else frame)
+        frame = Frame(pixels, frame.time if isinstance(frame, Frame) else time, len(self._frames))
         if frame.pixels.dtype != np.uint8 or frame.pixels.ndim != 3 or frame.pixels.shape[2] != 3:
             raise InputError(
                 f"a frame is {frame.pixels.dtype} {list(frame.pixels.shape)}; wanted uint8 [H, W, 3] in RGB"
@@ -164,6 +168,7 @@ class Session:
         self._frames.append(frame)
         if len(self._frames) > self.max_frames:
             self._frames.pop(0)
+            self._evicted += 1
             for values in (self._stream.times, self._stream.kinds, self._stream.similarities, self._stream.digests):
                 values.pop(0)
             self._stream.kinds[0] = KEY
@@ -177,18 +182,21 @@ class Session:
         The question is forgotten afterwards unless `keep`: then it and its answer stay, and a new turn opens. Either
         way the frames stay prefilled.
         """
-        options = options or SamplingOptions()
         turns = [*self._turns, Turn(len(self._frames), prompt, ())]
+        evicted = self._evicted
         media: list[Picture | Clip] = [self._stream] if self._frames else []
 
         def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
             return self._turn_pieces(turns, plans[0] if plans else None)
 
-        yield from self._answer(pieces, media, Clock(), options)
+        self.report = report = Report()
+        yield from self._answer(report, pieces, media, Clock(), options or SamplingOptions())
         if keep:
             stops = self.config.eos_token_ids
-            answer = tuple(i for i in self.report.token_ids if i not in stops)
-            self._turns.append(Turn(len(self._frames), prompt, answer))
+            answer = tuple(i for i in report.token_ids if i not in stops)
+            # Frames may have come and gone while the answer was read.
+            frames = max(0, turns[-1].frames - (self._evicted - evicted))
+            self._turns.append(Turn(frames, prompt, answer))
 
     def converse(
         self, messages: Sequence[Message], options: SamplingOptions | None = None
@@ -200,6 +208,8 @@ class Session:
             BudgetError: it does not fit into the bundle's `max_seq_len`.
         """
         clock = Clock()
+        self.report = report = Report()
+        self._refuse_media(any(part_kind(part) != "text" for part in parts_of(messages)))
         media = open_media(messages, self.library, clock)
 
         def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
@@ -208,7 +218,11 @@ class Session:
             rendered = [self._with_frames(message, source, remaining) for message in messages]
             return render(rendered, counts, thinking=self.thinking)
 
-        yield from self._answer(pieces, media, clock, options or SamplingOptions())
+        yield from self._answer(report, pieces, media, clock, options or SamplingOptions())
+
+    def _refuse_media(self, given: bool) -> None:
+        if given and self.config.vision is None:
+            raise InputError("this model reads text only; leave out images, clips and frames")
 
     def _with_frames(self, message: Message, media: Iterator[Picture | Clip], plans: Iterator[Plan]) -> Message:
         """The message with each clip spelled out as the frames that its plan keeps."""
@@ -253,21 +267,23 @@ class Session:
         left = limit
         if self.shared_image_size and pictures:
             sizes = [picture.frame.pixels.shape[:2] for _, picture in pictures]
-            shared = image_sizes(sizes, config, config.image_merge_size, shared=True)
+            most = max(config.min_tokens * 2, min(limit, config.max_tokens))
+            shared = image_sizes(sizes, config, config.image_merge_size, shared=True, max_tokens=most)
             for (i, picture), size in zip(pictures, shared, strict=True):
                 visuals[i] = [Visual(picture.digest, *size, picture.merge_size)]
                 left -= visuals[i][0].tokens
             pictures = []
         for rank, (i, picture) in enumerate(pictures):
             # Each picture may take an equal share of what is left; half of it stays for clips when there are any.
-            share = (left // 2 if clips else left) // (len(pictures) - rank)
+            share = (left // 2 if clips and left > len(media) else left - len(clips)) // (len(pictures) - rank)
             visuals[i] = [picture.fit(config, max(1, min(share, bounds.max_patches // picture.merge_size**2)))]
             left -= visuals[i][0].tokens
         plans = []
         weights = [len(clip.kinds) * clip.size[0] * clip.size[1] for _, clip in clips]
         for rank, (i, clip) in enumerate(clips):
-            share = max(1, left * weights[rank] // sum(weights[rank:]))
-            plan = clip.plan(share, self.tra, config, bounds.max_patches // clip.merge_size**2)
+            later = len(clips) - rank - 1  # one token at least for each of them
+            share = max(1, min(left * weights[rank] // sum(weights[rank:]), left - later))
+            plan = clip.plan(share, self.tra, self.config, bounds.max_patches // clip.merge_size**2)
             visuals[i] = clip.visuals(plan)
             left -= plan.total_tokens
             plans.append(plan)
@@ -283,11 +299,18 @@ class Session:
         """
         capacity = self.engine.bounds.max_seq_len - max_new_tokens
         wanted = min(self.budget or self.config.image.max_tokens, self.config.image.max_tokens)
+        least = max(1, len(media))
+        if wanted < least:
+            raise BudgetError(
+                f"a budget of {wanted} visual tokens for {least} images and clips; each takes at least one token, "
+                "so raise "
+                "the budget or leave some out"
+            )
         best = self._fit(pieces, media, wanted)
         if best.length > capacity and media and self.tra == "strict":
             # A smaller budget drops frames and with them their time stamps: the length follows, so halve the interval.
-            best = self._fit(pieces, media, 1)
-            low, high = 1, min(wanted, max(capacity, 1))
+            best = self._fit(pieces, media, least)
+            low, high = least, min(wanted, max(capacity, 1))
             while high - low > max(1, high // 64):
                 middle = (low + high) // 2
                 attempt = self._fit(pieces, media, middle)
@@ -301,13 +324,20 @@ class Session:
                 f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or "
                 "export with a larger --max-seq-len"
             )
+        used = sum(visual.tokens for visual in best.visuals)
+        if used > best.budget and self.tra == "strict":
+            raise BudgetError(
+                f"the images take {used} visual tokens at the reference's size, the budget is {best.budget}; "
+                "raise it or "
+                "leave out --shared-image-size"
+            )
         return best
 
     def _answer(
-        self, pieces: Render, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
+        self, report: Report, pieces: Render, media: list[Picture | Clip], clock: Clock, options: SamplingOptions
     ) -> Generator[Token, None, None]:
         begin = time.monotonic_ns() - sum(clock.spent.values())
-        self.report = report = Report()
+        self._refuse_media(bool(media))
         with clock("plan"):
             layout = self._plan(pieces, media, options.max_new_tokens)
             keys = self._keys(layout)
@@ -340,6 +370,10 @@ class Session:
                 yield Token(token, text)
                 if finished:
                     return
+                if self.report is not report:
+                    raise InputError(
+                        "another question was asked meanwhile; read an answer to its end, or close it, first"
+                    )
                 logits = self._forward([token], self.engine.embed(np.array([token])), 1)[0]
         finally:
             if report.token_ms:

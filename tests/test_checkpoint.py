@@ -193,6 +193,14 @@ def damage(folder: Path, how: str) -> None:
         edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     elif how == "odd projector":
         edit_config(folder, vision_projector_type="identity")
+    elif how == "odd projector, embedded":
+        edit_config(folder, vision_projector_type="mlp3x_gelu", vision_encoder_config={})
+    elif how == "quantized":
+        tensors[name] = tensors[name].to(torch.int8)
+        save_file(tensors, weights)
+    elif how == "odd mean":
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5]}))
     elif how == "missing shard":
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}})
@@ -213,6 +221,9 @@ def damage(folder: Path, how: str) -> None:
         ("other model", "model_type 'bert'"),
         ("rope scaling", "rope scaling"),
         ("odd projector", "identity"),
+        ("odd projector, embedded", "mlp3x_gelu"),
+        ("quantized", "torch.int8"),
+        ("odd mean", "image_mean"),
         ("missing shard", "shard"),
     ],
 )
@@ -222,6 +233,16 @@ def test_damage_is_named(copy: Path, how: str, says: str) -> None:
         Checkpoint.open(copy, **QUIET).load()
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_partial_encoder_configuration_is_completed_from_shapes(copy: Path) -> None:
+    edit_config(copy, vision_encoder=None, mm_vision_encoder=None, vision_encoder_config={"rms_norm_eps": 1e-6})
+    same(Checkpoint.open(copy, **QUIET).load(), Checkpoint.open(VLM, **QUIET).load())
+
+
+def test_a_null_stop_token_falls_back_to_the_model_configuration(copy: Path) -> None:
+    (copy / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert Checkpoint.open(copy, **QUIET).config.eos_token_ids == (600,)
 
 
 def test_unknown_source_lists_what_is_known() -> None:

@@ -152,6 +152,23 @@ def test_doctor_and_info() -> None:
     assert "2,167,941,120" in cli("info", "2b").stdout
 
 
+def test_check_data_are_verified_without_torch(bundle: Path) -> None:
+    code = (
+        "import sys; from penguin_edge.cli import main;"
+        f"code = main(['verify', {str(bundle)!r}, '--json']); sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_overwriting_spares_files_of_the_user(copy: Path) -> None:
+    (copy / "notes.txt").write_text("mine")
+    export = ["export", "--model", "tiny", "--random-weights", "--overwrite", "-o", copy]
+    refused(cli(*export), "notes.txt")
+    (copy / "notes.txt").unlink()
+    assert cli(*export).returncode == 0 and cli("verify", copy).returncode == 0
+    assert not list(copy.parent.glob(".*"))
+
+
 def test_reexport_needs_overwrite(copy: Path) -> None:
     before = (copy / "bundle.json").read_bytes()
     refused(cli("export", "--model", "tiny", "--random-weights", "-o", copy), "exists already", "--overwrite")
@@ -220,6 +237,8 @@ def test_too_long_a_prompt(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--seed", "-1"], "seed"),
+        (["--video", str(CLIP), "--fps", "1e7"], "fps"),
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--top-k", "-1"], "top_k"),
@@ -231,7 +250,15 @@ def test_bad_flags(bundle: Path, flags: list[str], says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '[{"role": "user"}]', '[{"role": "user", "content": [{"type": "video"}]}]', "[3]"]
+    "text",
+    [
+        "{",
+        "[]",
+        '[{"role": "user"}]',
+        '[{"role": "user", "content": [{"type": "video"}]}]',
+        '[{"role": "user", "content": [{"type": "image", "image": 5}]}]',
+        "[3]",
+    ],
 )
 def test_bad_conversations(bundle: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,16 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
         Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=151_669, vocab_size=151_936)
     with pytest.raises(CheckpointError, match="ids up to 605"):
         Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=500)
+
+
+def test_settings_of_training_in_the_tokenizer_are_not_obeyed(tmp_path: Path) -> None:
+    data = json.loads(DEFAULT_TOKENIZER.read_text())
+    data["truncation"] = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    opened = Tokenizer.open(tmp_path / "t.json", image_token_id=603, vocab_size=640)
+    assert opened.encode("a b c d e f g h") == TOKENIZER.encode("a b c d e f g h")
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(InputError, match="Unicode"):
+        TOKENIZER.encode("\ud800")

@@ -219,3 +219,50 @@ def test_eager_engine_truncates_to_any_prefix() -> None:
     for prefix in (0, 1, 17, 39):
         engine.truncate(prefix)
         np.testing.assert_allclose(engine.forward(embeds[prefix:], last), whole, atol=2e-5)
+
+
+def test_a_camera_may_reuse_its_buffer() -> None:
+    run, _ = session()
+    buffer = picture(1)
+    for seed in (1, 2):
+        buffer[:] = picture(seed)
+        run.push(buffer)
+    fresh, _ = session()
+    for seed in (1, 2):
+        fresh.push(picture(seed))
+    assert answer(run, "What?") == answer(fresh, "What?")
+
+
+def test_an_answer_cannot_go_on_after_the_next_question() -> None:
+    run, _ = session()
+    first = run.ask("What?", options=SHORT)
+    next(first)
+    second = answer(run, "And?")
+    with pytest.raises(InputError, match="another question"):
+        list(first)
+    assert answer(session()[0], "And?") == second
+
+
+def test_frames_pushed_during_an_answer_follow_it() -> None:
+    run, _ = session()
+    run.push(picture(1), time=0.0)
+    for i, _token in enumerate(run.ask("What?", keep=True, options=SHORT)):
+        run.push(picture(2 + i), time=1.0 + i)
+    assert [turn.frames for turn in run._turns] == [1]
+
+
+@pytest.mark.parametrize("budget", [3, 4, 17, 90, 397])
+def test_pictures_and_clips_share_the_budget(budget: int) -> None:
+    run, _ = session(budget=budget)
+    clip = {"type": "video", "video": {"video_path": str(CLIP), "max_frames": 2}}
+    short = {"type": "video", "video": {"video_path": str(CLIP), "max_frames": 1}}
+    image = {"type": "image", "image": picture(5, 280, 280)}
+    list(run.converse([{"role": "user", "content": [short, image, clip, {"type": "text", "text": "?"}]}], SHORT))
+    assert run.report.visual_tokens <= budget
+
+
+def test_a_budget_below_one_token_each_is_refused() -> None:
+    run, _ = session(budget=2)
+    content = [{"type": "image", "image": picture(i)} for i in range(3)]
+    with pytest.raises(BudgetError, match="3 images"):
+        list(run.converse([{"role": "user", "content": content}], SHORT))

@@ -66,9 +66,7 @@ def require_torch() -> None:
         ) from None
 
 
-def open_model(
-    source: str, *, threads: int | None, max_seq_len: int, dtype: str | None = None
-) -> tuple[Engine, Tokenizer]:
+def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[Engine, Tokenizer]:
     """The engine of a bundle, or the eager engine of a checkpoint or preset, and its tokenizer."""
     if is_bundle(source):
         bundle = Bundle.read(source)
@@ -93,8 +91,7 @@ def open_model(
     tokenizer = Tokenizer.open(
         checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
     )
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    model = checkpoint.load(dtype=kinds[dtype] if dtype else None)
+    model = checkpoint.load()
     length = min(max_seq_len, config.text.max_position_embeddings)
     return EagerEngine(model, max_seq_len=length), tokenizer
 

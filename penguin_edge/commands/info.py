@@ -34,6 +34,8 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         verified = json.loads(bundle.path(VERIFY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         verified = None
+    if not isinstance(verified, dict) or not {"passed", "against", "time", "engine"} <= verified.keys():
+        verified = None
     if verified and verified.get("manifest_sha256") != manifest.to_json()["sha256"]:
         verified = None
     value = 4 if manifest.kv_dtype == "fp32" else 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from penguin_edge.bundle import Bounds
 from penguin_edge.commands.common import emit, positive, say
-from penguin_edge.config import ImageConfig
+from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.media import Library
 from penguin_edge.runtime.report import Clock
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"fps": args.fps, "max_frames": args.max_frames, "start": args.start, "end": args.end}
     clip = library.clip(args.clip, options, Clock())
     times = [0.0 if time is None else time for time in clip.times]
-    plan = clip.plan(args.budget, args.tra, library.config, args.budget)
+    config = PenguinConfig(image=library.config)
+    plan = clip.plan(args.budget, args.tra, config, Bounds().max_patches // clip.merge_size**2)
     if args.out:
         draw_png(plan, times, clip.similarities, args.out)
         say(f"picture: {args.out}")

@@ -28,16 +28,19 @@ def run(args: argparse.Namespace) -> int:
         raise BundleError(f"{args.bundle}: no such folder; wanted a bundle made by `penguin-edge export`")
     bundle = Bundle.read(args.bundle)
     bundle.check_hashes()
-    require_torch()  # the eager code lies beside the verifier, whether or not it has to compute
-    import torch
+    checkpoint, dtype = None, None
+    if args.against:
+        require_torch()
+        import torch
 
-    from penguin_edge.checkpoint import Checkpoint
+        from penguin_edge.checkpoint import Checkpoint
+
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[bundle.manifest.precision]
+        checkpoint = Checkpoint.open(args.against, seed=args.seed)
     from penguin_edge.export.verify import verify_bundle
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[bundle.manifest.precision]
-    checkpoint = Checkpoint.open(args.against, seed=args.seed) if args.against else None
     engine = open_engine(bundle, threads=args.threads)
-    result = verify_bundle(bundle, engine, checkpoint, dtype, lambda stage: None)
+    result = verify_bundle(bundle, engine, checkpoint, dtype, lambda line: say(f"  {line}"))
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [

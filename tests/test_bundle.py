@@ -1,0 +1,69 @@
+"""Bundles are written whole or not at all, and what was there before is never lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penguin_edge.bundle import MANIFEST, Bounds, signature, writing
+from penguin_edge.config import PRESETS
+from penguin_edge.errors import BundleError
+
+
+def old_bundle(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / MANIFEST).write_text('{"files": {}}')
+    return folder
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    out = old_bundle(tmp_path / "out")
+    with pytest.raises(RuntimeError), writing(out, overwrite=True) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in out.iterdir()] == [MANIFEST]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failing_rename_brings_the_old_bundle_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    out = old_bundle(tmp_path / "out")
+    rename = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(error), writing(out, overwrite=True) as folder:
+        (folder / MANIFEST).write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / MANIFEST).read_text() == '{"files": {}}'
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="appeared"), writing(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+        (tmp_path / "out").mkdir()
+    assert list((tmp_path / "out").iterdir()) == [] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_folders_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(BundleError, match="not a bundle"), writing(tmp_path / "home", overwrite=True):
+        pass
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
+def test_signatures_name_every_tensor() -> None:
+    for graph, names in {
+        "encoder": "pixels rows cols",
+        "projector": "features",
+        "decoder": "embeds start logit_index",
+    }.items():
+        inputs, outputs = signature(graph, PRESETS["tiny"], Bounds())
+        assert [spec.name for spec in inputs] == names.split() and len(outputs) == 1
