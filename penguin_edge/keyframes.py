@@ -19,10 +19,10 @@ Two modes:
   patches could be wrong is guessed (`FAST_DOUBT`); where so many could change the label, the patches nearest to their
   limit are computed exactly until they no longer can. Frames that are mostly noise near black are compared exactly.
 
-Measured: CPU time of one core of a busy two-core server, OpenCV with one thread, best of three passes per frame. At
-1280x720 `exact` takes 31 to 37 ms per frame. `fast` takes, mean (p95): 3.0 (5.4) on a street scene scaled up, 3.6 (6.0)
-on an animation, 2.6 (5.9) on a film and 2.7 (4.5) on a turned object scaled up; most frames of the first two are within
-0.02 of the threshold. So 3 ms is about the mean, not a limit, and a dark frame can cost as much as `exact`.
+Measured: CPU time of one core, OpenCV with one thread, best of three passes per frame. At 1280x720 `exact` takes 32 to
+36 ms per frame. `fast` takes, mean (p95): 2.9 (5.6) on a street scene scaled up, 3.2 (5.5) on an animation, 2.0 (2.1) on
+a quiet shot scaled up; most frames of the first two are within 0.02 of the threshold. So 3 ms is about the mean, not a
+limit, and a dark frame can cost as much as `exact`.
 
 Labels against exact ones with the same last key frame: seven clips, one at two sizes (1416 frames), served to choose
 the constants; 14 labels differ, all of two clips of a planet in black space, at most 0.0053 from the threshold. On
@@ -170,9 +170,10 @@ def _patch_sums(a: Pixels, b: Pixels, side: int) -> Array:
     """
     product = _cv2().multiply(a, b, dtype=5)
     y, x = a.shape[0] // side, a.shape[1] // side
-    columns = product.reshape(y, side, -1).sum(axis=1, dtype=np.float32)
-    values = 3 * side
-    return (columns.reshape(-1, values).astype(np.float64) @ np.ones(values)).reshape(y, x)
+    columns = product.reshape(y, side, -1).sum(axis=1, dtype=np.float32).reshape(y * x, -1)
+    if side * side * 3 * 255**2 < 2**24:  # then float32 holds the whole sum exactly, and a product is the fastest sum
+        return (columns @ np.ones(columns.shape[1], np.float32)).astype(np.float64).reshape(y, x)
+    return columns.sum(axis=1, dtype=np.float64).reshape(y, x)
 
 
 def _cosine(dot: Array, energy_a: Array, energy_b: Array) -> Array:
