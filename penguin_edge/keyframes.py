@@ -20,9 +20,9 @@ Two modes:
   limit are computed exactly until they no longer can. Frames that are mostly noise near black are compared exactly.
 
 Measured: CPU time of one core, OpenCV with one thread, best of three passes per frame. At 1280x720 `exact` takes 32 to
-36 ms per frame. `fast` takes, mean (p95): 2.9 (5.6) on a street scene scaled up, 3.2 (5.5) on an animation, 2.0 (2.1) on
-a quiet shot scaled up; most frames of the first two are within 0.02 of the threshold. So 3 ms is about the mean, not a
-limit, and a dark frame can cost as much as `exact`.
+36 ms per frame. `fast` takes, mean (p95): 2.9 (5.6) on a street scene scaled up, 3.2 (5.5) on an animation, 2.0 (2.1)
+on a quiet shot scaled up; most frames of the first two are within 0.02 of the threshold. So 3 ms is about the mean, not
+a limit, and a dark frame can cost as much as `exact`.
 
 Labels against exact ones with the same last key frame: seven clips, one at two sizes (1416 frames), served to choose
 the constants; 14 labels differ, all of two clips of a planet in black space, at most 0.0053 from the threshold. On
