@@ -252,12 +252,13 @@ def _at_rate(
         step = float(until - begin) / max((count or 0) - 1, 1)
     else:
         step = 1 / fps
+    converter = video.rgb_converter()
     index = 0
     target = 0 if wanted is None else next(wanted, -1)
     for i, frame in enumerate(frames()):
         if i != target:
             continue
-        yield Frame(video.to_rgb(frame), float(begin) + i * step, index)
+        yield Frame(video.to_rgb(frame, converter), float(begin) + i * step, index)
         index += 1
         target = i + 1 if wanted is None else next(wanted, -1)
         if target < 0:
@@ -311,10 +312,11 @@ def _thin(numbers: Sequence[int], most: int | None) -> list[int]:
 
 def _at_numbers(path: Path, numbers: list[int], rate: float) -> Iterator[Frame]:
     """Frames by their place in the order of presentation."""
+    converter = video.rgb_converter()
     index = 0
     for i, (_, _, frame) in enumerate(video.decoded(path)):
         if i == numbers[index]:
-            yield Frame(video.to_rgb(frame), i / rate, index)
+            yield Frame(video.to_rgb(frame, converter), i / rate, index)
             index += 1
             if index == len(numbers):
                 return

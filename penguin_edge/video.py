@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from av.buffer import Buffer
     from av.container import InputContainer
+    from av.video.reformatter import VideoReformatter
 
     Timed: TypeAlias = tuple[Fraction, Fraction, VideoFrame]
     """When a frame is shown, for how long, and the frame."""
@@ -34,6 +35,8 @@ UNKNOWN_RATE = Fraction(25)
 """Frames per second of a stream without any time stamps."""
 SEEK_LEAD = Fraction(1, 4)
 """Seconds to seek before the wanted time, because key frames are found by decoding time."""
+SMALL_AREA = 256 * 256
+"""Pictures up to this many pixels are decoded without threads, whose start costs more than they save."""
 EARLY_END = Fraction(1, 2)
 """A clip whose frames stop this many seconds before the stated end is reported as cut short."""
 
@@ -120,7 +123,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not stream.disposition & av.stream.Disposition.attached_pic:
                 if stream.codec_context is None:
                     raise InputError(f"{path}: the codec of the video stream is unknown here; convert it to H.264")
-                stream.thread_type = "AUTO"
+                small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
+                stream.thread_type = "NONE" if small else "AUTO"
                 yield container, stream
                 return
         raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
@@ -232,9 +236,16 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def to_rgb(frame: VideoFrame) -> np.ndarray:
+def rgb_converter() -> VideoReformatter:
+    """What `to_rgb` converts with: one per clip, since its tables serve all frames, and per thread."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
+
+
+def to_rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
     """`[H, W, 3]` uint8, upright."""
-    pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
+    pixels = converter.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()
     transpose, mirror, flip = orientation(frame)
     if transpose:
         pixels = pixels.transpose(1, 0, 2)

@@ -285,9 +285,9 @@ def test_reading_is_lazy(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     made: list[int] = []
     convert = video.to_rgb
 
-    def counted(frame: video.VideoFrame) -> np.ndarray:
+    def counted(frame: Any, converter: Any) -> np.ndarray:
         made.append(1)
-        return convert(frame)
+        return convert(frame, converter)
 
     monkeypatch.setattr(video, "to_rgb", counted)
     clip = read_video(clips["b_frames.mp4"], fps=25, max_frames=10)
