@@ -64,17 +64,19 @@ class EagerEngine:
         self.bounds = Bounds(
             max_seq_len=max_seq_len, max_chunk=512, max_logits=64, max_batch=16, patch_buckets=(65_536,)
         )
-        self._cache = KVCache(model.config.text, max_seq_len, model.dtype, model.device)
+        # Kept: the model looks for them among all of its parameters, which takes longer than a step of a small one.
+        self._dtype, self._device = model.dtype, model.device
+        self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device)
 
     @property
     def kv_len(self) -> int:
         return self._cache.length
 
     def _float(self, values: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device, self.model.dtype)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)
 
     def _int(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
     @torch.no_grad()
     def encode(
@@ -102,7 +104,7 @@ class EagerEngine:
                 "prompt or a "
                 "larger --max-seq-len"
             )
-        positions = self.kv_len + torch.arange(count, device=self.model.device)
+        positions = self.kv_len + torch.arange(count, device=self._device)
         hidden = self.model.decoder(self._float(embeds)[None], positions, self._cache.attend)
         self._cache.length += count
         return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()

@@ -22,14 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from penguin_edge.config import PATCH, PATCH_VALUES, ImageConfig
+from penguin_edge.config import PATCH, PATCH_VALUES, ImageConfig, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
-
-FLOOR_FACTOR = 1.5
-"""Smallest area of an image, in units of `min_tokens`."""
-FILL_FACTOR = 0.95
-"""Share of `max_tokens` that the area may fill before rounding."""
 
 
 def fit_area(area: float, height: int, width: int, factor: int, min_area: float) -> tuple[int, int]:
@@ -68,6 +63,7 @@ def image_size(
 
     Native if all images together fit 0.95 of `max_tokens`, otherwise an equal share of that, with a floor of 1.5
     `min_tokens`; both counted before the sides are rounded. `min_tokens` and `max_tokens` replace the configured ones.
+    Both factors are TRA's, as in the reference, which sizes images and frames in one function.
 
     Raises:
         InputError: a size, count or merge size below 1.
@@ -81,8 +77,8 @@ def image_size(
     if most < least:
         raise BudgetError(f"max_tokens {most} is below min_tokens {least}; raise the one or lower the other")
     factor = PATCH * merge_size
-    floor = least * factor * factor * FLOOR_FACTOR
-    budget = most * factor * factor * FILL_FACTOR
+    floor = least * factor * factor * TraConfig.min_factor
+    budget = most * factor * factor * TraConfig.max_factor
     area: float = height * width
     if count * area > budget:
         area = max(budget / count, floor)

@@ -20,7 +20,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
@@ -206,6 +206,10 @@ class Tokenizer:
         self.image_token_id = image_token_id
         self.source = source
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._inner.encode_special_tokens = True  # not part of what the library pickles
+
     @classmethod
     def open(cls, path: str | Path, *, image_token_id: int, vocab_size: int) -> Tokenizer:
         """Read a tokenizer and check that it belongs to the model.
@@ -296,17 +300,17 @@ class Tokenizer:
         return token.encode()
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_characters() -> dict[int, str]:
     """The printable stand-in of each byte in a byte-level BPE vocabulary (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 class TextStream:
     """Turns ids into text as they come: never half of a character, and in sum what `Tokenizer.decode` gives."""
 
-    _BYTES = _byte_of_character()
+    _BYTES: ClassVar = {character: byte for byte, character in byte_characters().items()}
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -56,6 +56,7 @@ __all__ = [
     "FramePlan",
     "KeyFrameDetector",
     "Plan",
+    "Policy",
     "TraPlanner",
     "compare_size",
     "plan_clip",
@@ -126,6 +127,10 @@ class Plan:
             "stage": self.stage,
             "notes": list(self.notes),
         }
+
+
+Policy = Callable[[Sequence[str], tuple[int, int], int, int], Plan]
+"""(labels, native (height, width), budget in tokens, merge size) -> a plan within the budget: in the place of TRA."""
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Images and clips of a prompt: found, labelled, and read again when their pixels are needed.
 
-A clip is read twice: once for its key-frame labels, once for the pixels that the plan asks for. Between the two only a
-digest, a time stamp and a label are kept per frame.
+A clip is needed twice: for its key-frame labels, then for the pixels that the plan asks for. The frames of small clips
+are held in between (`HELD_BYTES`); of larger ones only a digest, a time stamp and a label are kept per frame, and the
+clip is read again.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from penguin_edge.config import ImageConfig, PenguinConfig
+from penguin_edge.config import ImageConfig
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame, read_image, read_video
-from penguin_edge.preprocess import image_size
+from penguin_edge.layout import LabelledClip, detection_mode, media_source, token_count
 from penguin_edge.prompt import Message, part_kind, parts_of
 from penguin_edge.runtime.report import Clock
-from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan, plan_clip
+from penguin_edge.tra import DROPPED, KeyFrameDetector, Mode, Plan
 
 REMEMBERED = 32
 """Files a library keeps: a clip's labels are small, a picture is held at native size."""
+HELD_BYTES = 64 << 20
+"""Native frames of clips that a library holds, all its clips together; the latest clips come first."""
 
 
 def digest(pixels: NDArray[np.uint8]) -> str:
@@ -37,9 +39,8 @@ def digest(pixels: NDArray[np.uint8]) -> str:
     return state.hexdigest()
 
 
-@dataclass(frozen=True)
-class Visual:
-    """One image or frame as it enters the prompt: whose pixels, at what size."""
+class Visual(NamedTuple):
+    """One image or frame as it enters the prompt: whose pixels, at what size. Compared for every visual token."""
 
     digest: str
     height: int
@@ -48,7 +49,7 @@ class Visual:
 
     @property
     def tokens(self) -> int:
-        return (self.height // (14 * self.merge_size)) * (self.width // (14 * self.merge_size))
+        return token_count((self.height, self.width), self.merge_size)
 
 
 @dataclass
@@ -64,74 +65,38 @@ class Picture:
         frame = read_image(source)
         return cls(frame, digest(frame.pixels), config.image_merge_size)
 
-    def fit(self, config: ImageConfig, limit: int) -> Visual:
-        """The reference's size if it stays within `limit` tokens, else the strict planner's."""
-        height, width = self.frame.pixels.shape[:2]
-        visual = Visual(self.digest, *image_size(height, width, config, self.merge_size), self.merge_size)
-        if visual.tokens <= limit:
-            return visual
-        plan = plan_clip(1, [KEY], (height, width), limit, min_tokens=config.min_tokens, merge_size=self.merge_size)
-        return Visual(self.digest, plan.frames[0].height, plan.frames[0].width, self.merge_size)
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.frame.pixels.shape[0], self.frame.pixels.shape[1]
 
     def pixels(self, wanted: Sequence[str]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         yield self.digest, self.frame.pixels
 
 
 @dataclass
-class Clip:
-    """A labelled sequence of frames of one size; `reopen` yields the frames again, in order."""
+class Clip(LabelledClip):
+    """A labelled clip that knows its frames again: their digests, and `reopen`, which yields them again in order.
 
-    merge_size: int
-    detector: KeyFrameDetector
-    reopen: Callable[[], Iterable[Frame]]
-    times: list[float | None] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    similarities: list[float | None] = field(default_factory=list)
+    `held` are the frames themselves, where they are few enough to wait for `pixels`.
+    """
+
+    reopen: Callable[[], Iterable[Frame]] = field(kw_only=True)
     digests: list[str] = field(default_factory=list)
-    size: tuple[int, int] = (0, 0)
+    held: list[Frame] | None = None
 
     def add(self, frame: Frame) -> None:
-        """Label one more frame.
-
-        Raises:
-            InputError: its size differs from that of the frames before.
-        """
-        size = (frame.pixels.shape[0], frame.pixels.shape[1])
-        if self.kinds and size != self.size:
-            raise InputError(
-                f"a frame of {size[1]}x{size[0]} after frames of {self.size[1]}x{self.size[0]}; a clip keeps one size, "
-                "resize the frames or start a new session"
-            )
-        self.size = size
-        found = self.detector.push(frame.pixels)
-        self.times.append(frame.time)
-        self.kinds.append(found.kind)
-        self.similarities.append(found.similarity)
+        """Label one more frame; errors as `LabelledClip.add`."""
+        super().add(frame)
         self.digests.append(digest(frame.pixels))
 
-    def plan(self, budget: int, mode: Mode, config: PenguinConfig, max_tokens: int) -> Plan:
-        """Sizes under `budget`; no frame above `max_tokens`, which is what the graphs were compiled for."""
-        size = cap_size(self.size, max_tokens * (14 * self.merge_size) ** 2) if mode == "strict" else self.size
-        return plan_clip(
-            len(self.kinds),
-            self.kinds,
-            size,
-            budget,
-            mode=mode,
-            min_tokens=config.image.min_tokens,
-            merge_size=self.merge_size,
-            config=config.tra,
-        )
-
-    def visuals(self, plan: Plan) -> list[Visual]:
-        """The frames that the plan keeps, in order."""
-        rows = zip(plan.frames, self.digests, strict=True)
-        return [Visual(name, f.height, f.width, self.merge_size) for f, name in rows if f.kind != DROPPED]
+    def kept(self, plan: Plan) -> list[str]:
+        """Digests of the frames that the plan keeps, in order."""
+        return [name for frame, name in zip(plan.frames, self.digests, strict=True) if frame.kind != DROPPED]
 
     def pixels(self, wanted: Sequence[str]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Native pixels of the wanted digests, in order, one frame in memory at a time."""
         missing = set(wanted)
-        for frame, name in zip(self.reopen(), self.digests, strict=False):
+        for frame, name in zip(self.reopen() if self.held is None else self.held, self.digests, strict=False):
             if name in missing:
                 missing.discard(name)
                 yield name, frame.pixels
@@ -140,24 +105,16 @@ class Clip:
         raise InputError("the clip changed while it was being read: a frame seen before is no longer there; run again")
 
 
-def cap_size(size: tuple[int, int], max_area: int) -> tuple[int, int]:
-    """`size` scaled down to at most `max_area` pixels after alignment to whole tokens."""
-    height, width = size
-    # 28 pixels of slack on each side cover rounding up to a whole token.
-    scale = min(1.0, (max_area / ((height + 28) * (width + 28))) ** 0.5)
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
 class Library:
     """Pictures and clips by where they come from, so that a second question about a clip does not decode it again."""
 
     def __init__(self, config: ImageConfig, tra: Mode) -> None:
         self.config = config
-        self.detection: Literal["exact", "fast"] = "exact" if tra == "reference" else "fast"
+        self.detection = detection_mode(tra)
         self._seen: OrderedDict[str, Picture | Clip] = OrderedDict()
 
     def new_clip(self, reopen: Callable[[], Iterable[Frame]]) -> Clip:
-        return Clip(self.config.video_merge_size, KeyFrameDetector(self.detection), reopen)
+        return Clip(self.config.video_merge_size, KeyFrameDetector(self.detection), reopen=reopen)
 
     def picture(self, source: Any, clock: Clock) -> Picture:
         with clock("decode_image"):
@@ -168,16 +125,32 @@ class Library:
 
         def read() -> Clip:
             clip = self.new_clip(lambda: read_video(source, **options))
-            frames = iter(read_video(source, **options))
+            clip.held = []
+            with clock("decode_video"):
+                frames = iter(read_video(source, **options))
             while True:
                 with clock("decode_video"):
                     frame = next(frames, None)
                 if frame is None:
+                    self._release(clip)
                     return clip
                 with clock("plan"):
                     clip.add(frame)
+                if clip.held is not None:
+                    clip.held.append(frame)
+                    if len(clip.held) * frame.pixels.nbytes > HELD_BYTES:
+                        clip.held = None
 
         return self._cached(source, read, options)
+
+    def _release(self, latest: Clip) -> None:
+        """Let go of the oldest frames until all that are held, with the latest clip's, stay within `HELD_BYTES`."""
+        left = HELD_BYTES
+        for clip in (latest, *reversed(self._seen.values())):
+            if isinstance(clip, Clip) and clip.held:
+                left -= len(clip.held) * clip.held[0].pixels.nbytes
+                if left < 0:
+                    clip.held = None
 
     def _cached(self, source: Any, make: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
         if not isinstance(source, (str, Path)) or not Path(source).is_file():
@@ -195,36 +168,13 @@ class Library:
 def open_media(messages: Sequence[Message], library: Library, clock: Clock) -> list[Picture | Clip]:
     """Every image and clip that a conversation in the published format names, in order of appearance.
 
-    Parts: `{"type": "image", "image": PATH | PIL image | array | {"image_path": PATH}}` and
-    `{"type": "video", "video": PATH | {"video_path": PATH[, "fps", "max_frames", "start_time", "end_time"]}}`.
-
     Raises:
-        InputError: a part without a usable source, or an unreadable file.
+        InputError: a part without a usable source (see `media_source`), or an unreadable file.
     """
     media: list[Picture | Clip] = []
     for part in parts_of(messages):
-        kind = part_kind(part)
-        if kind == "image":
-            source = part.get("image")
-            source = part.get("image_url") if source is None else source
-            if isinstance(source, dict):
-                source = source.get("image_path", source.get("url"))
-            media.append(library.picture(_named(source, part), clock))
-        elif kind == "video":
-            source = part.get("video")
-            options = source if isinstance(source, dict) else {"video_path": source}
-            config = library.config
-            wanted = {
-                "fps": options.get("fps", config.fps),
-                "max_frames": options.get("max_frames", config.max_frames),
-                "start": options.get("start_time"),
-                "end": options.get("end_time"),
-            }
-            media.append(library.clip(_named(options.get("video_path"), part), wanted, clock))
+        if part_kind(part) == "text":
+            continue
+        source, options = media_source(part, library.config)
+        media.append(library.picture(source, clock) if options is None else library.clip(source, options, clock))
     return media
-
-
-def _named(source: Any, part: dict[str, Any]) -> Any:
-    if not isinstance(source, (str, Path, bytes, np.ndarray, Image.Image)):
-        raise InputError(f'part {str(part)[:80]} names no file; wanted "image_path" or "video_path"')
-    return source

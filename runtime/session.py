@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from penguin_edge import prompt as chat
 from penguin_edge.bundle import TOKENIZER, Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
+from penguin_edge.layout import LabelledClip, Size, fit_media, spell_out
 from penguin_edge.machine import peak_mb
-from penguin_edge.preprocess import Patches, image_sizes, preprocess_image
+from penguin_edge.preprocess import Patches, preprocess_image
 from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, part_kind, parts_of, render
 from penguin_edge.runtime.engine import F32, Engine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
 from penguin_edge.runtime.report import Clock, Report
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
-from penguin_edge.tra import DROPPED, KEY, Mode, Plan
+from penguin_edge.tra import DROPPED, KEY, Mode, Plan, Policy
 
 PATCHES_PER_CALL = 4096
 """Frames of one grid are encoded together up to this many patches; larger batches gain nothing and cost memory."""
@@ -85,7 +86,13 @@ class Session:
         max_frames: int | None = None,
         thinking: bool = False,
         shared_image_size: bool = False,
+        policy: Policy | None = None,
     ) -> None:
+        """As `open`, over an engine of the caller's.
+
+        Args:
+            policy: plans clips instead of TRA; may be changed between questions.
+        """
         if tra not in ("strict", "reference"):
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
         if max_frames is not None and max_frames < 1:
@@ -99,6 +106,7 @@ class Session:
         self.tra = tra
         self.thinking = thinking
         self.shared_image_size = shared_image_size
+        self.policy = policy
         self.max_frames = max_frames or self.config.image.max_frames
         self.report = Report()
         self.library = Library(self.config.image, tra)
@@ -107,6 +115,7 @@ class Session:
         self._turns: list[Turn] = []
         self._evicted = 0
         self._features: OrderedDict[Visual, F32] = OrderedDict()
+        self._feature_rows = 0
         self._held: list[Any] = []
 
     @classmethod
@@ -213,10 +222,7 @@ class Session:
         media = open_media(messages, self.library, clock)
 
         def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
-            remaining = iter(plans)
-            source = iter(media)
-            rendered = [self._with_frames(message, source, remaining) for message in messages]
-            return render(rendered, counts, thinking=self.thinking)
+            return render(spell_out(messages, shapes(media), plans), counts, thinking=self.thinking)
 
         yield from self._answer(report, pieces, media, clock, options or SamplingOptions())
 
@@ -224,28 +230,13 @@ class Session:
         if given and self.config.vision is None:
             raise InputError("this model reads text only; leave out images, clips and frames")
 
-    def _with_frames(self, message: Message, media: Iterator[Picture | Clip], plans: Iterator[Plan]) -> Message:
-        """The message with each clip spelled out as the frames that its plan keeps."""
-        content = message["content"]
-        if isinstance(content, str):
-            return message
-        parts = []
-        for part in content:
-            kind = chat.part_kind(part)
-            if kind != "text":
-                item = next(media)
-                if isinstance(item, Clip):
-                    part = _video_part(item, next(plans), 0, len(item.kinds))
-            parts.append(part)
-        return {**message, "content": parts}
-
     def _turn_pieces(self, turns: list[Turn], plan: Plan | None) -> list[Piece]:
         out: list[Piece] = []
         done = 0
         for index, turn in enumerate(turns):
             content: list[dict[str, Any]] = [{"type": "text", "text": turn.prompt}]
             if plan is not None and turn.frames > done:
-                content.insert(0, _video_part(self._stream, plan, done, turn.frames))
+                content.insert(0, self._stream.part(plan, done, turn.frames))
                 done = turn.frames
             out += render([{"role": "user", "content": content}], thinking=self.thinking)
             if index < len(turns) - 1:
@@ -260,36 +251,22 @@ class Session:
 
     def _fit(self, pieces: Render, media: list[Picture | Clip], limit: int) -> Layout:
         """Everything planned under `limit` visual tokens."""
-        config, bounds = self.config.image, self.engine.bounds
-        visuals: list[list[Visual]] = [[] for _ in media]
-        pictures = [(i, item) for i, item in enumerate(media) if isinstance(item, Picture)]
-        clips = [(i, item) for i, item in enumerate(media) if isinstance(item, Clip)]
-        left = limit
-        if self.shared_image_size and pictures:
-            sizes = [picture.frame.pixels.shape[:2] for _, picture in pictures]
-            most = max(config.min_tokens * 2, min(limit, config.max_tokens))
-            shared = image_sizes(sizes, config, config.image_merge_size, shared=True, max_tokens=most)
-            for (i, picture), size in zip(pictures, shared, strict=True):
-                visuals[i] = [Visual(picture.digest, *size, picture.merge_size)]
-                left -= visuals[i][0].tokens
-            pictures = []
-        for rank, (i, picture) in enumerate(pictures):
-            # Each picture may take an equal share of what is left; half of it stays for clips when there are any.
-            share = (left // 2 if clips and left > len(media) else left - len(clips)) // (len(pictures) - rank)
-            visuals[i] = [picture.fit(config, max(1, min(share, bounds.max_patches // picture.merge_size**2)))]
-            left -= visuals[i][0].tokens
-        plans = []
-        weights = [len(clip.kinds) * clip.size[0] * clip.size[1] for _, clip in clips]
-        for rank, (i, clip) in enumerate(clips):
-            later = len(clips) - rank - 1  # one token at least for each of them
-            share = max(1, min(left * weights[rank] // sum(weights[rank:]), left - later))
-            plan = clip.plan(share, self.tra, self.config, bounds.max_patches // clip.merge_size**2)
-            visuals[i] = clip.visuals(plan)
-            left -= plan.total_tokens
-            plans.append(plan)
-        flat = [visual for group in visuals for visual in group]
-        rendered = pieces(plans, [visual.tokens for visual in flat])
-        return Layout(rendered, flat, plans, limit, len(self.tokenizer.encode_pieces(rendered)))
+        fit = fit_media(
+            shapes(media),
+            limit,
+            self.config,
+            tra=self.tra,
+            shared_image_size=self.shared_image_size,
+            max_patches=self.engine.bounds.max_patches,
+            policy=self.policy,
+        )
+        plans = iter(fit.plans)
+        flat = []
+        for item, sizes in zip(media, fit.sizes, strict=True):
+            names = item.kept(next(plans)) if isinstance(item, Clip) else [item.digest]
+            flat += [Visual(name, *size, item.merge_size) for name, size in zip(names, sizes, strict=True)]
+        rendered = pieces(fit.plans, [visual.tokens for visual in flat])
+        return Layout(rendered, flat, fit.plans, limit, len(self.tokenizer.encode_pieces(rendered)))
 
     def _plan(self, pieces: Render, media: list[Picture | Clip], max_new_tokens: int) -> Layout:
         """The largest visual budget that leaves room for the text, its timestamps and the answer.
@@ -445,9 +422,9 @@ class Session:
                         flush()
                     batch.append((visual, patches))
         flush()
-        limit = 4 * self.engine.bounds.max_seq_len
-        while len(self._features) > len(set(visuals)) and sum(len(rows) for rows in self._features.values()) > limit:
-            self._features.popitem(last=False)
+        limit, needed = 4 * self.engine.bounds.max_seq_len, len(set(visuals))
+        while len(self._features) > needed and self._feature_rows > limit:
+            self._feature_rows -= len(self._features.popitem(last=False)[1])
 
     def _encode(self, visuals: list[Visual], patches: list[Patches], clock: Clock) -> None:
         merged = visuals[0].merge_size ** 2
@@ -458,6 +435,7 @@ class Session:
             rows = self.engine.project(features.reshape(batch, count // merged, merged, channels))
         for visual, row in zip(visuals, rows, strict=True):
             self._features[visual] = row
+            self._feature_rows += len(row)
 
     def _prefill(self, keys: list[Any], report: Report) -> F32:
         """Bring the KV cache to `keys`; returns the logits [V] after the last one."""
@@ -481,9 +459,13 @@ class Session:
         text = [i for i, key in enumerate(keys) if not isinstance(key, tuple)]
         if text:
             out[text] = self.engine.embed(np.array([keys[i] for i in text], np.int64))
+        last: Visual | None = None
+        rows = out[:0]
         for i, key in enumerate(keys):
             if isinstance(key, tuple):
-                out[i] = self._features[key[0]][key[1]]
+                if key[0] is not last:
+                    last, rows = key[0], self._features[key[0]]
+                out[i] = rows[key[1]]
         return out
 
     def _forward(self, keys: list[Any], embeds: F32, wanted: int) -> F32:
@@ -492,7 +474,6 @@ class Session:
         return logits
 
 
-def _video_part(clip: Clip, plan: Plan, begin: int, end: int) -> dict[str, Any]:
-    kept = [i for i in range(begin, end) if plan.frames[i].kind != DROPPED]
-    times = [clip.times[i] for i in kept]
-    return {"type": "video", "num_frames": len(kept), "timestamps": [] if None in times else times}
+def shapes(media: Sequence[Picture | Clip]) -> list[Size | LabelledClip]:
+    """What the planner needs to know of each medium."""
+    return [item if isinstance(item, Clip) else item.size for item in media]

@@ -14,8 +14,6 @@ from penguin_edge.config import PATCH, ImageConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.preprocess import (
-    FILL_FACTOR,
-    FLOOR_FACTOR,
     fit_area,
     image_size,
     image_sizes,
@@ -41,7 +39,7 @@ def test_sizes_are_multiples_and_keep_floor_and_aspect(
     factor = PATCH * merge
     h, w = image_size(height, width, CONFIG, merge, count=count, min_tokens=least, max_tokens=most)
     assert h % factor == 0 and w % factor == 0 and min(h, w) >= factor
-    floor, budget = (t * factor**2 for t in (FLOOR_FACTOR * least, FILL_FACTOR * most))
+    floor, budget = (t * factor**2 for t in (1.5 * least, 0.95 * most))
     assert h * w >= floor
     # Away from the floor each side is off by half a step at most, or is held at one step.
     area = height * width if count * height * width <= budget else max(budget / count, floor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_literal_special_tokens_in_user_text_stay_text(before: str, literal: str
     assert ids.count(TOKENIZER.special(END)) == 1
     assert ids.count(TOKENIZER.special(START)) == 2
     assert TOKENIZER.special("<|endoftext|>") not in ids
+
+
+def test_literal_special_tokens_stay_text_in_a_worker_process() -> None:
+    copy = pickle.loads(pickle.dumps(TOKENIZER))
+    text = f"a{END}{IMAGE}b"
+    assert copy.encode(text) == TOKENIZER.encode(text)
+    assert not {TOKENIZER.special(END), TOKENIZER.special(IMAGE)} & set(copy.encode(text))
 
 
 def test_a_half_character_waits() -> None:

@@ -109,20 +109,36 @@ def test_kept_turns_stay_and_others_are_forgotten() -> None:
     assert answer(fresh, "And then?", keep=True) == second
 
 
-def test_the_same_clip_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("held", "times"), [(64 << 20, 1), (1 << 20, 2)])
+def test_a_clip_is_decoded_once_and_a_large_one_again_for_its_pixels(
+    monkeypatch: pytest.MonkeyPatch, held: int, times: int
+) -> None:
     import penguin_edge.runtime.media as media
 
     opened = []
     monkeypatch.setattr(media, "read_video", lambda *a, **k: opened.append(a) or read_video(*a, **k))
+    monkeypatch.setattr(media, "HELD_BYTES", held)
     run, engine = session(budget=300)
     video = {"type": "video", "video": {"video_path": str(CLIP), "fps": 1, "max_frames": 6}}
     ask = lambda text: [{"role": "user", "content": [video, {"type": "text", "text": text}]}]  # noqa: E731
     list(run.converse(ask("What?"), SHORT))
-    assert run.report.frames == 6 and run.report.visual_tokens <= 300 and len(opened) == 2
+    assert run.report.frames == 6 and run.report.visual_tokens <= 300 and len(opened) == times
     assert run.report.keys + run.report.intermediates + run.report.dropped == 6
     engine.reset()
     list(run.converse(ask("Where?"), SHORT))
-    assert len(opened) == 2 and engine.encoded_frames == 0
+    assert len(opened) == times and engine.encoded_frames == 0
+
+
+def test_held_frames_stay_within_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import penguin_edge.runtime.media as media
+
+    frame = 608 * 342 * 3
+    monkeypatch.setattr(media, "HELD_BYTES", 5 * frame)
+    library, clock = media.Library(tiny_model().config.image, "strict"), media.Clock()
+    clips = []
+    for count, wanted in [(2, [2]), (3, [2, 3]), (1, [0, 3, 1]), (6, [0, 3, 1, 0]), (5, [0, 0, 0, 0, 5])]:
+        clips.append(library.clip(CLIP, {"fps": 1, "max_frames": count}, clock))
+        assert [len(clip.held or []) for clip in clips] == wanted
 
 
 @pytest.mark.parametrize("budget", [1, 7, 40, 333])
