@@ -1,0 +1,140 @@
+"""A language model made into a vision encoder: the first step of training, whose script was never published.
+
+| of the donor                 | becomes                                                                    |
+|------------------------------|----------------------------------------------------------------------------|
+| embedding table, head        | dropped; the table's size sets the scale of the new patch embedding        |
+| blocks, all or some of them  | `encoder.layers`; their attention sees all patches, with 2D-RoPE           |
+| final norm                   | `encoder.norm`                                                             |
+| (nothing)                    | `patch_embedding` [E, 588] and bias: new                                   |
+| q/k norm                     | kept (Qwen3), or new with a weight that keeps the usual length (Llama)     |
+
+Along the diagonal, where row = column, 2D-RoPE is the donor's own 1D-RoPE: with causal attention and the donor's token
+embeddings in place of patches, the encoder is the donor, bit for bit.
+
+Source: reference `penguinvl/model/penguinvl_encoder` for the form of the result and the initialisation (fact sheet,
+section 2.5); the mapping follows from the published weights, which are Qwen3-0.6B's in shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from penguin_edge.checkpoint import Checkpoint, published_name
+from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, VisionConfig
+from penguin_edge.encoder import Encoder
+from penguin_edge.errors import CheckpointError, InputError
+from penguin_edge.hf_config import published_json
+from penguin_edge.layers import Block, RMSNorm
+from penguin_edge.model import PenguinModel
+
+Choice = Literal["first", "spaced"]
+
+
+def convert_language_model(
+    source: PenguinModel | str | Path, *, layers: int | None = None, choose: Choice = "first", seed: int = 0
+) -> tuple[Encoder, VisionConfig]:
+    """An encoder with the weights of a Qwen3 or Llama-type language model, fp32, on the CPU; the donor stays as it is.
+
+    The patch embedding is LeCun normal (truncated at two standard deviations, variance 1/588), as in the reference,
+    times the root mean square of the donor's embedding table: for pixels of unit variance the residual stream then
+    starts at the size that the donor's blocks were trained on. Its bias is zero.
+
+    A Llama-type donor has no norm of q and k, the encoder has. An RMSNorm of weight one would be no identity: it would
+    give each q and k the root mean square 1, whatever the donor's was, and so another temperature of attention. The
+    new weight is one number per layer, the root mean square that the donor's q (or k) has for inputs of independent
+    channels behind its input norm. What changes: each vector keeps its direction and loses its own length, so that
+    differences of length between tokens and between heads are gone; it is the identity for vectors of usual length.
+
+    Args:
+        source: a model with decoder and embedding, or what `Checkpoint.open` takes.
+        layers: blocks to keep; None keeps all. `choose`: the first ones, or evenly spaced ones with the first and
+            the last among them.
+        seed: of the patch embedding.
+    Raises:
+        CheckpointError: the source cannot be read, or lacks its decoder or embedding.
+        InputError: more layers than the donor has, or fewer than one.
+    """
+    if not isinstance(source, PenguinModel):
+        source = Checkpoint.open(source).load(("embedding", "decoder"), dtype=torch.float32)
+    decoder, embedding = source.decoder, source.embedding
+    if decoder is None or embedding is None:
+        raise CheckpointError("the donor was loaded without its decoder or embedding; load both to convert it")
+    text = source.config.text
+    kept = _chosen(text.num_hidden_layers, layers, choose)
+    values = {field.name: getattr(text, field.name) for field in dataclasses.fields(VisionConfig)}
+    config = VisionConfig(**{**values, "num_hidden_layers": len(kept)})
+    encoder = Encoder(config)
+    with torch.no_grad():
+        encoder.norm.load_state_dict(_copied(decoder.norm))
+        for block, index in zip(encoder.layers, kept, strict=True):
+            assert isinstance(block, Block)
+            block.load_state_dict(_copied(decoder.layers[index]), strict=text.qk_norm)
+            if not text.qk_norm:
+                _set_qk_norm(block)
+        spread = embedding.weight.detach().float().square().mean().sqrt().item()
+        _init_patch_embedding(encoder.patch_embedding, spread, seed)
+    return encoder, config
+
+
+def _chosen(available: int, wanted: int | None, choose: Choice) -> list[int]:
+    if choose not in ("first", "spaced"):
+        raise InputError(f"unknown choice of layers {choose!r}; known: first, spaced")
+    count = available if wanted is None else wanted
+    if not 1 <= count <= available:
+        raise InputError(f"got {count} layers to keep, wanted 1 to {available}, which the language model has")
+    if choose == "first" or count == 1:
+        return list(range(count))
+    return [round(step * (available - 1) / (count - 1)) for step in range(count)]
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().float().cpu() for name, value in module.state_dict().items()}
+
+
+def _set_qk_norm(block: Block) -> None:
+    """One number for all entries: the root mean square of W (g * x) over the heads, for x of unit variance."""
+    attention = block.self_attn
+    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
+        assert isinstance(norm, RMSNorm)
+        length = (projection.weight * block.input_layernorm.weight).square().sum(dim=1).mean().sqrt()
+        norm.weight.fill_(length.item())
+
+
+def _init_patch_embedding(layer: nn.Linear, scale: float, seed: int) -> None:
+    # A normal distribution cut at two standard deviations keeps 0.8796 of its own.
+    spread = scale / math.sqrt(layer.in_features) / 0.87962566103423978
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.trunc_normal_(layer.weight, std=spread, a=-2 * spread, b=2 * spread, generator=generator)
+    nn.init.zeros_(layer.bias)
+
+
+def save_encoder(encoder: Encoder, folder: str | Path, image: ImageConfig | None = None) -> None:
+    """Write a folder with just an encoder, in the published form; `penguin_edge.checkpoint.read_encoder` reads it.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(encoder.patch_embedding.weight.dtype).removeprefix("torch.")
+    files = published_json(PenguinConfig(vision=encoder.config, image=image or ImageConfig()), dtype)
+    config = {"architectures": ["PenguinVLVisionEncoderModel"], **files["config.json"]["vision_encoder_config"]}
+    config["torch_dtype"] = dtype
+    for name, data in (("config.json", config), ("preprocessor_config.json", files["preprocessor_config.json"])):
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    tensors = {}
+    for name, parameter in encoder.named_parameters():
+        value = parameter.detach().cpu().contiguous()
+        shaped = value.reshape(-1, 3, PATCH, PATCH) if name == "patch_embedding.weight" else value
+        tensors[published_name(f"encoder.{name}").removeprefix("model.vision_encoder.")] = shaped
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
