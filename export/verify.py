@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, write_json
 from penguin_edge.errors import BundleError
 from penguin_edge.export.cases import CASES, DECODED, Arrays
+from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine
@@ -60,6 +61,7 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
 
     Raises:
         BundleError: the bundle holds no check data, or was made from a model of another shape.
+        MemoryLimitError: this machine cannot hold the checkpoint's largest part beside the bundle.
     """
     if checkpoint is None:
         return load_file(bundle.path(CHECK))
@@ -72,6 +74,12 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
             "checkpoint that "
             f"the bundle was made from ({bundle.manifest.source.get('name')})"
         )
+    largest = max(checkpoint.loaded_bytes(parts, dtype) for parts in (("encoder",), ("embedding", "decoder")))
+    require_memory(
+        sum(entry.bytes for entry in bundle.manifest.files.values()) + largest,
+        f"computing {checkpoint.source} beside the bundle",
+        "verify with the bundle's own check data (leave out --against), or on a larger machine",
+    )
     tokenizer = Tokenizer.open(
         bundle.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
     )

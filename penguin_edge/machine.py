@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from penguin_edge.errors import MemoryLimitError
+
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c", "asimd", "asimddp", "i8mm", "sve", "fphp")
 """Processor features that decide which kernels an engine picks."""
 PACKAGES = (
@@ -50,6 +52,20 @@ def total_memory() -> int:
             continue
         total = min(total, limit)
     return total
+
+
+def require_memory(need: int, what: str, advice: str, limit: int | None = None) -> None:
+    """Refuse work before it starts when it can never fit.
+
+    Raises:
+        MemoryLimitError: `need` bytes are more than `limit` (default: what the machine has); `what` begins the
+            message, `advice` ends it.
+    """
+    limit = total_memory() if limit is None else limit
+    if need > limit:
+        raise MemoryLimitError(
+            f"{what} needs about {human_bytes(need)} of memory, this machine offers {human_bytes(limit)}; {advice}"
+        )
 
 
 def available_memory() -> int | None:

@@ -11,11 +11,16 @@ from typing import Any
 
 from penguin_edge.bundle import MANIFEST, TOKENIZER, Bundle
 from penguin_edge.errors import PenguinError, TargetUnavailable
+from penguin_edge.machine import require_memory
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.engines import open_engine
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+TORCH_BYTES = 500_000_000
+"""Resident memory of torch and everything around a model, measured with a small one."""
 
 
 def say(text: str = "") -> None:
@@ -67,7 +72,12 @@ def require_torch() -> None:
 
 
 def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[Engine, Tokenizer]:
-    """The engine of a bundle, or the eager engine of a checkpoint or preset, and its tokenizer."""
+    """The engine of a bundle, or the eager engine of a checkpoint or preset, and its tokenizer.
+
+    Raises:
+        MemoryLimitError: a checkpoint that this machine cannot hold.
+        PenguinError: `source` is none of these, is damaged, or its engine is not installed.
+    """
     if is_bundle(source):
         bundle = Bundle.read(source)
         config = bundle.manifest.model
@@ -91,8 +101,13 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     tokenizer = Tokenizer.open(
         checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
     )
-    model = checkpoint.load()
     length = min(max_seq_len, config.text.max_position_embeddings)
+    require_memory(
+        checkpoint.loaded_bytes() + length * config.text.kv_values * checkpoint.dtype.itemsize + TORCH_BYTES,
+        f"{source} in {str(checkpoint.dtype).removeprefix('torch.')} with {length} KV positions",
+        "choose a smaller model or --max-seq-len, or export a bundle in fp16 on a larger machine",
+    )
+    model = checkpoint.load()
     return EagerEngine(model, max_seq_len=length), tokenizer
 
 

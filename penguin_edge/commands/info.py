@@ -8,7 +8,6 @@ from typing import Any
 
 from penguin_edge.bundle import VERIFY, Bundle
 from penguin_edge.commands.common import emit, is_bundle, require_torch, table
-from penguin_edge.config import PenguinConfig
 from penguin_edge.machine import human_bytes
 
 
@@ -17,11 +16,6 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("source", metavar="CHECKPOINT|BUNDLE", help="folder, hub id, preset name, or bundle")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
-
-
-def kv_bytes_per_token(config: PenguinConfig, value_bytes: int) -> int:
-    text = config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * value_bytes
 
 
 def bundle_info(bundle: Bundle) -> dict[str, Any]:
@@ -49,7 +43,7 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "bytes": sizes,
         "total_bytes": sum(sizes.values()),
         "bounds": data["bounds"],
-        "kv_bytes": kv_bytes_per_token(manifest.model, value) * manifest.bounds.max_seq_len,
+        "kv_bytes": manifest.model.text.kv_values * value * manifest.bounds.max_seq_len,
         "kv_dtype": manifest.kv_dtype,
         "export": {name: {"peak_mb": g.peak_mb, "seconds": g.seconds} for name, g in manifest.graphs.items()},
         "tools": manifest.tools,
@@ -78,7 +72,7 @@ def checkpoint_info(source: str) -> dict[str, Any]:
         "total_parameters": sum(parts.values()),
         "bytes": {name: count * width for name, count in parts.items()},
         "total_bytes": sum(parts.values()) * width,
-        "kv_bytes_per_token_fp32": kv_bytes_per_token(checkpoint.config, 4),
+        "kv_bytes_per_token_fp32": checkpoint.config.text.kv_values * 4,
         "notes": checkpoint.notes,
     }
 
