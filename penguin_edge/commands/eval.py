@@ -1,0 +1,159 @@
+"""`penguin-edge eval MODEL --data DIR`: accuracy per task beside chance, majority and question-only baselines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penguin_edge.budget_study import Ask, Reply, draw_study, study
+from penguin_edge.commands.common import emit, open_model, positive, say, table
+from penguin_edge.errors import InputError
+from penguin_edge.evaluate import (
+    Answer,
+    Question,
+    evaluate,
+    limited,
+    questions_of,
+    read_training_answers,
+)
+from penguin_edge.machine import peak_mb
+from penguin_edge.prompt import Message
+from penguin_edge.records import missing_media, read_records
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.session import Session
+from penguin_edge.tra import Policy
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("eval", help="how many questions of a data set are answered right")
+    parser.add_argument("model", metavar="BUNDLE|CHECKPOINT|PRESET")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder with annotations.jsonl, or such a file")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
+    parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
+    parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
+    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
+    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
+    parser.add_argument(
+        "--budget-study", action="store_true", help="accuracy against budget for TRA, dropping and shrinking frames"
+    )
+    parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.set_defaults(run=run)
+
+
+class Progress:
+    """Questions done, rate, time left and peak memory on stderr: rewritten on a terminal, else every 10 seconds."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.monotonic()
+        self._rewrites = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < (0.5 if self._rewrites else 10):
+            return
+        self._last = now
+        rate = done / max(now - self._begin, 1e-9)
+        left = f"about {(total - done) / rate:.0f} s left"
+        line = f"[{done}/{total}] {rate:.1f} questions/s, {left}, peak {peak_mb():.0f} MB"
+        if self._rewrites:
+            print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        else:
+            say(line)
+
+
+def read_questions(data: Path, limit: int | None) -> list[Question]:
+    """The questions of a data set, checked as far as is possible before the model is opened.
+
+    Raises:
+        InputError: no data there, a record that cannot be used, a file that a record names and that is missing.
+    """
+    records = read_records(data)
+    missing = missing_media(records)
+    if missing:
+        more = f" ({len(missing)} files are missing)" if len(missing) > 1 else ""
+        raise InputError(missing[0] + more)
+    return limited(questions_of(records), limit)
+
+
+def answerer(session: Session) -> Answer:
+    """Greedy answers of a session."""
+
+    def answer(messages: Sequence[Message], most: int) -> str:
+        for _ in session.converse(messages, SamplingOptions(max_new_tokens=most)):
+            pass
+        return session.report.text
+
+    return answer
+
+
+def asker(session: Session) -> Ask:
+    """Greedy answers of a session whose clips are planned by the policy that is given with each question."""
+
+    def ask(messages: Sequence[Message], most: int, policy: Policy) -> Reply:
+        session.policy = policy
+        for _ in session.converse(messages, SamplingOptions(max_new_tokens=most)):
+            pass
+        report = session.report
+        return Reply(report.text, report.visual_tokens, report.frames - report.dropped)
+
+    return ask
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out and not args.budget_study:
+        raise InputError("-o draws a budget study; add --budget-study")
+    if args.budget_study and args.tra != "strict":
+        raise InputError("a budget study compares strict plans; leave out --tra reference")
+    data = Path(args.data)
+    questions = read_questions(data, args.limit)
+    training = read_training_answers(data if data.is_dir() else data.parent)
+    engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
+    session = Session(engine, tokenizer, budget=args.budget, tra=args.tra)
+    begin = time.monotonic()
+    if args.budget_study:
+        result = study(questions, asker(session), engine.config, training=training, progress=Progress())
+    else:
+        result = evaluate(questions, answerer(session), training=training, progress=Progress())
+    seconds = time.monotonic() - begin
+    if args.out:
+        draw_study(result, args.out)
+        say(f"picture: {args.out}")
+    if args.json:
+        asked = sum(row["n"] for row in result["tasks"].values()) * len(result.get("budget_study", [0]))
+        speed = {"seconds": seconds, "questions_per_s": asked / seconds, "peak_mb": peak_mb()}
+        emit({"model": args.model, "data": args.data, "engine": engine.name, **result, **speed})
+    else:
+        print(report(result))
+        if args.budget_study:
+            print(f"\n{study_report(result)}")
+    return 0
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table for a reader."""
+    rows: list[tuple[str, ...]] = [("task", "n", "accuracy", "95 % interval", "chance", "majority", "question only")]
+    for name, row in result["tasks"].items():
+        low, high = row["interval"]
+        blind = [f"{row[key]:.3f}" for key in ("chance", "majority", "question_only")]
+        rows.append((name, str(row["n"]), f"{row['accuracy']:.3f}", f"{low:.3f} - {high:.3f}", *blind))
+    average = [f"{result['baselines'][key]:.3f}" for key in ("chance", "majority", "question_only")]
+    n = sum(row["n"] for row in result["tasks"].values())
+    rows.append(("average of tasks", str(n), f"{result['average']:.3f}", "", *average))
+    source = result["question_only_from"]
+    return f"{table(rows, indent='')}\nquestion only: the most frequent answer to the same text, from {source}"
+
+
+def study_report(result: dict[str, Any]) -> str:
+    """The table of a budget study for a reader."""
+    rows: list[tuple[str, ...]] = [("policy", "budget", "tokens", "frames", "accuracy", "95 % interval", "over TRA")]
+    for entry in result["budget_study"]:
+        (low, high), (difference, least, most) = entry["interval"], entry["over_tra"]
+        over = "" if entry["policy"] == "tra" else f"{difference:+.3f} ({least:+.3f} to {most:+.3f})"
+        cost = (f"{100 * entry['share']:.3g} %", f"{entry['visual_tokens']:.1f}", f"{entry['frames']:.1f}")
+        rows.append((entry["policy"], *cost, f"{entry['accuracy']:.3f}", f"{low:.3f} - {high:.3f}", over))
+    return table(rows, indent="")
