@@ -27,7 +27,7 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
-from penguin_edge.machine import human_bytes, total_memory
+from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 
 TOOLS_BYTES = 1_500_000_000
@@ -78,8 +78,7 @@ def parts_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def kv_bytes(checkpoint: Checkpoint, max_seq_len: int, dtype: str) -> int:
     """Bytes of the KV cache: keys and values of all layers."""
-    text = checkpoint.config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * max_seq_len * text.head_dim * VALUE_BYTES[dtype]
+    return checkpoint.config.text.kv_values * max_seq_len * VALUE_BYTES[dtype]
 
 
 def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> Estimate:
@@ -117,14 +116,9 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
     Raises:
         MemoryLimitError: memory or disk is too small; the message says what is needed.
     """
-    limit = total_memory() if options.max_ram is None else options.max_ram
-    if need.peak > limit:
-        part = max(need.peak_bytes, key=lambda name: need.peak_bytes[name])
-        raise MemoryLimitError(
-            f"exporting the {part} needs about {human_bytes(need.peak)} of memory, this machine offers "
-            f"{human_bytes(limit)}; "
-            "choose a smaller precision, a smaller --max-seq-len or a larger machine, or raise --max-ram"
-        )
+    part = max(need.peak_bytes, key=lambda name: need.peak_bytes[name])
+    advice = "choose a smaller precision, a smaller --max-seq-len or a larger machine, or raise --max-ram"
+    require_memory(need.peak, f"exporting the {part}", advice, options.max_ram)
     folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -160,6 +154,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
                 "part": part,
                 "source": checkpoint.source,
                 "seed": checkpoint.seed,
+                "random_weights": checkpoint.stored is None,
                 "target": options.target,
                 "precision": options.precision,
                 "embedding_dtype": embedding_dtype,

@@ -34,7 +34,9 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     target.check_installed()
     baseline = peak_mb()
     part, folder = job["part"], Path(job["folder"])
-    checkpoint = Checkpoint.open(job["source"], seed=job["seed"], note=lambda line: None)
+    checkpoint = Checkpoint.open(
+        job["source"], random_weights=job["random_weights"], seed=job["seed"], note=lambda line: None
+    )
     if part == "embedding":
         return _write_embedding(checkpoint, folder, job["embedding_dtype"]) | {
             "peak_mb": peak_mb(),

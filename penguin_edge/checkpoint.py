@@ -48,6 +48,8 @@ IGNORED = (
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 """A small byte-level BPE of the Qwen2 kind, for presets."""
+EMBEDDED = {"nano": Path(__file__).parent / "data" / "nano"}
+"""Presets whose trained weights come with the package, and where."""
 DEFAULT_IDS: dict[str, Any] = {"image_token_id": 603, "eos_token_ids": (600,), "pad_token_id": 601}
 """The ids of its special tokens, which are not those of the published vocabulary."""
 
@@ -124,19 +126,34 @@ class Checkpoint:
     seed: int = 0
 
     @classmethod
-    def open(cls, source: str | Path, *, seed: int = 0, note: Callable[[str], None] | None = None) -> Checkpoint:
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        random_weights: bool = False,
+        seed: int = 0,
+        note: Callable[[str], None] | None = None,
+    ) -> Checkpoint:
         """A local folder, a preset name, or a hub id; every tensor's presence and shape is checked here.
 
+        Args:
+            random_weights: draw the weights of a preset from `seed` also where trained ones come with the package.
         Raises:
             CheckpointError: not found, not reachable, damaged, or not fitting its configuration.
         """
         text = str(source)
         if Path(text).is_dir():
             checkpoint = cls._open_folder(Path(text))
+        elif text in EMBEDDED and not random_weights:
+            checkpoint = dataclasses.replace(cls._open_folder(EMBEDDED[text]), source=text)
         elif text in PRESETS:
-            config = dataclasses.replace(PRESETS[text], **DEFAULT_IDS)
-            line = f"preset {text}: random weights from seed {seed}, and the embedded small tokenizer"
-            checkpoint = cls(text, config, DEFAULT_TOKENIZER, [line], None, seed)
+            config, tokenizer = PRESETS[text], DEFAULT_TOKENIZER
+            if text in EMBEDDED:
+                tokenizer = EMBEDDED[text] / "tokenizer.json"
+            else:
+                config = dataclasses.replace(config, **DEFAULT_IDS)
+            line = f"preset {text}: random weights from seed {seed}, and an embedded small tokenizer"
+            checkpoint = cls(text, config, tokenizer, [line], None, seed)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():
             checkpoint = dataclasses.replace(cls._open_folder(download(text)), source=text)
         else:
@@ -240,6 +257,11 @@ class Checkpoint:
     def parameter_bytes(self, part: str, bytes_per_value: int) -> int:
         """Bytes of one part at a given width; a tied head counts in the decoder, too, since it is compiled into it."""
         return bytes_per_value * sum(p.numel() for p in meta_model(self.config, (part,)).parameters())
+
+    def loaded_bytes(self, parts: Sequence[str] = PARTS, dtype: torch.dtype | None = None) -> int:
+        """Bytes of what `load` returns; a head that shares the table's weights counts once."""
+        count = sum(p.numel() for p in meta_model(self.config, parts).parameters())
+        return count * (dtype or self.dtype).itemsize
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights' files; of a preset over its name, configuration and seed."""

@@ -51,6 +51,11 @@ class TextConfig:
     tie_word_embeddings: bool = True
     qk_norm: bool = True
 
+    @property
+    def kv_values(self) -> int:
+        """Numbers that one position takes in the KV cache: keys and values of all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -78,9 +83,9 @@ class TraConfig:
     area_ratio: int = 16
     """Area of a key frame over the area of an intermediate frame."""
     min_factor: float = 1.5
-    """Floor per frame, in units of `min_tokens`."""
+    """Floor per frame, and per image, in units of `min_tokens`."""
     max_factor: float = 0.95
-    """Share of the budget that reference mode fills before it rounds; strict mode uses all of it."""
+    """Share of the budget that images and reference mode fill before they round; strict mode uses all of it."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,19 @@ PRESETS: dict[str, PenguinConfig] = {
         vision=VisionConfig(64, 160, 2, 4, 2, 16),
         text=TextConfig(640, 96, 256, 3, 4, 2, 32, max_position_embeddings=4096),
     ),
+    "nano": PenguinConfig(
+        vision=VisionConfig(128, 256, 4, 4, 2, 32, rope_theta=100.0),
+        text=TextConfig(4160, 128, 256, 3, 4, 2, 32, rope_theta=10_000.0, max_position_embeddings=4096),
+        image=ImageConfig(min_tokens=1, image_merge_size=2),
+        # The first 4,096 tokens of Qwen's vocabulary, then its special tokens: see `penguin_edge.nano.vocabulary`.
+        image_token_id=4122,
+        eos_token_ids=(4098,),
+        pad_token_id=4096,
+    ),
     "2b": PenguinConfig(),
     "8b": PenguinConfig(text=TextConfig(151_936, 4096, 12_288, 36, 32, 8, 128, tie_word_embeddings=False)),
 }
-"""Shapes by name; a preset is taken wherever a checkpoint is, and its weights are random from a seed."""
+"""Shapes by name; a preset is taken wherever a checkpoint is. `nano` has trained weights, the others random ones."""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
