@@ -2,4 +2,6 @@
 
 import pytest
 
-pytest.register_assert_rewrite("golden_model", "golden_pixels", "golden_tra")
+pytest.register_assert_rewrite(
+    "golden_losses", "golden_model", "golden_pixels", "golden_schedule", "golden_tra", "golden_training_data"
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,13 @@ import numpy as np
 import pytest
 from helpers import CLIP
 from PIL import Image
+
+from penguin_edge import machine
+from penguin_edge.bundle import Bundle
+from penguin_edge.checkpoint import Checkpoint, save
+from penguin_edge.commands.common import open_model
+from penguin_edge.errors import MemoryLimitError
+from penguin_edge.export.verify import reference_arrays
 
 SHORT = ["--max-new-tokens", "6"]
 
@@ -289,6 +298,21 @@ def test_refused_exports(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
 
 
+def test_models_that_cannot_fit_are_refused_before_they_are_made(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds are the weights' own: 2.17 and 8.6 billion in fp32, and a decoder beside the bundle."""
+    monkeypatch.setattr(machine, "total_memory", lambda: 8_600_000_000)
+    for name in ("2b", "8b"):
+        with pytest.raises(MemoryLimitError, match=r"this machine offers 8\.60 GB") as error:
+            open_model(name, threads=None, max_seq_len=4096)
+        assert re.search({"2b": r"needs about 10\.1", "8b": r"needs about 3[5-7]\."}[name], str(error.value))
+    open_model("tiny", threads=None, max_seq_len=4096)
+    opened, tiny = Bundle.read(bundle), Checkpoint.open("tiny", note=lambda line: None)
+    size = sum(entry.bytes for entry in opened.manifest.files.values())
+    monkeypatch.setattr(machine, "total_memory", lambda: size)
+    with pytest.raises(MemoryLimitError, match="--against"):
+        reference_arrays(opened, tiny)
+
+
 def test_wrong_tokenizer(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(Path(__file__).parent / "golden" / "vlm", tmp_path / "vlm"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -391,17 +415,20 @@ def test_nothing_is_left_when_an_export_is_stopped(tmp_path: Path, number: signa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_ends_an_answer_cleanly(bundle: Path) -> None:
-    flags = ["--prompt", "x", "--max-new-tokens", "900", "--temperature", "2", "--json"]
-    command = [sys.executable, "-m", "penguin_edge", "run", str(bundle), *flags]
+def test_ctrl_c_ends_an_answer_cleanly(tmp_path: Path) -> None:
+    """The model has no token that ends an answer, and the pipe holds less than the answer: it cannot end first."""
+    checkpoint = Checkpoint.open("tiny", note=lambda line: None)
+    checkpoint.config = dataclasses.replace(checkpoint.config, eos_token_ids=())
+    save(checkpoint.load(), tmp_path / "endless", checkpoint.tokenizer)
+    flags = ["--prompt", "x", "--max-new-tokens", "4000", "--max-seq-len", "4096", "--temperature", "1", "--json"]
+    command = [sys.executable, "-m", "penguin_edge", "run", str(tmp_path / "endless"), *flags]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, pipesize=4096
     )
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.read(1)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    if process.returncode == 0:  # the answer ended first
-        return
     assert process.returncode == 130 and "Traceback" not in err
-    assert json.loads(out.strip().splitlines()[-1])["finish_reason"] == "interrupted"
+    report = json.loads(out.strip().splitlines()[-1])
+    assert report["finish_reason"] == "interrupted" and 0 < len(report["token_ids"]) < 4000

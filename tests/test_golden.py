@@ -6,6 +6,9 @@ discovered from the files and tables present: what a set lacks gives no case. To
 
 from __future__ import annotations
 
+from golden_losses import *  # noqa: F403
 from golden_model import *  # noqa: F403
 from golden_pixels import *  # noqa: F403
+from golden_schedule import *  # noqa: F403
 from golden_tra import *  # noqa: F403
+from golden_training_data import *  # noqa: F403

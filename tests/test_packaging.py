@@ -37,14 +37,18 @@ DEVICE = BASE | {
     "preprocess",
     "tra",
     "keyframes",
+    "layout",
     "prompt",
     "bundle",
 }  # runs without torch
 NETWORK = {"layers", "encoder", "projector", "decoder"}
 STORED = {"hf_config", "tensorfile", "checkpoint"}
 MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
-TRAINING = {"data", "losses", "train", "evaluate"}
-EVERYTHING = MODEL | TRAINING | {"plan_report", "eager", "cli", "commands", "quantize", "export", "runtime"}
+TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
+LEARNING = {"records", "samples", "packing", "losses", "schedule", "sampler", "feed"}  # what `train` is made of …
+LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
+EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
+EVERYTHING |= {"quantize", "export", "runtime"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -56,6 +60,9 @@ ALLOWED: dict[str, set[str]] = {
     "preprocess": BASE | {"frames"},
     "tra": BASE | {"keyframes", "preprocess"},
     "prompt": BASE | {"tra"},
+    "layout": BASE | {"frames", "preprocess", "prompt", "tra"},
+    "records": BASE | {"prompt"},
+    "samples": DEVICE | {"records"},
     "bundle": BASE,
     "plan_report": BASE | {"frames", "keyframes", "tra"},
     "layers": BASE,
@@ -69,9 +76,21 @@ ALLOWED: dict[str, set[str]] = {
     "generate": DEVICE | NETWORK | {"model"},
     "eager": MODEL,
     "data": MODEL,
-    "losses": MODEL,
-    "train": MODEL | {"data", "losses"},
-    "evaluate": MODEL | {"data"},
+    "packing": MODEL | {"samples"},
+    "losses": MODEL | {"packing"},
+    "convert": MODEL,
+    "sampler": BASE,
+    "schedule": BASE,
+    "feed": DEVICE | {"records", "samples", "sampler", "packing"},
+    "initialise": MODEL,
+    "trainee": MODEL | {"losses", "packing", "recipe"},
+    "trainer_state": MODEL | {"trainee"},
+    "recipe": BASE | {"losses", "packing", "samples", "schedule"},
+    "progress": BASE | {"packing", "trainer_state"},
+    "train": MODEL | LEARNING,
+    "nano": BASE | {"prompt", "records"},
+    "evaluate": DEVICE | {"records"},
+    "budget_study": DEVICE | {"evaluate"},
     "quantize": MODEL | {"eager"},
     "export": MODEL | {"eager", "quantize"},
     "export.verify": MODEL | {"eager", "quantize", "export", "runtime"},  # the one place where export meets runtime
@@ -161,7 +180,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
         elif is_one_of(item.name, {"export", "quantize", "runtime"}):
             found.append(f"{where} by its bare name; wanted penguin_edge.{item.name}")
         if is_one_of(item.name, TORCH):
-            if top in DEVICE or place in ("", "plan_report"):
+            if top in DEVICE or place in ("", "plan_report", "records", "samples", "evaluate", "budget_study"):
                 found.append(f"{where}; this module is used on devices without torch")
             elif top == "runtime" and inside != TORCH_IN_RUNTIME:
                 found.append(f"{where}; in runtime/ only the ExecuTorch engine may need torch")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.export.targets import find_target
 
     target = find_target(args.target)
-    checkpoint = Checkpoint.open(args.model, seed=args.seed)
+    checkpoint = Checkpoint.open(args.model, random_weights=args.random_weights, seed=args.seed)
     if checkpoint.stored is None and not args.random_weights:
         raise InputError(
             f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
