@@ -1,5 +1,6 @@
 # make install     .venv with all that the other targets need; they call it when it is missing or outdated
-# make demo        export a random model for two engines, verify both, ask both about a clip, draw the plan
+# make demo        export penguin-nano for two engines, verify both, ask both about clips, draw the plan
+# make nano        train penguin-nano from nothing and put it into the package; continues where it was stopped
 # make test        the test suite without its slow tests; `make test PYTEST_ARGS=` runs them all
 # make lint        ruff, rules and format
 # make typecheck   mypy
@@ -24,7 +25,7 @@ PINS := .ci/constraints.txt
 # Read from torch/version.py: it can be run before the packages that torch needs are there.
 TORCH_BUILD = $(BIN)/python -c 'import importlib.util as u, runpy; v = runpy.run_path(u.find_spec("torch").submodule_search_locations[0] + "/version.py"); print(v["__version__"], "CUDA", v["cuda"])'
 
-.PHONY: help install demo demo-onnx demo-executorch test lint typecheck
+.PHONY: help install demo demo-onnx demo-executorch nano test lint typecheck
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps -c $(PINS) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
 	@$(TORCH_BUILD) | tee $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[export,dev]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[export,train,dev]'
 	@now="$$($(TORCH_BUILD))"; was="$$(cat $(VENV)/.torch)"; \
 	    [ "$$was" = "$$now" ] || { echo "torch was '$$was' and became '$$now': a dependency replaced it; remove $(VENV) and check $(PINS)" >&2; exit 1; }
 	$(BIN)/python -m pip check
@@ -46,16 +47,49 @@ $(STAMP): pyproject.toml $(PINS)
 CLIP := tests/media/polar_bear.mp4
 DEMO := build/demo
 
-demo: demo-onnx demo-executorch
+demo: demo-onnx demo-executorch $(DEMO)/questions
 	$(BIN)/penguin-edge plan $(CLIP) --budget 1600 -o $(DEMO)/plan.png
-	$(BIN)/python tests/demo_table.py $(DEMO)/tiny-onnx.json $(DEMO)/tiny-executorch.json
+	$(BIN)/python tests/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
+	$(BIN)/python tests/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
 
 demo-onnx demo-executorch: demo-%: $(STAMP)
 	@mkdir -p $(DEMO)
-	$(BIN)/penguin-edge export --model tiny --random-weights --target $* --quant fp32 --overwrite -o $(DEMO)/tiny-$*
-	$(BIN)/penguin-edge verify $(DEMO)/tiny-$*
-	$(BIN)/penguin-edge run $(DEMO)/tiny-$* --video $(CLIP) --budget 1600 --prompt "What happens in this clip?" \
-	    --max-new-tokens 32 --json > $(DEMO)/tiny-$*.json
+	$(BIN)/penguin-edge export --model nano --target $* --quant fp32 --overwrite -o $(DEMO)/nano-$*
+	$(BIN)/penguin-edge verify $(DEMO)/nano-$*
+	$(BIN)/penguin-edge run $(DEMO)/nano-$* --video $(CLIP) --budget 1600 --prompt "What is there after the scene changed?" \
+	    --max-new-tokens 32 --json > $(DEMO)/nano-$*.json
+
+$(DEMO)/questions: $(STAMP)
+	@rm -rf $@
+	$(BIN)/penguin-edge data nano --split heldout --seed 3 --count 10 -o $@
+
+# Three runs, from few tasks to all: names and places of single objects, then several objects and clips, then the rest.
+# Seeds are fixed and --resume continues a run that was stopped; on another machine sums come in another order, so the
+# weights differ. NANO_PROCESSES share each step of 32 samples.
+NANO := build/nano
+NANO_PROCESSES ?= 2
+NANO_TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(NANO_PROCESSES) -m penguin_edge train \
+    --batch-size $$((32 / $(NANO_PROCESSES))) --threads 1 --workers 1 --resume --seed 0 --weight-decay 0.01 \
+    --scope sequence --precision fp32 --no-gradient-checkpointing --no-length-group --save-every 500
+NANO_SETS := $(addprefix $(NANO)/,single several reading clips)
+
+$(NANO)/single: NANO_SET := --count 12000 --tasks closeup,naming,place
+$(NANO)/several: NANO_SET := --count 18000 --tasks position,lookup,describe
+$(NANO)/reading: NANO_SET := --count 20000 --tasks relation,counting,reading,transcribe
+$(NANO)/clips: NANO_SET := --count 30000 --tasks motion,scene_change,before_cut,order
+$(NANO_SETS): | $(STAMP)
+	$(BIN)/penguin-edge data nano --split train --seed 0 $(NANO_SET) -o $@
+
+nano: $(NANO_SETS)
+	$(NANO_TRAIN) --out $(NANO)/1 --stage 3 --model nano --random-weights --data $(NANO)/single \
+	    --learning-rate 1e-3 --min-lr-ratio 0.5 --max-steps 3000
+	$(NANO_TRAIN) --out $(NANO)/2 --stage 3 --model $(NANO)/1/model \
+	    --data $(NANO)/single=0.3 $(NANO)/several $(NANO)/clips=0.4 --tight-share 0.3 \
+	    --learning-rate 1.5e-3 --min-lr-ratio 0.5 --max-steps 3000
+	$(NANO_TRAIN) --out $(NANO)/3 --stage 4 --model $(NANO)/2/model \
+	    --data $(NANO)/single=0.3 $(NANO)/several $(NANO)/reading $(NANO)/clips --tight-share 0.3 \
+	    --learning-rate 1e-3 --min-lr-ratio 0.02 --max-steps 4000
+	cp $(NANO)/3/model/* penguin_edge/data/nano/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -189,6 +189,8 @@ class SampleBuilder:
         for name in ("model_max_length", "mm_max_length"):
             if getattr(options, name) < 1:
                 raise InputError(f"{name} is {getattr(options, name)}, wanted at least 1")
+        if not 0 <= options.tight_share <= 1:
+            raise InputError(f"tight_share is {options.tight_share}, wanted a share between 0 and 1")
         numbers = {"fps": options.fps, "max_frames": options.max_frames, "min_tokens": options.min_tokens}
         given: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
         self.config = replace(config, image=replace(config.image, **given))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from penguin_edge.errors import InputError
@@ -100,6 +100,8 @@ class Group:
     learning_rate: float
     weight_decay: float
     names: tuple[str, ...]
+    muon: bool = False
+    """Learns by Muon; otherwise by AdamW."""
 
 
 def freeze(parameters: Named, rates: Rates) -> None:
@@ -149,3 +151,19 @@ def parameter_groups(parameters: Named, rates: Rates, weight_decay: float, group
                 )
             groups.append(Group(part, rate, weight_decay if decays else 0.0, tuple(names)))
     return groups
+
+
+def with_muon(groups: Iterable[Group], rate: float) -> list[Group]:
+    """The groups with the blocks' matrices in groups of their own, which learn by Muon at `rate`.
+
+    Muon is for matrices between hidden activations: tables, heads and the patch embedding stay with AdamW.
+    """
+    adam, muon = [], []
+    for group in groups:
+        matrices = tuple(name for name in group.names if ".layers." in name and name.endswith("_proj.weight"))
+        rest = tuple(name for name in group.names if name not in matrices)
+        if rest:
+            adam.append(replace(group, names=rest))
+        if matrices:
+            muon.append(replace(group, names=matrices, learning_rate=rate, muon=True))
+    return adam + muon

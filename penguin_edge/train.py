@@ -36,7 +36,7 @@ from penguin_edge.prompt import Tokenizer
 from penguin_edge.recipe import STAGES, TrainConfig
 from penguin_edge.sampler import Order, stable_seed
 from penguin_edge.samples import SampleBuilder
-from penguin_edge.schedule import cosine_with_min_lr, freeze, parameter_groups
+from penguin_edge.schedule import cosine_with_min_lr, freeze, parameter_groups, with_muon
 from penguin_edge.trainee import (
     ADAPTER,
     MEANS,
@@ -284,20 +284,32 @@ class Trainer:
         self.groups = parameter_groups(named.items(), self.rates, config.weight_decay, config.grouping)
         self.trainable = [named[name] for group in self.groups for name in group.names]
         self.parameter_count = sum(parameter.numel() for parameter in named.values())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [named[n] for n in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
-                for g in self.groups
-            ],
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        if config.muon_lr is not None:
+            self.groups = with_muon(self.groups, config.muon_lr)
+        self.optimizers = self._optimizers(named)
         names = {id(parameter): name for name, parameter in named.items()}
         self.name_of: Callable[[Tensor], str] = lambda parameter: names[id(parameter)]
         if state is not None:
-            load_optimizer_state(self.optimizer, self.name_of, state.optimizer)
+            load_optimizer_state(self.optimizers, self.name_of, state.optimizer)
             self.counts = state.counts
+
+    def _optimizers(self, named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """AdamW, and Muon where it is asked for; their groups one after another are `self.groups`."""
+        config = self.config
+
+        def options(muon: bool) -> list[dict[str, Any]]:
+            return [
+                {"params": [named[n] for n in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
+                for g in self.groups
+                if g.muon == muon
+            ]
+
+        found: list[torch.optim.Optimizer] = []
+        if options(False):
+            found.append(torch.optim.AdamW(options(False), betas=config.betas, eps=config.eps, fused=True))
+        if options(True):
+            found.append(torch.optim.Muon(options(True)))
+        return found
 
     def _headline(self) -> str:
         trainable = sum(parameter.numel() for parameter in self.trainable)
@@ -318,7 +330,8 @@ class Trainer:
             min_lr_ratio=config.min_lr_ratio,
             warmup_lr_ratio=config.warmup_lr_ratio,
         )
-        for group, spec in zip(self.optimizer.param_groups, self.groups, strict=True):
+        options = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, spec in zip(options, self.groups, strict=True):
             group["lr"] = spec.learning_rate * factor
         totals = self._totals(batches)
         torch.manual_seed(stable_seed(config.seed, "step", step, self.rank))
@@ -327,15 +340,16 @@ class Trainer:
         loss = parts.pop("loss")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse_nonfinite(step, loss, norm, batches)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         for key in COUNTS:
             self.counts[key] += int(totals[key])
         line = {
             "step": step + 1,
             "epoch": (step + 1) / self.order.steps_per_epoch,
             "loss": loss,
-            "lr": {group.part: group.learning_rate * factor for group in self.groups},
+            "lr": {g.part + " muon" * g.muon: g.learning_rate * factor for g in self.groups},
             "parts": parts,
             "grad_norm": norm,
             **{key: int(totals[key]) for key in COUNTS},
@@ -437,7 +451,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         config = self.config
         model, extra = published_model(self.model, self.shape, config.lora)
-        optimizer = optimizer_state(self.optimizer, self.name_of)
+        optimizer = optimizer_state(self.optimizers, self.name_of)
         if self.main:
             save_step(
                 config.out,
@@ -475,6 +489,7 @@ class Trainer:
             "learning rates": dataclasses.asdict(self.rates),
             "schedule": [config.warmup_ratio, config.warmup_lr_ratio, config.min_lr_ratio],
             "optimiser": [config.weight_decay, *config.betas, config.eps, config.max_grad_norm, config.grouping],
+            "Muon": config.muon_lr,
             "loss scope": config.scope,
             "precision": config.precision,
             "distillation": [config.distill_form, config.distill_weight, str(config.teacher)] if self.distill else None,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,31 +137,34 @@ def cut_log(out: Path, steps: int) -> None:
     aside.replace(path)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
-    """The optimiser's tensors by parameter name, on the host; every process calls this when they are sharded."""
+def optimizer_state(
+    optimizers: Sequence[torch.optim.Optimizer], name_of: Callable[[torch.Tensor], str]
+) -> dict[str, Any]:
+    """The optimisers' tensors by parameter name, on the host; every process calls this when they are sharded."""
     return {
         name_of(parameter): {key: whole(value) for key, value in values.items()}
+        for optimizer in optimizers
         for parameter, values in optimizer.state.items()
     }
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, name_of: Callable[[torch.Tensor], str], saved: dict[str, Any]
+    optimizers: Sequence[torch.optim.Optimizer], name_of: Callable[[torch.Tensor], str], saved: dict[str, Any]
 ) -> None:
     """Put back what `optimizer_state` returned.
 
     Raises:
         CheckpointError: other parameters learn now than when it was saved.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = {name_of(parameter) for parameter in parameters}
+    owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = {name_of(parameter) for parameter in owners}
     if names != set(saved):
         odd = sorted(names ^ set(saved))
         raise CheckpointError(
             f"the checkpoint's optimiser knows {len(saved)} tensors and this run trains {len(names)}; the first "
             f"difference is {odd[0]}: freeze the same parts to resume"
         )
-    for parameter in parameters:
+    for parameter, optimizer in owners.items():
         values = saved[name_of(parameter)]
         optimizer.state[parameter] = {
             key: value.clone() if key == "step" else like(value, parameter) for key, value in values.items()

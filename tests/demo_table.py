@@ -1,6 +1,6 @@
 """The demo's last word: the latency of each engine's answer, side by side, from the JSON lines of `penguin-edge run`.
 
-python tests/demo_table.py build/demo/tiny-onnx.json build/demo/tiny-executorch.json
+python tests/demo_table.py build/demo/nano-onnx.json build/demo/nano-executorch.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(paths: list[str]) -> int:
         ("loading", [f"{run['load_ms']:.1f}" for run in runs]),
         ("peak memory, MB", [f"{run['peak_mb']:.0f}" for run in runs]),
     ]
-    print("\nThe embedded model is tiny and its weights are random: the times are real, the text means nothing.\n")
+    print("\nA real clip. The times are real; penguin-nano knows no such pictures, so its answer says nothing.\n")
     for name, cells in rows:
         print(f"  {name:<20}" + "".join(f"{cell:>14}" for cell in cells))
     first = runs[0]

@@ -246,7 +246,7 @@ def test_a_null_stop_token_falls_back_to_the_model_configuration(copy: Path) -> 
 
 
 def test_unknown_source_lists_what_is_known() -> None:
-    with pytest.raises(CheckpointError, match=r"preset \(2b, 8b, tiny\)"):
+    with pytest.raises(CheckpointError, match=r"preset \(2b, 8b, nano, tiny\)"):
         Checkpoint.open("no-such-thing")
 
 

@@ -196,6 +196,19 @@ def test_a_large_clip_is_read_again_with_the_same_result(
         builder(mm_max_length=60)(records["clip"])
 
 
+def test_a_share_of_the_clips_is_built_under_smaller_budgets(records: dict[str, Record]) -> None:
+    native = sum(patches.tokens for patches in builder()(records["clip"]).visuals)
+    clips = [replace(records["clip"], id=f"clip {number}") for number in range(60)]
+    counts = [sum(p.tokens for p in builder(tight_share=0.5)(clip).visuals) for clip in clips]
+    again = [sum(p.tokens for p in builder(tight_share=0.5)(clip).visuals) for clip in clips]
+    assert counts == again
+    # 60 fair draws: between 15 and 45 of them but for one time in 10,000.
+    assert 15 < sum(count < native for count in counts) < 45
+    assert native / 16 - 1 <= min(counts) < native / 4 and max(counts) == native
+    image = replace(records["image"], id=next(clip.id for clip, n in zip(clips, counts, strict=True) if n < native))
+    assert builder(tight_share=0.5)(image).visuals[0].tokens == builder()(records["image"]).visuals[0].tokens
+
+
 def test_options_replace_the_models_numbers(records: dict[str, Record]) -> None:
     assert len(builder()(records["clip"]).visuals) == CONFIG.image.max_frames == 6
     assert len(builder(max_frames=3)(records["clip"]).visuals) == 3
@@ -297,8 +310,8 @@ def test_refusals(records: dict[str, Record]) -> None:
     check_sample(blind(records["text"]), answers=1)
     with pytest.raises(InputError, match="reads text only"):
         blind(records["image"])
-    for options in ({"model_max_length": 0}, {"mm_max_length": -1}, {"tra": "loose"}):
-        with pytest.raises(InputError, match=r"wanted at least 1|known: "):
+    for options in ({"model_max_length": 0}, {"mm_max_length": -1}, {"tra": "loose"}, {"tight_share": 2}):
+        with pytest.raises(InputError, match=r"wanted at least 1|known: |wanted a share"):
             builder(**options)
 
 

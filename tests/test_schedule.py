@@ -13,7 +13,7 @@ from penguin_edge.checkpoint import meta_model
 from penguin_edge.config import PRESETS
 from penguin_edge.errors import InputError
 from penguin_edge.recipe import STAGES
-from penguin_edge.schedule import Rates, cosine_with_min_lr, freeze, parameter_groups, part_of
+from penguin_edge.schedule import Rates, cosine_with_min_lr, freeze, parameter_groups, part_of, with_muon
 
 TINY = PRESETS["tiny"]
 UNTIED = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, tie_word_embeddings=False))
@@ -109,3 +109,15 @@ def test_nothing_to_learn_and_a_missing_rate_are_refused() -> None:
         parameter_groups(parameters.items(), Rates(encoder=1.0), 0)
     with pytest.raises(InputError, match="belongs to no part"):
         part_of("head.weight")
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
+    parameters = dict(meta_model(TINY).named_parameters())
+    rates = Rates(llm=1e-3, projector=1e-3, encoder=1e-3)
+    groups = with_muon(parameter_groups(parameters.items(), rates, 0.1), 0.02)
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(parameters) and len(set(names)) == len(names)
+    for group in groups:
+        for name in group.names:
+            assert group.muon == (".layers." in name and parameters[name].ndim == 2)
+        assert group.learning_rate == (0.02 if group.muon else 1e-3)

@@ -214,8 +214,13 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--stage", 3), ("--stage", 1, "--teacher", TEACHER), ("--stage", 4, "--lora-rank", 2)],
-    ids=["stage3", "distilled", "lora"],
+    [
+        ("--stage", 3),
+        ("--stage", 1, "--teacher", TEACHER),
+        ("--stage", 4, "--lora-rank", 2),
+        ("--stage", 3, "--muon-lr", 0.01),
+    ],
+    ids=["stage3", "distilled", "lora", "muon"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(flags: tuple[Any, ...], data: Path, tmp_path: Path) -> None:
     if "--lora-rank" in flags:

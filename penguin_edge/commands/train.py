@@ -94,6 +94,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     learn.add_argument("--learning-rate", type=rate, metavar="X", help="of every part that the stage trains")
     for part in RATES:
         learn.add_argument(f"--{part.replace('_', '-')}-lr", type=rate, metavar="X")
+    _flag(learn, "muon_lr", "matrices inside the blocks learn by Muon at this rate", type=float)
     _flag(learn, "weight_decay", "of matrices", type=float)
     _flag(learn, "warmup_ratio", "share of the steps in which the rates rise", type=float)
     _flag(learn, "min_lr_ratio", "the last step's share of the rates", type=float)

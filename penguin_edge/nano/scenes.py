@@ -100,14 +100,13 @@ class Painter:
         return int(red), int(green), int(blue)
 
     def write(self, background: Array, text: str, middle: float, colour: tuple[int, int, int], rng: Generator) -> Array:
-        """The background with a line of up to four characters, each in a column of its own, `middle` pixels down."""
+        """The background with a line of three characters, each in a column of its own, `middle` pixels down."""
         image = Image.fromarray(background)
         draw = ImageDraw.Draw(image)
-        size = int(rng.integers(26, 31))
-        x = (SIDE - 21 * (len(text) - 1)) / 2 + rng.uniform(-2, 2)
-        y = middle + rng.uniform(-2, 2)
+        size = int(rng.integers(27, 32))
+        x, y = CELL / 2 + rng.uniform(-2, 2), middle + rng.uniform(-2, 2)
         for index, character in enumerate(text):
-            draw.text((x + 21 * index, y), character, colour, font(size), anchor="mm")
+            draw.text((x + CELL * index, y), character, colour, font(size), anchor="mm")
         return edged(np.asarray(image))
 
 

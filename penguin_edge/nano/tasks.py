@@ -171,8 +171,8 @@ def reading(painter: Painter, rng: Generator, split: Split) -> Scene:
     """A word of three letters or a number of three digits, read out character by character."""
     text = _text(rng, split == "heldout")
     frame = painter.background(rng)
-    middle = rng.uniform(CELL / 2, SIDE - CELL / 2)
-    frame = painter.write(frame, text.upper(), middle, painter.ink(frame, rng), rng)
+    line = CELL * (int(rng.integers(3)) + 0.5)
+    frame = painter.write(frame, text.upper(), line, painter.ink(frame, rng), rng)
     what = "number" if text.isdigit() else "word"
     return Scene((frame,), (Turn("reading", f"Read the {what}.", " ".join(text), None),))
 
