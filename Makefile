@@ -87,8 +87,8 @@ nano: $(NANO_SETS)
 	    --data $(NANO)/single=0.3 $(NANO)/several $(NANO)/clips=0.4 --tight-share 0.3 \
 	    --learning-rate 1.5e-3 --min-lr-ratio 0.5 --max-steps 3000
 	$(NANO_TRAIN) --out $(NANO)/3 --stage 4 --model $(NANO)/2/model \
-	    --data $(NANO)/single=0.3 $(NANO)/several $(NANO)/reading $(NANO)/clips --tight-share 0.3 \
-	    --learning-rate 1e-3 --min-lr-ratio 0.02 --max-steps 4000
+	    --data $(NANO)/single=0.2 $(NANO)/several $(NANO)/reading=0.5 $(NANO)/clips --tight-share 0.3 \
+	    --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3600
 	cp $(NANO)/3/model/* penguin_edge/data/nano/
 
 test: $(STAMP)
