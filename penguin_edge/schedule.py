@@ -16,14 +16,15 @@ Source: the reference's `penguinvl_trainer.py` and `scripts/train` (fact sheet, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from penguin_edge.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -167,3 +168,24 @@ def with_muon(groups: Iterable[Group], rate: float) -> list[Group]:
         if matrices:
             muon.append(replace(group, names=matrices, learning_rate=rate, muon=True))
     return adam + muon
+
+
+def optimizers(
+    groups: Sequence[Group], named: Mapping[str, nn.Parameter], betas: tuple[float, float], eps: float
+) -> list[Optimizer]:
+    """AdamW, then Muon where a group asks for it; their groups one after another are `groups`, as `with_muon` sorts."""
+    import torch
+
+    def options(muon: bool) -> list[dict[str, Any]]:
+        return [
+            {"params": [named[n] for n in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
+            for g in groups
+            if g.muon == muon
+        ]
+
+    found: list[Optimizer] = []
+    if options(False):
+        found.append(torch.optim.AdamW(options(False), betas=betas, eps=eps, fused=True))
+    if options(True):
+        found.append(torch.optim.Muon(options(True)))
+    return found

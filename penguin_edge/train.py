@@ -36,7 +36,7 @@ from penguin_edge.prompt import Tokenizer
 from penguin_edge.recipe import STAGES, TrainConfig
 from penguin_edge.sampler import Order, stable_seed
 from penguin_edge.samples import SampleBuilder
-from penguin_edge.schedule import cosine_with_min_lr, freeze, parameter_groups, with_muon
+from penguin_edge.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.trainee import (
     ADAPTER,
     MEANS,
@@ -286,30 +286,12 @@ class Trainer:
         self.parameter_count = sum(parameter.numel() for parameter in named.values())
         if config.muon_lr is not None:
             self.groups = with_muon(self.groups, config.muon_lr)
-        self.optimizers = self._optimizers(named)
+        self.optimizers = optimizers(self.groups, named, config.betas, config.eps)
         names = {id(parameter): name for name, parameter in named.items()}
         self.name_of: Callable[[Tensor], str] = lambda parameter: names[id(parameter)]
         if state is not None:
             load_optimizer_state(self.optimizers, self.name_of, state.optimizer)
             self.counts = state.counts
-
-    def _optimizers(self, named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        """AdamW, and Muon where it is asked for; their groups one after another are `self.groups`."""
-        config = self.config
-
-        def options(muon: bool) -> list[dict[str, Any]]:
-            return [
-                {"params": [named[n] for n in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
-                for g in self.groups
-                if g.muon == muon
-            ]
-
-        found: list[torch.optim.Optimizer] = []
-        if options(False):
-            found.append(torch.optim.AdamW(options(False), betas=config.betas, eps=config.eps, fused=True))
-        if options(True):
-            found.append(torch.optim.Muon(options(True)))
-        return found
 
     def _headline(self) -> str:
         trainable = sum(parameter.numel() for parameter in self.trainable)

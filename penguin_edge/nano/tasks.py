@@ -209,7 +209,7 @@ def transcribe(painter: Painter, rng: Generator, split: Split) -> Scene:
 
 
 def motion(painter: Painter, rng: Generator, split: Split) -> Scene:
-    """Two objects, each moving its own way along its own lane."""
+    """One or two objects, each moving its own way along its own lane."""
     if split == "heldout":
         held = _held(HELD_DIRECTIONS, rng)
         first = (held[0], str(held[1]))
