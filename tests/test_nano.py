@@ -168,6 +168,20 @@ def test_clips_are_read_as_they_were_drawn(tmp_path: Path) -> None:
     assert all(frame.pixels.shape == (SIDE, SIDE, 3) for frame in frames)
 
 
+def test_a_larger_frame_holds_the_same_scene() -> None:
+    """Objects keep their size and their place relative to the frame; nothing else that was drawn depends on it."""
+    assets = painted_assets()
+    for task in ("position", "motion", "reading"):
+        small, large = (draw(Painter(assets, side), [task], "train", 0, 3) for side in (SIDE, 2 * SIDE))
+        assert small.turns == large.turns and len(small.frames) == len(large.frames)
+        assert {frame.shape for frame in large.frames} == {(2 * SIDE, 2 * SIDE, 3)}
+    plain = np.full((2 * SIDE, 2 * SIDE, 3), 200, dtype=np.uint8)
+    item = Placed("cat", 28, 56, 28)
+    rows, columns = np.nonzero((Painter(assets, 2 * SIDE).paint(plain, [item]) != plain).any(2)[2:-2, 2:-2])
+    # The middle of the cell (1, 2) of the grid, at twice the distance: 84 +- 14 and 140 +- 14.
+    assert (columns.min() + 2, columns.max() + 2) == (70, 97) and (rows.min() + 2, rows.max() + 2) == (126, 153)
+
+
 def test_the_cut_tokenizer_is_the_shipped_one() -> None:
     config = PRESETS["nano"]
     tokenizer = Tokenizer.open(TOKENIZER, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
@@ -192,6 +206,13 @@ def test_unreachable_packages_are_one_sentence(tmp_path: Path, monkeypatch: pyte
     assert done.returncode == 1
     assert "cannot be fetched with pip" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("side", [82, 85])
+def test_a_side_that_cannot_be_drawn_is_refused(side: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"frames of {side} pixels"):
+        build(tmp_path / "out", split="train", count=1, seed=0, side=side)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import get_args
 
 from penguin_edge.commands.common import positive
 from penguin_edge.nano.build import build
+from penguin_edge.nano.scenes import SIDE
 from penguin_edge.nano.tasks import Split
 
 
@@ -33,6 +34,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     nano.add_argument("--seed", type=int, default=0)
     nano.add_argument("--count", type=positive, required=True, help="records in all, spread evenly over the tasks")
     nano.add_argument("--tasks", help="comma-separated names; default: all of the split")
+    nano.add_argument(
+        "--side", type=positive, default=SIDE, metavar="PIXELS",
+        help="width and height of a frame; in a larger one the same objects are spread out (default: %(default)s)",
+    )  # fmt: skip
     nano.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes that draw")
     nano.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     nano.set_defaults(run=run)
@@ -48,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     tasks = args.tasks.split(",") if args.tasks else None
     build(
-        args.out, split=args.split, count=args.count, seed=args.seed, tasks=tasks, workers=args.workers,
-        progress=progress,
+        args.out, split=args.split, count=args.count, seed=args.seed, tasks=tasks, side=args.side,
+        workers=args.workers, progress=progress,
     )  # fmt: skip
     print(file=sys.stderr)
     print(f"{args.out}: {args.count:,} records of the {args.split} split, seed {args.seed}")

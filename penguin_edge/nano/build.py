@@ -2,8 +2,8 @@
 
 | file                    | what                                                                                      |
 |-------------------------|-------------------------------------------------------------------------------------------|
-| `images/*.png`          | pictures of 84x84 pixels                                                                   |
-| `videos/*.mp4`          | clips of 8 frames of 84x84 pixels, one frame a second, MPEG-4                              |
+| `images/*.png`          | pictures, 84x84 pixels                                                                     |
+| `videos/*.mp4`          | clips of 8 frames of that size, one frame a second, MPEG-4                                 |
 | `annotations.jsonl`     | one record per line, with `task`, and where they apply `choices` and `tolerance` (seconds) |
 | `training_answers.json` | `{task: {question: {answer: count}}}` of the training split, for a baseline                |
 | `source.json`           | what the set was drawn with                                                                |
@@ -88,7 +88,7 @@ def write_clip(path: Path, frames: Sequence[Array]) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         options = {"flags": "+qscale+bitexact", "global_quality": str(2 * FF_QP2LAMBDA), "g": "12"}
         stream = container.add_stream("mpeg4", rate=1, options=options)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        (stream.height, stream.width, _), stream.pix_fmt = frames[0].shape, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1)
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -121,9 +121,9 @@ def write_record(folder: Path, scene: Scene, index: int, split: Split) -> dict[s
 
 
 def _write_part(
-    indices: range, *, folder: Path, tasks: Sequence[str], split: Split, seed: int, cache: Path | None
+    indices: range, *, folder: Path, tasks: Sequence[str], split: Split, seed: int, side: int, cache: Path | None
 ) -> list[str]:
-    painter = Painter(load_assets(cache))
+    painter = Painter(load_assets(cache), side)
     records = (write_record(folder, draw(painter, tasks, split, seed, i), i, split) for i in indices)
     return [json.dumps(record) for record in records]
 
@@ -135,6 +135,7 @@ def build(
     count: int,
     seed: int,
     tasks: Sequence[str] | None = None,
+    side: int = SIDE,
     workers: int = 1,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -143,10 +144,14 @@ def build(
 
     Args:
         tasks: names of `TASKS`, on the training split also of `DENSE`; default: all of the split.
+        side: width and height of a frame in pixels, even and at least 84.
         progress: told the records written so far, and all.
     Raises:
-        InputError: an unknown task, a folder that exists, or packages that cannot be fetched.
+        InputError: an unknown task, a side that cannot be drawn, a folder that exists, or packages that cannot be
+            fetched.
     """
+    if side < SIDE or side % 2:
+        raise InputError(f"got frames of {side} pixels, wanted an even number from {SIDE} on")
     known = list(ALL_TASKS if split == "train" else TASKS)
     tasks = list(tasks or known)
     unknown = [task for task in tasks if task not in known]
@@ -160,7 +165,7 @@ def build(
     try:
         for name in ("images", "videos"):
             (folder / name).mkdir()
-        write = partial(_write_part, folder=folder, tasks=tasks, split=split, seed=seed, cache=cache)
+        write = partial(_write_part, folder=folder, tasks=tasks, split=split, seed=seed, side=side, cache=cache)
         parts = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
         done = 0
         with (folder / ANNOTATIONS).open("w", encoding="utf-8") as file, ProcessPoolExecutor(workers) as pool:
@@ -171,7 +176,7 @@ def build(
                     progress(done, count)
         asked = [task for task in tasks if task in TASKS]
         (folder / "training_answers.json").write_text(json.dumps(training_answers(asked)), encoding="utf-8")
-        source = {"split": split, "seed": seed, "count": count, "tasks": tasks}
+        source = {"split": split, "seed": seed, "count": count, "tasks": tasks, "side": side}
         (folder / "source.json").write_text(json.dumps(source), encoding="utf-8")
         folder.chmod(0o755)
         os.rename(folder, out)

@@ -2,10 +2,11 @@
 
 | name   | shape         | dtype | what                                     |
 |--------|---------------|-------|------------------------------------------|
-| frame  | [84, 84, 3]   | uint8 | RGB; a picture, or one of 8 of a clip    |
+| frame  | [S, S, 3]     | uint8 | RGB; a picture, or one of 8 of a clip    |
 
-A frame is six patches wide: a cell of the 3x3 grid is two patches, an object about as much. Objects are shifted and
-scaled at random, so they do not lie on the patch grid.
+S is 84 unless asked otherwise: a frame is six patches wide, a cell of the 3x3 grid two patches, an object about as
+much. Objects are shifted and scaled at random, so they do not lie on the patch grid. In a larger frame the same scene
+is spread out, and objects keep their size in pixels: there they are small, as in a camera's picture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from penguin_edge.nano.assets import Assets
 
 Array = NDArray[np.uint8]
 SIDE = 84
-"""Width and height of every frame, in pixels."""
+"""Width and height of a frame in pixels, unless the painter is told another; scenes are laid out in these units."""
 Light = Literal["pale", "vivid"]
 LIGHTS: tuple[Light, Light] = ("pale", "vivid")
 CELL = SIDE // 3
@@ -34,7 +35,7 @@ FRAMES = 8
 
 @dataclass(frozen=True)
 class Placed:
-    """An object in a frame: its upper left corner and side, in pixels."""
+    """An object in a frame of `SIDE` pixels: its upper left corner and side."""
 
     name: str
     x: int
@@ -43,9 +44,10 @@ class Placed:
 
 
 class Painter:
-    """Paints frames from the pictures of `Assets`; sprites are scaled once per size."""
+    """Paints frames of `side` x `side` pixels from the pictures of `Assets`; sprites are scaled once per size."""
 
-    def __init__(self, assets: Assets) -> None:
+    def __init__(self, assets: Assets, side: int = SIDE) -> None:
+        self.side = side
         self._photos = [Image.fromarray(photo) for photo in assets.photos]
         self._sprites = assets.sprites
         self._scaled = cache(self._scale)
@@ -63,9 +65,9 @@ class Painter:
         the other, and hardly anything else at this size.
         """
         photo = self._photos[rng.integers(len(self._photos))]
-        side = int(rng.integers(SIDE, 1 + min(photo.size)))
+        side = int(rng.integers(SIDE, 1 + min(photo.size)))  # the same draw for every size of frame
         x, y = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-        piece = photo.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+        piece = photo.resize((self.side, self.side), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
         pixels = np.asarray(piece, dtype=np.float32)
         if rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -83,16 +85,16 @@ class Painter:
         frame = background.astype(np.float32)
         for item in objects:
             colour, keep = self._scaled(item.name, item.side)
-            x0, y0, x1, y1 = (
-                max(item.x, 0),
-                max(item.y, 0),
-                min(item.x + item.side, SIDE),
-                min(item.y + item.side, SIDE),
-            )
+            x, y = self._spread(item.x, item.side), self._spread(item.y, item.side)
+            x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + item.side, self.side), min(y + item.side, self.side)
             if x0 < x1 and y0 < y1:
-                part = (slice(y0 - item.y, y1 - item.y), slice(x0 - item.x, x1 - item.x))
+                part = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
                 frame[y0:y1, x0:x1] = frame[y0:y1, x0:x1] * keep[part] + colour[part]
         return edged(frame.clip(0, 255).astype(np.uint8))
+
+    def _spread(self, corner: int, side: int) -> int:
+        """Where an object begins whose middle keeps its place relative to the frame."""
+        return round((corner + side / 2) * self.side / SIDE - side / 2)
 
     def ink(self, background: Array, rng: Generator) -> tuple[int, int, int]:
         """A colour that is seen on this background."""
@@ -105,8 +107,9 @@ class Painter:
         draw = ImageDraw.Draw(image)
         size = int(rng.integers(27, 32))
         x, y = CELL / 2 + rng.uniform(-2, 2), middle + rng.uniform(-2, 2)
+        spread = self.side / SIDE
         for index, character in enumerate(text):
-            draw.text((x + CELL * index, y), character, colour, font(size), anchor="mm")
+            draw.text(((x + CELL * index) * spread, y * spread), character, colour, font(size), anchor="mm")
         return edged(np.asarray(image))
 
 
