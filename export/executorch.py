@@ -40,6 +40,7 @@ from penguin_edge.export.target import PartFile
 from penguin_edge.layers import Attend, Attention, RMSNorm
 from penguin_edge.model import PenguinModel
 from penguin_edge.projector import Projector
+from penguin_edge.quantize.linear import Activations, QuantizedLinear, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,32 @@ def rebuild(part: Any, dtype: torch.dtype) -> None:
         block.post_attention_layernorm = DelegatedNorm(block.post_attention_layernorm, dtype)
         block.self_attn = DelegatedAttention(block.self_attn, dtype)
     part.norm = DelegatedNorm(part.norm, dtype)
+
+
+def carry_integers(module: nn.Module) -> None:
+    """Turn each `QuantizedLinear` into a linear whose weight is torchao's tensor of the same integers, in place."""
+    for name, child in module.named_children():
+        if not isinstance(child, QuantizedLinear):
+            carry_integers(child)
+            continue
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+
+        scheme, middle = child.scheme, 2 ** (child.scheme.bits - 1)
+        weight = IntxUnpackedToInt8Tensor(
+            (child.levels.to(torch.int16) - middle).to(torch.int8),
+            child.scales,
+            torch.zeros_like(child.scales, dtype=torch.int8),
+            getattr(torch, f"int{scheme.bits}"),
+            (1, scheme.group or child.levels.shape[1]),
+            torch.float32,
+            "int8_asym_per_token",
+        )
+        outputs, inputs = child.levels.shape
+        linear = nn.Linear(inputs, outputs, bias=child.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if child.bias is not None:
+            linear.bias = child.bias
+        setattr(module, name, linear)
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -225,6 +252,7 @@ class ExecutorchTarget:
     name = "executorch"
     precisions: tuple[str, ...] = ("fp32", "fp16")
     tools: tuple[str, ...] = ("torch", "executorch", "torchao")
+    activations: Activations = "token"
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """One frame at a time, and small chunks: ExecuTorch reserves memory for the largest shapes.
@@ -238,8 +266,19 @@ class ExecutorchTarget:
         patches = min(MAX_PATCHES, 4 * max_seq_len)
         return Bounds(max_seq_len, min(128, max_seq_len), max_batch=1, patch_buckets=(patches,))
 
-    def peak_factor(self, precision: str) -> float:
-        return {"fp32": 4.8, "fp16": 2.8}[precision]
+    def check_scheme(self, layer: str, scheme: Scheme) -> None:
+        """XNNPACK's linears with dynamic activations: 8da4w by symmetric groups of 32 n, 8da8w by symmetric rows.
+
+        Raises:
+            InputError: any other scheme, which XNNPACK would refuse, or accept and compute wrongly.
+        """
+        wanted = "symmetric groups of 32 or more" if scheme.bits == 4 else "one symmetric scale per row"
+        grouped = scheme.group is not None and scheme.group >= 32
+        if not scheme.symmetric or grouped != (scheme.bits == 4):
+            raise InputError(f"{layer}: {scheme.label}, but XNNPACK takes int{scheme.bits} with {wanted}")
+
+    def peak_factor(self, precision: str, quantized: bool) -> float:
+        return 2.5 if quantized else {"fp32": 4.8, "fp16": 2.8}[precision]
 
     def kv_dtype(self, precision: str) -> str:
         """As the graph: XNNPACK's matrix products want one dtype, and conversions run outside it."""
@@ -268,15 +307,16 @@ class ExecutorchTarget:
         sizes = {"B": 1, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3, "L": 19}
         shapes: list[tuple[tuple[int | str, ...], str]] = [(spec.shape, spec.dtype) for spec in specs]
         method: nn.Module
+        carry_integers(module)
         if part == "encoder":
-            dtype = module.patch_embedding.weight.dtype
+            dtype = module.norm.weight.dtype
             rebuild(module, dtype)
             module.patch_embedding = WideLinear(module.patch_embedding)
             method = EncoderMethod(module, encoder_attention)
         elif part == "projector":
             method = DelegatedProjector(module)
         else:
-            dtype = module.lm_head.weight.dtype
+            dtype = module.norm.weight.dtype
             rebuild(module, dtype)
             method = DecoderMethod(module, bounds.max_seq_len, dtype)
             shapes.append((("L",), "i64"))
@@ -325,7 +365,10 @@ def compile_method(
     part: str, method: nn.Module, examples: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...], path: Path
 ) -> None:
     """Export, lower to XNNPACK, plan memory and write one program with the method `forward`."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
@@ -338,7 +381,7 @@ def compile_method(
     with shared_weights():
         edge = to_edge_transform_and_lower(
             program,
-            partitioner=[XnnpackPartitioner()],
+            partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
     check_delegation(part, edge.exported_program(), products)

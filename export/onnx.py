@@ -10,6 +10,9 @@
 The caller binds one buffer as `past_key_i` and `present_key_i`, and one for the values: the kernel then writes the new
 positions in place. A graph is `PART.onnx`, its weights `PART.onnx.data`.
 
+A quantized layer is a MatMulNBits node with the layer's own integers: accuracy level 4, which rounds the activations to
+int8 in blocks as large as the weights' groups (128 where a scale is a whole row's; it is then repeated).
+
 fp16 is a matter of storage: linear weights are fp16 in the file, and each has a Cast to fp32 in the graph that ONNX
 Runtime folds at load. Its CPU kernels compute in fp32 anyway: an all-fp16 graph runs no faster, takes as much memory,
 and rounds the activations on top.
@@ -33,13 +36,16 @@ from torch.nn import functional
 
 from penguin_edge.bundle import Bounds, TensorSpec, kv_names, signature
 from penguin_edge.decoder import Decoder
-from penguin_edge.errors import PenguinError, TargetUnavailable
+from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import EncoderMethod, ProjectorMethod, decoder_logits
 from penguin_edge.export.target import PartFile
 from penguin_edge.model import PenguinModel
+from penguin_edge.quantize.linear import Activations, QuantizedLinear, Scheme
 
 OPSET = 23
 """The first with RMSNormalization; older ones give twice the nodes."""
+ACCURACY = 4
+"""MatMulNBits with activations in int8: about twice as fast in decoding as with fp32 ones."""
 MAX_MERGED = 4
 """Largest M: two by two patches for one visual token."""
 TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
@@ -81,6 +87,24 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
+@torch.library.custom_op("penguin_edge::matmul_nbits", mutates_args=())
+def matmul_nbits(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, inputs: int, outputs: int, bits: int, block: int
+) -> Tensor:
+    """What com.microsoft MatMulNBits computes; for tracing only, `QuantizedLinear` says the arithmetic.
+
+    Args:
+        x: [.., K] f32; packed: [N, K/block, block*bits/8] uint8, low bits first; scales: [N, K/block] f32.
+        zeros: [N, bytes of K/block values] uint8, or None for the middle level.
+    """
+    raise NotImplementedError("traced, never run")
+
+
+@matmul_nbits.register_fake
+def _(x, packed, scales, zeros, inputs, outputs, bits, block):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
 @grouped_query_attention.register_fake
 def _(q, k, v, past_k, past_v, last, total, heads, kv):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
@@ -91,25 +115,38 @@ def _(q, k, v, heads):  # type: ignore[no-untyped-def]
     return torch.empty_like(q)
 
 
-def contrib(
-    name: str, floats: Sequence[str], ints: Sequence[str], outputs: Sequence[str], attributes: Sequence[str]
-) -> Any:
+TYPES = {"T": ["tensor(float)", "tensor(float16)"], "I": ["tensor(int32)"], "U": ["tensor(uint8)"]}
+"""Letters for tensor types in the schemas below."""
+
+
+def contrib(name: str, inputs: str, outputs: str, attributes: Sequence[str]) -> Any:
     """An operator of ONNX Runtime's own domain for onnxscript.
 
     The exporter learns the number of outputs from the schema, and onnx does not know this domain, so that the part of
-    the schema that is used here is written out.
+    the schema that is used here is written out: `name:letter` for each tensor, the letter as in `TYPES`.
     """
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
-    parameter, attribute = OpSchema.FormalParameter, OpSchema.Attribute
+    attribute = OpSchema.Attribute
+
+    def parameters(text: str) -> list[Any]:
+        pairs = (item.split(":") for item in text.split())
+        optional = OpSchema.FormalParameterOption.Optional
+        single = OpSchema.FormalParameterOption.Single
+        return [
+            OpSchema.FormalParameter(key.rstrip("?"), letter, param_option=optional if key.endswith("?") else single)
+            for key, letter in pairs
+        ]
+
+    letters = sorted({item.split(":")[1] for item in (*inputs.split(), *outputs.split())})
     schema = OpSchema(
         name,
         "com.microsoft",
         1,
-        inputs=[parameter(x, "T") for x in floats] + [parameter(x, "M") for x in ints],
-        outputs=[parameter(x, "T") for x in outputs],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], ""), ("M", ["tensor(int32)"], "")],
+        inputs=parameters(inputs),
+        outputs=parameters(outputs),
+        type_constraints=[(letter, TYPES[letter], "") for letter in letters],
         attributes=[attribute(x, OpSchema.AttrType.INT, "", required=True) for x in attributes],
     )
     return Op(Opset("com.microsoft", 1), name, schema)
@@ -117,10 +154,17 @@ def contrib(
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each custom operator the onnxscript function that puts its node into the graph."""
-    floats, ints = ("query", "key", "value", "past_key", "past_value"), ("seqlens_k", "total_sequence_length")
-    outputs = ("output", "present_key", "present_value")
-    grouped = contrib("GroupQueryAttention", floats, ints, outputs, ("num_heads", "kv_num_heads"))
-    multi = contrib("MultiHeadAttention", floats[:3], (), outputs[:1], ("num_heads",))
+    rows = "query:T key:T value:T"
+    grouped = contrib(
+        "GroupQueryAttention",
+        f"{rows} past_key:T past_value:T seqlens_k:I total_sequence_length:I",
+        "output:T present_key:T present_value:T",
+        ("num_heads", "kv_num_heads"),
+    )
+    multi = contrib("MultiHeadAttention", rows, "output:T", ("num_heads",))
+    nbits = contrib(
+        "MatMulNBits", "A:T B:U scales:T zero_points?:U", "Y:T", ("K", "N", "bits", "block_size", "accuracy_level")
+    )
 
     def translate_grouped(q, k, v, past_k, past_v, last, total, heads: int, kv: int):  # type: ignore[no-untyped-def]
         return grouped(q, k, v, past_k, past_v, last, total, num_heads=heads, kv_num_heads=kv)
@@ -128,8 +172,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_multi(q, k, v, heads: int):  # type: ignore[no-untyped-def]
         return multi(q, k, v, num_heads=heads)
 
+    def translate_nbits(  # type: ignore[no-untyped-def]
+        x, packed, scales, zeros, inputs: int, outputs: int, bits: int, block: int
+    ):
+        tensors = (x, packed, scales) if zeros is None else (x, packed, scales, zeros)
+        return nbits(*tensors, K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=ACCURACY)
+
     ops = torch.ops.penguin_edge
-    return {ops.grouped_query_attention.default: translate_grouped, ops.multi_head_attention.default: translate_multi}
+    return {
+        ops.grouped_query_attention.default: translate_grouped,
+        ops.multi_head_attention.default: translate_multi,
+        ops.matmul_nbits.default: translate_nbits,
+    }
 
 
 def bidirectional(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,15 +236,52 @@ class Product(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class BlockProduct(nn.Module):
+    """A `QuantizedLinear` as MatMulNBits wants it: integers packed by blocks, a scale for each block."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.outputs, self.inputs = linear.levels.shape
+        self.bits, self.block = linear.scheme.bits, linear.block
+        blocks = self.inputs // self.block
+        repeats = blocks // linear.scales.shape[1]
+        self.register_buffer("packed", packed_bits(linear.levels.view(self.outputs, blocks, self.block), self.bits))
+        self.register_buffer("scales", linear.scales.repeat_interleave(repeats, 1))
+        zeros = None
+        if not linear.scheme.symmetric:
+            zeros = packed_bits(linear.zeros.repeat_interleave(repeats, 1), self.bits)
+        self.register_buffer("zeros", zeros)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = matmul_nbits(x, self.packed, self.scales, self.zeros, self.inputs, self.outputs, self.bits, self.block)
+        return out if self.bias is None else out + self.bias
+
+
+def packed_bits(levels: Tensor, bits: int) -> Tensor:
+    """The last dimension packed into bytes, low bits first; 4-bit values are padded to an even number."""
+    if bits == 8:
+        return levels.contiguous()
+    if levels.shape[-1] % 2:
+        levels = functional.pad(levels, (0, 1))
+    return levels[..., 0::2] | (levels[..., 1::2] << 4)
+
+
 def prepare(module: nn.Module) -> nn.Module:
-    """Turn linear layers into `Product` and all other parameters into fp32, in place; no weight is copied."""
+    """Turn linear layers into products and all other parameters into fp32, in place; no float weight is copied."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, Product(child))
+        elif isinstance(child, QuantizedLinear):
+            setattr(module, name, BlockProduct(child))
         else:
             prepare(child)
     for name, parameter in module.named_parameters(recurse=False):
-        if not isinstance(module, Product):
+        if not isinstance(module, Product | BlockProduct):
             setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
     return module.eval()
 
@@ -228,6 +319,7 @@ class OnnxTarget:
     name = "onnx"
     precisions: tuple[str, ...] = ("fp32", "fp16")
     tools: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")
+    activations: Activations = "block"
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """ONNX Runtime plans nothing from them; they keep one call's time and memory in hand."""
@@ -237,8 +329,17 @@ class OnnxTarget:
         """fp32 for all: the CPU's attention computes in fp32, and converting fp16 buffers costs 40 % of its speed."""
         return "fp32"
 
-    def peak_factor(self, precision: str) -> float:
-        return {"fp32": 2.5, "fp16": 1.5}[precision]
+    def check_scheme(self, layer: str, scheme: Scheme) -> None:
+        """MatMulNBits takes blocks of 16 to 256.
+
+        Raises:
+            InputError: a larger group.
+        """
+        if (scheme.group or 0) > 256:
+            raise InputError(f"{layer}: {scheme.label}, but MatMulNBits of ONNX Runtime takes groups of 16 to 256")
+
+    def peak_factor(self, precision: str, quantized: bool) -> float:
+        return 1.5 if quantized else {"fp32": 2.5, "fp16": 1.5}[precision]
 
     def check_installed(self) -> None:
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -257,6 +358,7 @@ class OnnxTarget:
         specs, results = signature(part, model.config, bounds)
         inputs, shapes = examples(specs, bounds)
         names, output_names = [spec.name for spec in specs], [spec.name for spec in results]
+        quantized = sum(isinstance(child, QuantizedLinear) for child in getattr(model, part).modules())
         method: nn.Module
         if part == "encoder":
             assert model.encoder is not None, "this model was loaded without its encoder"
@@ -298,7 +400,7 @@ class OnnxTarget:
         for node in program.model.graph:
             found[node.op_type] += 1
             node.metadata_props.clear()  # Stack traces, with the paths of the machine that exported.
-        for op, count in wanted.items():
+        for op, count in {**wanted, "MatMulNBits": quantized}.items():
             if found[op] != count:
                 raise PenguinError(f"{part}: the graph has {found[op]} {op} nodes, wanted {count}; {VERSIONS}")
         program.save(folder / f"{part}.onnx", external_data=True)

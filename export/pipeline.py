@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from penguin_edge import bundle as contract
 from penguin_edge.bundle import Bundle, GraphEntry, Manifest, signature
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
+from penguin_edge.quantize.apply import check_layers, chosen, linears
+from penguin_edge.quantize.recipe import PRESETS, Recipe
 
 TOOLS_BYTES = 1_500_000_000
 """Resident memory of importing torch and an exporter, on top of what a part takes."""
@@ -51,11 +53,13 @@ class ExportOptions:
     """What the command line offers, with its defaults."""
 
     target: str = "onnx"
-    precision: str = "fp32"
+    recipe: Recipe = PRESETS["fp32"]
     max_seq_len: int = 4096
     seed: int = 0
     max_ram: int | None = None
     overwrite: bool = False
+    verify: bool = True
+    """Run the finished bundle against its check data before it gets its name."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,28 @@ def parts_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*vision, "decoder", "embedding")
 
 
+def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """[outputs, inputs] of every linear layer, by name."""
+    parts = [part for part in parts_of(checkpoint) if part != "embedding"]
+    model = meta_model(checkpoint.config, parts)
+    found = [item for part in parts for item in linears(model, part).items()]
+    return {name: (linear.out_features, linear.in_features) for name, linear in found}
+
+
+def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """What the weights will take: fp32 scales at groups of 64 are half a bit per weight."""
+    width = VALUE_BYTES[recipe.precision]
+    total = sum(checkpoint.parameter_bytes(part, width) for part in parts_of(checkpoint))
+    for layer, (outputs, inputs) in linear_shapes(checkpoint).items():
+        scheme, _ = chosen(recipe, layer, inputs)
+        if scheme is not None:
+            total -= outputs * inputs * (8 * width - scheme.bits) // 8
+            total += 4 * outputs * inputs // (scheme.group or inputs)
+    if recipe.embedding == "int8":
+        total -= checkpoint.parameter_bytes("embedding", width - 1)
+    return total
+
+
 def kv_bytes(checkpoint: Checkpoint, max_seq_len: int, dtype: str) -> int:
     """Bytes of the KV cache: keys and values of all layers."""
     return checkpoint.config.text.kv_values * max_seq_len * VALUE_BYTES[dtype]
@@ -83,13 +109,13 @@ def kv_bytes(checkpoint: Checkpoint, max_seq_len: int, dtype: str) -> int:
 
 def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> Estimate:
     """Memory per part, disk, and KV cache, before anything is done."""
-    width = VALUE_BYTES[options.precision]
-    factor = target.peak_factor(options.precision)
+    precision = options.recipe.precision
+    factor = target.peak_factor(precision, options.recipe.quantized)
     graphs = [part for part in parts_of(checkpoint) if part != "embedding"]
-    kv = kv_bytes(checkpoint, options.max_seq_len, target.kv_dtype(options.precision))
+    kv = kv_bytes(checkpoint, options.max_seq_len, target.kv_dtype(precision))
     peak = {part: int(factor * checkpoint.parameter_bytes(part, 2)) + TOOLS_BYTES for part in graphs}
     peak["decoder"] += kv
-    disk = sum(checkpoint.parameter_bytes(part, width) for part in parts_of(checkpoint)) + 64_000_000
+    disk = disk_bytes(checkpoint, options.recipe) + 64_000_000
     return Estimate(kv, disk, peak)
 
 
@@ -97,12 +123,20 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
     """Refuse what cannot be exported, by name.
 
     Raises:
-        InputError: a precision that the engine cannot compute, or an impossible length.
+        InputError: a precision or scheme that the engine cannot compute, a recipe that does not fit the model, or an
+            impossible length.
     """
-    if options.precision not in target.precisions:
+    recipe = options.recipe
+    if recipe.precision not in target.precisions:
         raise InputError(
-            f"target {target.name} cannot compute {options.precision!r}; it knows {', '.join(target.precisions)}"
+            f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
         )
+    layers = linear_shapes(checkpoint)
+    check_layers(recipe, layers)
+    for layer, (_, inputs) in layers.items():
+        scheme, _ = chosen(recipe, layer, inputs)
+        if scheme is not None:
+            target.check_scheme(layer, scheme)
     longest = checkpoint.config.text.max_position_embeddings
     if not MIN_SEQ_LEN <= options.max_seq_len <= longest:
         raise InputError(
@@ -146,7 +180,9 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     check_room(need, options, Path(out))
     bounds = target.bounds(options.max_seq_len)
     stored = DTYPE_NAMES.get(str(checkpoint.dtype), "fp32")
-    embedding_dtype = options.precision if stored == "fp32" else stored
+    recipe = options.recipe
+    embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
+    table: list[dict[str, Any]] = []
     with contract.writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
         for part in parts_of(checkpoint):
@@ -156,17 +192,18 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
                 "seed": checkpoint.seed,
                 "random_weights": checkpoint.stored is None,
                 "target": options.target,
-                "precision": options.precision,
+                "recipe": recipe.to_json(),
                 "embedding_dtype": embedding_dtype,
                 "bounds": asdict(bounds),
                 "folder": str(folder),
             }
             result = _run_part(part, job, need.peak_bytes.get(part, 0), progress)
+            table += result.get("layers", [])
             if part != "embedding":
                 inputs, outputs = signature(part, config, bounds)
                 entries[part] = GraphEntry(
                     result["file"],
-                    options.precision,
+                    recipe.name,
                     tuple(inputs),
                     tuple(outputs),
                     round(result["peak_mb"] - result["baseline_mb"], 1),
@@ -178,16 +215,20 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
             model=config,
             source={"name": checkpoint.source, "sha256": checkpoint.fingerprint(), "random": checkpoint.stored is None},
             target=options.target,
-            precision=options.precision,
+            precision=recipe.name,
             bounds=bounds,
             graphs=entries,
             embedding_dtype=embedding_dtype,
-            kv_dtype=target.kv_dtype(options.precision),
+            kv_dtype=target.kv_dtype(recipe.precision),
+            quantization={"recipe": recipe.to_json(), "layers": table} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
             tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},
             generation={"temperature": 0.0, "top_p": 1.0, "top_k": 0},
+            verified=options.verify,
         )
         finished = contract.finish(folder, manifest)
+        if options.verify:
+            _verify(folder, progress)
     return Bundle(Path(out), finished.manifest)
 
 
@@ -203,26 +244,54 @@ def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Pro
         result_path, job_path, log_path = (Path(scratch) / name for name in ("result.json", "job.json", "log.txt"))
         job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
         progress.begin(part, estimate_bytes / 1e6)
-        begin = time.monotonic()
         with log_path.open("wb") as log:
-            command = [sys.executable, "-m", "penguin_edge.export.worker", str(job_path)]
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                _wait(process, lambda seconds, resident: progress.tick(part, seconds, resident), begin)
-            except BaseException:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise
+            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress)
         if not result_path.is_file():
-            raise PenguinError(f"exporting the {part} ended {_ending(process.returncode)}; {_tail(log_path)}")
+            raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
         result = json.loads(result_path.read_text(encoding="utf-8"))
     if "error" in result:
         raise BundleError(str(result["error"]))
     progress.done(part, result["seconds"], result["peak_mb"])
     return result
+
+
+def _verify(folder: Path, progress: Progress) -> None:
+    """Run the bundle against its check data, in a process of its own.
+
+    Raises:
+        BundleError: a stage computes something else than the eager model.
+    """
+    with tempfile.TemporaryDirectory(prefix="penguin-edge-") as scratch:
+        out_path, log_path = Path(scratch) / "out.txt", Path(scratch) / "log.txt"
+        progress.begin("verify", 0)
+        begin = time.monotonic()
+        with out_path.open("wb") as out, log_path.open("wb") as log:
+            code = _watch(["penguin_edge", "verify", str(folder), "--json"], out, log, "verify", progress)
+        lines = out_path.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise BundleError(f"verifying the bundle ended {_ending(code)}; {_tail(log_path)}")
+    failed = [stage for stage in json.loads(lines[-1])["stages"] if not stage["passed"]]
+    if failed:
+        raise BundleError(
+            f"the exported {failed[0]['name']} differs from the eager model (relative error "
+            f"{failed[0]['relative']:.3g}, cosine {failed[0]['cosine']:.6f}); no bundle was written: choose another "
+            "recipe, or look at it with --no-verify and `penguin-edge verify`"
+        )
+    progress.done("verify", time.monotonic() - begin, 0)
+
+
+def _watch(module: list[str], out: IO[bytes], log: IO[bytes], part: str, progress: Progress) -> int:
+    """Run a Python module in a session of its own until it ends; it is killed when this process is stopped."""
+    command = [sys.executable, "-m", *module]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True)
+    try:
+        _wait(process, lambda seconds, resident: progress.tick(part, seconds, resident), time.monotonic())
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return process.returncode
 
 
 def _wait(process: subprocess.Popen[bytes], tick: Callable[[float, float], None], begin: float) -> None:

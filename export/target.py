@@ -1,4 +1,4 @@
-"""What a target is: which precisions it computes, what exporting costs, and how one part is compiled."""
+"""What a target is: which precisions and schemes it computes, what exporting costs, and how one part is compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 
 from penguin_edge.bundle import Bounds
 from penguin_edge.model import PenguinModel
+from penguin_edge.quantize.linear import Activations, Scheme
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Target(Protocol):
     precisions: tuple[str, ...]
     tools: tuple[str, ...]
     """Distributions whose versions go into the manifest."""
+    activations: Activations
+    """How this engine rounds what goes into a quantized product."""
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """Bounds that this target can plan for."""
@@ -31,11 +34,17 @@ class Target(Protocol):
     def kv_dtype(self, precision: str) -> str:
         """What the KV buffers hold: "fp32" or "fp16"."""
 
-    def peak_factor(self, precision: str) -> float:
+    def check_scheme(self, layer: str, scheme: Scheme) -> None:
+        """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly."""
+
+    def peak_factor(self, precision: str, quantized: bool) -> float:
         """Peak memory of exporting a part over the part's bf16 bytes, beyond what the tools take."""
 
     def check_installed(self) -> None:
         """Raise TargetUnavailable, with the `pip install` line, when a tool is missing."""
 
     def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
-        """Compile `part` of `model`, which holds just that part in the precision to be exported."""
+        """Compile `part` of `model`, which holds just that part in the precision to be exported.
+
+        Quantized layers are `QuantizedLinear`; their integers go into the file as they are.
+        """

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, write_json
+from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest, write_json
 from penguin_edge.errors import BundleError
 from penguin_edge.export.cases import CASES, DECODED, Arrays
 from penguin_edge.machine import require_memory
@@ -42,6 +42,14 @@ TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.999999, 1.0, "the same arithmetic in another order"),
     "fp16": Tolerance(3e-2, 0.999, 0.9, "engines round to half precision at other places; near-ties may flip"),
 }
+QUANTIZED = Tolerance(
+    5e-2, 0.999, 0.96, "activations at the border of two levels round either way, each time by a whole level"
+)
+
+
+def tolerance_of(manifest: Manifest) -> Tolerance:
+    """What a bundle's arithmetic may differ from the eager model's, which has the same integers."""
+    return QUANTIZED if manifest.quantization else TOLERANCES[manifest.precision]
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Stage:
     detail: str = ""
 
 
-def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any = None) -> Arrays:
+def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None) -> Arrays:
     """The bundle's own check data, or the same computed again from a checkpoint, one part in memory at a time.
 
     Raises:
@@ -66,6 +74,9 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
     if checkpoint is None:
         return load_file(bundle.path(CHECK))
     from penguin_edge.export import check
+    from penguin_edge.export.targets import find_target
+    from penguin_edge.quantize.apply import DTYPES, load_quantized
+    from penguin_edge.quantize.recipe import PRESETS, Recipe
 
     config = bundle.manifest.model
     if (checkpoint.config.text, checkpoint.config.vision) != (config.text, config.vision):
@@ -74,6 +85,14 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
             "checkpoint that "
             f"the bundle was made from ({bundle.manifest.source.get('name')})"
         )
+    stored = bundle.manifest.quantization.get("recipe")
+    recipe = Recipe.from_json(stored, bundle.manifest.precision) if stored else PRESETS[bundle.manifest.precision]
+    activations = find_target(bundle.manifest.target).activations
+
+    def load(*parts: str) -> Any:
+        return load_quantized(checkpoint, parts, recipe, activations)[0]
+
+    dtype = DTYPES[recipe.precision]
     largest = max(checkpoint.loaded_bytes(parts, dtype) for parts in (("encoder",), ("embedding", "decoder")))
     require_memory(
         sum(entry.bytes for entry in bundle.manifest.files.values()) + largest,
@@ -86,9 +105,9 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, dtype: Any =
     arrays: Arrays = {"ids": check.check_ids(config, tokenizer)}
     if config.vision is not None:
         arrays |= check.check_patches(config)
-        arrays |= check.check_encoder(checkpoint.load(("encoder",), dtype=dtype), arrays)
-        arrays |= check.check_projector(checkpoint.load(("projector",), dtype=dtype), arrays)
-    return arrays | check.check_decoder(checkpoint.load(("embedding", "decoder"), dtype=dtype), arrays)
+        arrays |= check.check_encoder(load("encoder"), arrays)
+        arrays |= check.check_projector(load("projector"), arrays)
+    return arrays | check.check_decoder(load("decoder", "embedding"), arrays)
 
 
 def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, detail: str = "") -> Stage:
@@ -106,9 +125,10 @@ def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, deta
     return Stage(name, max_abs, relative, cosine, passed, detail)
 
 
-def verify_stages(engine: Engine, reference: Arrays, precision: str, progress: Callable[[str], None]) -> list[Stage]:
+def verify_stages(
+    engine: Engine, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
+) -> list[Stage]:
     """All stages of one engine against the reference arrays."""
-    tolerance = TOLERANCES[precision]
     exact = TOLERANCES["fp32"]
     stages: list[Stage] = []
     if engine.config.vision is not None:
@@ -178,19 +198,19 @@ def _decoder_stages(
 
 
 def verify_bundle(
-    bundle: Bundle, engine: Engine, checkpoint: Checkpoint | None, dtype: Any, progress: Callable[[str], None]
+    bundle: Bundle, engine: Engine, checkpoint: Checkpoint | None, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Verify, write `verify.json` beside the manifest, and return its content."""
-    reference = reference_arrays(bundle, checkpoint, dtype)
-    precision = bundle.manifest.precision
-    stages = verify_stages(engine, reference, precision, progress)
+    reference = reference_arrays(bundle, checkpoint)
+    tolerance = tolerance_of(bundle.manifest)
+    stages = verify_stages(engine, reference, tolerance, progress)
     result = {
         "passed": all(stage.passed for stage in stages),
         "stages": [asdict(stage) for stage in stages],
         "engine": engine.name,
-        "precision": precision,
+        "precision": bundle.manifest.precision,
         "against": "check data of the bundle" if checkpoint is None else checkpoint.source,
-        "tolerance": asdict(TOLERANCES[precision]),
+        "tolerance": asdict(tolerance),
         "manifest_sha256": bundle.manifest.to_json()["sha256"],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from penguin_edge.export.targets import TARGETS
 from penguin_edge.machine import peak_mb
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
+from penguin_edge.quantize.apply import load_quantized, quantize_rows
+from penguin_edge.quantize.recipe import Recipe
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,15 +45,16 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
             "peak_mb": peak_mb(),
             "baseline_mb": baseline,
         }
-    dtype = TORCH_DTYPES[job["precision"]]
+    recipe = Recipe.from_json(job["recipe"], job["recipe"]["name"])
     extra = ("embedding",) if part == "decoder" else ()
-    model = checkpoint.load((part, *extra), dtype=dtype)
+    model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations)
     _record_check(part, model, checkpoint, folder)
     if part == "decoder":
         model.embedding = None
     bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
     done = target.export_part(part, model, bounds, folder)
-    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline}
+    layers = [asdict(row) for row in rows]
+    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
 
 
 def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -74,7 +78,14 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -
 
 def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[str, Any]:
     text = checkpoint.config.text
-    table = checkpoint.tensor("embedding.weight", (text.vocab_size, text.hidden_size), TORCH_DTYPES[dtype])
+    shape = (text.vocab_size, text.hidden_size)
+    if dtype == "int8":
+        levels, scales = quantize_rows(checkpoint.tensor("embedding.weight", shape, torch.float32))
+        with (folder / EMBEDDING).open("wb") as stream:
+            levels.numpy().tofile(stream)
+            scales.numpy().tofile(stream)
+        return {"file": EMBEDDING}
+    table = checkpoint.tensor("embedding.weight", shape, TORCH_DTYPES[dtype])
     raw = table.view(torch.int16) if table.element_size() == 2 else table
     with (folder / EMBEDDING).open("wb") as stream:
         raw.numpy().tofile(stream)

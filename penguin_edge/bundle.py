@@ -135,6 +135,10 @@ class Manifest:
     chat: dict[str, Any]
     tools: dict[str, str]
     generation: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """The recipe, and what became of each linear layer; empty when nothing is quantized."""
+    verified: bool = False
+    """Whether the export ended with a comparison to its check data, which then had passed."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
@@ -160,6 +164,7 @@ class Manifest:
             key: data[key]
             for key in ("source", "target", "precision", "embedding_dtype", "kv_dtype", "chat", "tools", "generation")
         }
+        plain |= {"quantization": data.get("quantization", {}), "verified": data.get("verified", False)}
         model = PenguinConfig.from_json(data["model"])
         return cls(model=model, bounds=bounds, graphs=graphs, files=files, schema=data["schema"], **plain)
 

@@ -2,7 +2,8 @@
 
 | tensor | shape  | dtype                                       |
 |--------|--------|---------------------------------------------|
-| table  | [V, H] | fp32, fp16 or bf16, little-endian, row-major |
+| table  | [V, H] | fp32, fp16, bf16 or int8, little-endian, row-major |
+| scales | [V]    | float32, behind an int8 table: one per row   |
 | ids    | [S]    | int64                                       |
 | embeds | [S, H] | float32                                     |
 """
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import BundleError, InputError
 
-STORED = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2"}
+STORED = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "int8": "i1"}
 """NumPy dtype of what lies in the file; it has no bf16, whose bits are the upper half of an fp32."""
 
 
@@ -28,6 +29,7 @@ class EmbeddingTable:
 
     table: NDArray[Any]
     dtype: str
+    scales: NDArray[np.float32] | None = None
 
     @classmethod
     def open(cls, path: str | Path, vocab: int, hidden: int, dtype: str) -> EmbeddingTable:
@@ -39,14 +41,17 @@ class EmbeddingTable:
         if dtype not in STORED:
             raise BundleError(f"embedding dtype {dtype!r}, wanted one of {', '.join(STORED)}; export the model again")
         stored = np.dtype(STORED[dtype])
-        wanted = vocab * hidden * stored.itemsize
+        table = vocab * hidden * stored.itemsize
+        wanted = table + (4 * vocab if dtype == "int8" else 0)
         try:
             found = Path(path).stat().st_size
             if found != wanted:
                 raise BundleError(
                     f"{path}: {found} bytes, wanted {wanted} for [{vocab}, {hidden}] in {dtype}; export the model again"
                 )
-            return cls(np.memmap(path, dtype=stored, mode="r", shape=(vocab, hidden)), dtype)
+            rows = np.memmap(path, dtype=stored, mode="r", shape=(vocab, hidden))
+            scales = np.fromfile(path, dtype="<f4", offset=table) if dtype == "int8" else None
+            return cls(rows, dtype, scales)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror}); copy the bundle again") from error
 
@@ -65,4 +70,6 @@ class EmbeddingTable:
         rows = np.asarray(self.table[ids])
         if self.dtype == "bf16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
+        if self.scales is not None:
+            return rows.astype(np.float32) * self.scales[ids][:, None]
         return rows.astype(np.float32)

@@ -102,6 +102,14 @@ def test_training_never_shows_a_held_out_count_or_text() -> None:
         asked = scene.turns[0].question.removeprefix("How many ").removesuffix(" pictures are there?")
         assert counts[asked] == int(scene.turns[0].answer)
         assert (asked, counts[asked]) not in held.HELD_COUNTS
+    for scene, spy in drawn("tally", "train"):
+        counts = Counter(item.name for item in spy.painted[0])
+        answers = {
+            turn.question.removeprefix("How many ").removesuffix(" pictures are there?"): int(turn.answer)
+            for turn in scene.turns
+        }
+        assert counts == answers and len(answers) > 1
+        assert not set(answers.items()) & held.HELD_COUNTS
     for task in ("reading", "transcribe"):
         for scene, _ in drawn(task, "train"):
             lines = scene.turns[0].answer.replace(" ", "").split(",")

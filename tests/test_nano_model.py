@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from penguin_edge.config import PRESETS
 from penguin_edge.nano.tasks import TASKS
 
 FOLDER = EMBEDDED["nano"]
+WANTED = {"naming": 0.95, "lookup": 0.95, "position": 0.95, "counting": 0.9, "reading": 0.8, "motion": 0.9}
+WANTED |= {"scene_change": 0.9, "before_cut": 0.95, "order": 0.9}
+"""Accuracy on held-out combinations that penguin-nano is to have, at the least."""
 
 
 def test_its_shape_is_small_and_quantizes() -> None:
@@ -58,14 +62,28 @@ def test_it_learned_and_its_bundles_score_the_same(heldout: Path, tmp_path: Path
     assert set(eager["tasks"]) == set(TASKS)
     for row in eager["tasks"].values():
         assert {"n", "accuracy", "chance", "majority", "question_only"} <= set(row) and row["n"] == 20
-    # 0.38 above it when the weights were made; random weights are below it. Room for 20 questions a task.
-    assert eager["average"] > eager["baselines"]["majority"] + 0.25
+    for task, wanted in WANTED.items():
+        # Three standard deviations of 20 draws at the wanted rate.
+        assert eager["tasks"][task]["accuracy"] >= wanted - 3 * math.sqrt(wanted * (1 - wanted) / 20), task
     for target in ("onnx", "executorch"):
-        bundle = tmp_path / target
-        command = [sys.executable, "-m", "penguin_edge", "export", "--model", "nano", "--target", target]
-        subprocess.run([*command, "--quant", "fp32", "-o", str(bundle)], check=True, capture_output=True)
-        exported = scores(bundle, heldout)
+        exported = scores(bundle_of(target, "fp32", tmp_path), heldout)
         # Greedy answers; two candidates closer than the rounding of fp32 are not expected among 200.
         assert {task: row["accuracy"] for task, row in exported["tasks"].items()} == {
             task: row["accuracy"] for task, row in eager["tasks"].items()
         }
+
+
+def bundle_of(target: str, quant: str, folder: Path) -> Path:
+    out = folder / f"{target}-{quant}"
+    command = [sys.executable, "-m", "penguin_edge", "export", "--model", "nano", "--target", target, "--quant", quant]
+    subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_quantized_bundles_answer_nearly_as_well(target: str, heldout: Path, tmp_path: Path) -> None:
+    eager = scores("nano", heldout)["average"]
+    # docs/quantization.md has the drop over 2,000 questions; of these 200, a few more may flip.
+    for quant, drop in (("int8", 0.02), ("int4", 0.05)):
+        assert scores(bundle_of(target, quant, tmp_path), heldout)["average"] >= eager - drop, quant

@@ -30,14 +30,15 @@ def what_fits() -> list[dict[str, Any]]:
         from penguin_edge.checkpoint import Checkpoint
         from penguin_edge.export.pipeline import ExportOptions, estimate
         from penguin_edge.export.targets import TARGETS
+        from penguin_edge.quantize.recipe import PRESETS
     except ImportError:
         return []
     rows = []
     for preset in ("2b", "8b"):
         checkpoint = Checkpoint.open(preset, note=lambda line: None)
         for name, target in sorted(TARGETS.items()):
-            for precision in target.precisions:
-                need = estimate(checkpoint, target, ExportOptions(target=name, precision=precision))
+            for precision, recipe in PRESETS.items():
+                need = estimate(checkpoint, target, ExportOptions(target=name, recipe=recipe))
                 rows.append(
                     {
                         "model": preset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
 from penguin_edge.commands.common import byte_count, emit, positive, require_torch, say
 from penguin_edge.errors import InputError
@@ -18,13 +19,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--random-weights", action="store_true", help="agree that a preset has random weights")
     parser.add_argument("--target", default="onnx", help="onnx or executorch (default: %(default)s)")
-    parser.add_argument("--quant", default="fp32", metavar="PRECISION", help="fp32 or fp16 (default: %(default)s)")
+    parser.add_argument(
+        "--quant", default="fp32", metavar="NAME|FILE", help="fp32, fp16, int8, int4 or a recipe file (default: fp32)"
+    )
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="KV positions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
     parser.add_argument(
         "--max-ram", type=byte_count, help="refuse an export that needs more, such as 16GB (default: all)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the bundle with the eager model")
     parser.add_argument("-o", "--out", required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -57,11 +61,29 @@ class Lines:
         say(f"{clear}[{self._index}/{self._parts}] {part}: {seconds:.1f} s, peak {peak_mb:.0f} MB{rest}")
 
 
+def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Layers by scheme, and by name those that did not get the scheme of their part."""
+    from penguin_edge.quantize.linear import Scheme
+
+    counts: dict[str, list[float]] = {}
+    lines = []
+    for row in rows:
+        label = Scheme(**row["scheme"]).label if row["scheme"] else "not quantized"
+        counts.setdefault(label, []).append(row["error"])
+        if row["reason"]:
+            lines.append(f"  {row['layer']} {row['shape']}: {label} ({row['reason']})")
+    return [
+        f"{len(errors)} layers {label}" + (f", weights off by {max(errors):.2%} at most" if max(errors) else "")
+        for label, errors in counts.items()
+    ] + lines
+
+
 def run(args: argparse.Namespace) -> int:
     require_torch()
     from penguin_edge.checkpoint import Checkpoint
     from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
     from penguin_edge.export.targets import find_target
+    from penguin_edge.quantize.recipe import find_recipe
 
     target = find_target(args.target)
     checkpoint = Checkpoint.open(args.model, random_weights=args.random_weights, seed=args.seed)
@@ -69,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
         )
-    options = ExportOptions(args.target, args.quant, args.max_seq_len, args.seed, args.max_ram, args.overwrite)
+    recipe = find_recipe(args.quant)
+    options = ExportOptions(
+        args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify
+    )
     check_options(checkpoint, target, options)
     need = estimate(checkpoint, target, options)
     say(
@@ -78,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         f"{human_bytes(need.disk_bytes)} of disk"
     )
     begin = time.monotonic()
-    bundle = export_bundle(checkpoint, args.out, options, Lines(len(parts_of(checkpoint))))
+    bundle = export_bundle(checkpoint, args.out, options, Lines(len(parts_of(checkpoint)) + options.verify))
     total = sum(entry.bytes for entry in bundle.manifest.files.values())
     result = {
         "bundle": str(bundle.folder),
@@ -94,7 +119,10 @@ def run(args: argparse.Namespace) -> int:
             for name, graph in bundle.manifest.graphs.items()
         },
     }
-    say(f"{bundle.folder}: {human_bytes(total)}; check it with `penguin-edge verify {bundle.folder}`")
+    for line in layer_summary(bundle.manifest.quantization.get("layers", [])):
+        say(line)
+    checked = "verified" if bundle.manifest.verified else "not verified"
+    say(f"{bundle.folder}: {human_bytes(total)}, {checked}")
     if args.json:
         emit(result)
     else:

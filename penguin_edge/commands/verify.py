@@ -28,19 +28,16 @@ def run(args: argparse.Namespace) -> int:
         raise BundleError(f"{args.bundle}: no such folder; wanted a bundle made by `penguin-edge export`")
     bundle = Bundle.read(args.bundle)
     bundle.check_hashes()
-    checkpoint, dtype = None, None
+    checkpoint = None
     if args.against:
         require_torch()
-        import torch
-
         from penguin_edge.checkpoint import Checkpoint
 
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[bundle.manifest.precision]
         checkpoint = Checkpoint.open(args.against, seed=args.seed)
     from penguin_edge.export.verify import verify_bundle
 
     engine = open_engine(bundle, threads=args.threads)
-    result = verify_bundle(bundle, engine, checkpoint, dtype, lambda line: say(f"  {line}"))
+    result = verify_bundle(bundle, engine, checkpoint, lambda line: say(f"  {line}"))
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [

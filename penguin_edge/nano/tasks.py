@@ -198,6 +198,22 @@ def describe(painter: Painter, rng: Generator, split: Split) -> Scene:
     return Scene(frames, (Turn("describe", "Describe the picture.", answer, None),))
 
 
+def tally(painter: Painter, rng: Generator, split: Split) -> Scene:
+    """How many of each of two or three objects: for training, several counts learned from one picture."""
+    groups: list[tuple[str, int]] = []
+    for name in several(rng, NAMES, int(rng.integers(2, 4))):
+        room = 9 - sum(count for _, count in groups)
+        free = [count for count in COUNTS if (name, count) not in HELD_COUNTS and count <= room]
+        if free:
+            groups.append((name, pick(rng, free)))
+    kinds = [name for name, count in groups for _ in range(count)]
+    cells = [int(i) for i in rng.permutation(9)][: len(kinds)]
+    objects = [in_cell(name, cell, rng) for name, cell in zip(kinds, cells, strict=True)]
+    frame = painter.paint(painter.background(rng), objects)
+    turns = [Turn("tally", f"How many {name} pictures are there?", str(count), None) for name, count in groups]
+    return Scene((frame,), tuple(turns))
+
+
 def transcribe(painter: Painter, rng: Generator, split: Split) -> Scene:
     """Three lines of text: for training, many characters learned from one picture."""
     lines = [_text(rng, False) for _ in range(3)]
@@ -320,5 +336,5 @@ TASKS: dict[str, Callable[[Painter, Generator, Split], Scene]] = {
 }
 """Every task by name: draws one scene."""
 
-DENSE = {"closeup": closeup, "place": place, "describe": describe, "transcribe": transcribe}
+DENSE = {"closeup": closeup, "place": place, "describe": describe, "tally": tally, "transcribe": transcribe}
 """For training only: what the other tasks build on, and many answers from one picture."""

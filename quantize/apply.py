@@ -1,0 +1,154 @@
+"""Quantizes a loaded part in place, layer by layer, so that at no time two copies of a part are in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.errors import InputError
+from penguin_edge.model import PenguinModel
+from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
+from penguin_edge.quantize.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+SLAB = 8192
+SMALLER = (32, 16)
+"""Groups that a lenient recipe tries where its own does not divide a layer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one linear layer. `scheme` None: not quantized, for the stated reason."""
+
+    layer: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str = ""
+    error: float = 0.0
+    """Norm of the weight's error over the norm of the weight."""
+
+
+def linears(model: PenguinModel, part: str) -> dict[str, nn.Linear]:
+    """The linear layers of a part by our names; the head is the decoder's."""
+    module = getattr(model, part)
+    return {f"{part}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def chosen(recipe: Recipe, layer: str, inputs: int) -> tuple[Scheme | None, str]:
+    """The scheme of a layer, and why it has none or another than its part's.
+
+    Raises:
+        InputError: a group that does not divide the layer, in a recipe that is not lenient.
+    """
+    scheme = recipe.scheme_of(layer)
+    if scheme is None:
+        return None, "kept by the recipe"
+    blocked = scheme.group is not None or any(inputs % size == 0 for size in SMALLER)
+    if scheme.fits(inputs) and blocked:
+        return scheme, ""
+    if not recipe.lenient:
+        sizes = [size for size in (128, 64, *SMALLER) if inputs % size == 0]
+        fitting = f"wanted one of {', '.join(map(str, sizes))}" if sizes else "no group divides it: set it to null"
+        raise InputError(f"{recipe.name}: {layer} has {inputs} inputs, which {scheme.label} does not divide; {fitting}")
+    for size in SMALLER:
+        if inputs % size == 0:
+            return replace(scheme, group=size), f"{inputs} inputs are not divisible by {scheme.group}"
+    return None, f"no group divides its {inputs} inputs"
+
+
+def check_layers(recipe: Recipe, layers: dict[str, tuple[int, int]]) -> None:
+    """Refuse a recipe that cannot be carried out, before any work.
+
+    Args:
+        layers: shape [N, K] of every linear layer of the model.
+    Raises:
+        InputError: the recipe names a layer that the model lacks, or a group does not divide one.
+    """
+    for name in recipe.layers:
+        if name not in layers:
+            known = ", ".join(_sample(layers))
+            raise InputError(f"{recipe.name}: the model has no linear layer {name!r}; known: {known}")
+    for name, (_, inputs) in layers.items():
+        chosen(recipe, name, inputs)
+
+
+def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
+    names = list(layers)
+    return names if len(names) <= 8 else [*names[:7], f"… ({len(names)} in all)"]
+
+
+@torch.no_grad()
+def quantize_part(model: PenguinModel, part: str, recipe: Recipe, activations: Activations) -> list[Row]:
+    """Put `QuantizedLinear` in the place of linear layers, in place; a tied head leaves its table as it is.
+
+    Returns:
+        One row for every linear layer of the part.
+    Raises:
+        InputError: a weight that is not finite, or a group that does not divide a layer.
+    """
+    rows = []
+    for name, linear in linears(model, part).items():
+        shape = (linear.out_features, linear.in_features)
+        scheme, reason = chosen(recipe, name, linear.in_features)
+        if scheme is None:
+            rows.append(Row(name, shape, None, reason))
+            continue
+        integers = quantize_weight(linear.weight, scheme, name)
+        error = _relative_error(linear.weight, integers)
+        rows.append(Row(name, shape, scheme, reason, error))
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, attribute, QuantizedLinear(integers, linear.bias, activations))
+    return rows
+
+
+def _relative_error(weight: torch.Tensor, integers: Integers) -> float:
+    """In slabs of rows: a head of 150,000 rows is not to be in memory twice more."""
+    missed = whole = 0.0
+    for begin in range(0, len(weight), SLAB):
+        wanted = weight[begin : begin + SLAB].float()
+        missed += float((integers.rows(begin, begin + SLAB).weight() - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return math.sqrt(missed / max(whole, 1e-30))
+
+
+def load_quantized(
+    checkpoint: Checkpoint, parts: tuple[str, ...], recipe: Recipe, activations: Activations
+) -> tuple[PenguinModel, list[Row]]:
+    """A model, or some parts of it, as the recipe says; what is not quantized has the recipe's precision.
+
+    Parts to quantize are loaded in the stored dtype, so that a large one never stands there in fp32.
+
+    Raises:
+        InputError: as `quantize_part`.
+    """
+    dtype = DTYPES[recipe.precision]
+    if not recipe.quantized:
+        return checkpoint.load(parts, dtype=dtype), []
+    model = checkpoint.load(parts)
+    rows = [row for part in parts if part != "embedding" for row in quantize_part(model, part, recipe, activations)]
+    if model.embedding is not None and recipe.embedding == "int8":
+        levels, scales = quantize_rows(model.embedding.weight)
+        model.embedding.weight = nn.Parameter(levels * scales[:, None], requires_grad=False)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return model, rows
+
+
+def quantize_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An embedding table [V, H] as int8 [V, H] and one scale per row, f32 [V]; see `runtime/embedding.py`.
+
+    Raises:
+        InputError: an entry is NaN or infinite.
+    """
+    values = table.float()
+    if not bool(values.isfinite().all()):
+        raise InputError("embedding.weight: an entry is NaN or infinite; repair the checkpoint before you quantize it")
+    scales = values.abs().amax(1) / 127
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (values / scales[:, None]).round().to(torch.int8), scales

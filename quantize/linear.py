@@ -1,0 +1,207 @@
+"""Linear layers in 8 or 4 bits: the integers (offline), and the module that computes with them (online).
+
+| name    | shape    | dtype | what                                                          |
+|---------|----------|-------|---------------------------------------------------------------|
+| weight  | [N, K]   | float | of the layer that is quantized                                |
+| levels  | [N, K]   | uint8 | 0 to 2^bits - 1, one per byte; targets pack them              |
+| scales  | [N, K/G] | f32   | positive; G is the group, K for one scale per row; values of  |
+|         |          |       | 4-bit layers are ones that bf16 holds, as XNNPACK stores them |
+| zeros   | [N, K/G] | uint8 | the level of zero; 2^(bits-1) everywhere when symmetric       |
+
+A weight is `(level - zero) * scale`. Every target is given these three tensors and packs them in its own way, so that
+what was measured on one is what runs on all.
+
+Engines quantize the activations, too, while they run: `Activations` names how, and `QuantizedLinear` repeats it, so
+that an exported graph is compared with the arithmetic that it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from penguin_edge.errors import InputError
+
+Method = Literal["rtn", "mse"]
+Activations = Literal["float", "block", "token"]
+"""How an engine rounds what goes into a product: not at all; to int8 with one scale per row and `block` inputs (ONNX
+Runtime's MatMulNBits at accuracy level 4); to uint8 with scale and zero per row (XNNPACK)."""
+BITS = (4, 8)
+SHRINK = 20
+"""Scales that `mse` tries per group, from the plain one down to half of it."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one layer are stored.
+
+    `group` None is one scale per row. `rtn` rounds to the nearest level of the full range; `mse` also tries narrower
+    ranges and takes the one with the smallest squared error of the weights.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+    method: Method = "mse"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise InputError(f"{self.bits} bits, wanted one of {', '.join(map(str, BITS))}")
+        if self.group is not None and (self.group < 16 or self.group & (self.group - 1)):
+            raise InputError(f"a group of {self.group} weights, wanted a power of two from 16 on")
+        if self.method not in ("rtn", "mse"):
+            raise InputError(f"unknown method {self.method!r}; known: rtn, mse")
+
+    @property
+    def label(self) -> str:
+        group = "per row" if self.group is None else f"group {self.group}"
+        return f"int{self.bits} {group}{'' if self.symmetric else ' asymmetric'} {self.method}"
+
+    def fits(self, inputs: int) -> bool:
+        """Whether the group divides a layer of this many inputs."""
+        return self.group is None or inputs % self.group == 0
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A quantized weight; see the top of this file."""
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor
+    scheme: Scheme
+
+    def rows(self, begin: int, end: int) -> Integers:
+        """Some of the N outputs."""
+        return Integers(self.levels[begin:end], self.scales[begin:end], self.zeros[begin:end], self.scheme)
+
+    def weight(self) -> Tensor:
+        """[N, K] f32."""
+        rows, groups = self.scales.shape
+        levels = self.levels.view(rows, groups, -1).to(torch.float32)
+        return ((levels - self.zeros[..., None]) * self.scales[..., None]).view(rows, -1)
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "the layer") -> Integers:
+    """Round a weight [N, K] to integers; fp32 inside, a slab of rows at a time.
+
+    Raises:
+        InputError: the group does not divide K, or a weight is NaN or infinite; the message names the layer.
+    """
+    inputs = weight.shape[1]
+    if not scheme.fits(inputs):
+        sizes = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
+        raise InputError(
+            f"{name}: {inputs} inputs are not divisible by a group of {scheme.group}; "
+            + (f"wanted one of {', '.join(map(str, sizes))}" if sizes else "no group divides it: keep it unquantized")
+        )
+    group = scheme.group or inputs
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    slab = max(1, (1 << 22) // inputs)
+    for rows in weight.detach().split(slab):
+        values = rows.to(torch.float32).unflatten(1, (-1, group))
+        if not bool(values.isfinite().all()):
+            raise InputError(f"{name}: a weight is NaN or infinite; repair the checkpoint before you quantize it")
+        parts.append(_round(values, scheme))
+    levels, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Integers(levels.flatten(1), scales, zeros, scheme)
+
+
+def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, groups, G] -> levels of that shape, scales and zeros [N, groups]."""
+    best, error = _levels(values, scheme, 1.0), None
+    if scheme.method == "rtn":
+        return best
+    for step in range(SHRINK):
+        found = _levels(values, scheme, 1 - step / (2 * SHRINK))
+        levels, scales, zeros = found
+        miss = (((levels.float() - zeros[..., None]) * scales[..., None] - values) ** 2).sum(-1)
+        if error is None:
+            best, error = found, miss
+            continue
+        better = miss < error
+        error = torch.where(better, miss, error)
+        best = (
+            torch.where(better[..., None], levels, best[0]),
+            torch.where(better, scales, best[1]),
+            torch.where(better, zeros, best[2]),
+        )
+    return best
+
+
+def _levels(values: Tensor, scheme: Scheme, width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded within a range of `width` times the full one."""
+    top = 2**scheme.bits - 1
+    if scheme.symmetric:
+        # Zero is a level; of the 2^bits levels the lowest is used by 4 bits only, where one of 16 counts.
+        half = 2 ** (scheme.bits - 1)
+        lowest = 0 if scheme.bits == 4 else 1
+        reach = values.abs().amax(-1) * width
+        scales = reach / (half - 0.5 if scheme.bits == 4 else half - 1)
+        zeros = torch.full_like(reach, half)
+    else:
+        low, high = values.amin(-1).clamp(max=0) * width, values.amax(-1).clamp(min=0) * width
+        lowest = 0
+        scales = (high - low) / top
+        zeros = (-low / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(0, top)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # a group of zeros
+    if scheme.bits == 4:
+        scales = scales.bfloat16().float()
+    levels = ((values / scales[..., None]).round() + zeros[..., None]).clamp(lowest, top)
+    return levels.to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def rounded_blocks(x: Tensor, block: int) -> Tensor:
+    """`x` as int8 with one scale per row and `block` inputs, and back (MatMulNBits, accuracy level 4)."""
+    parts = x.unflatten(-1, (-1, block))
+    scale = parts.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return ((parts / scale).round() * scale).flatten(-2)
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """`x` as int8 with scale and zero of each row, and back (torchao's asymmetric per-token form, for XNNPACK)."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+    zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    return (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer [.., K] -> [.., N] with quantized weights; the weight is made anew for each call.
+
+    Computes in fp32 and gives back the dtype of `x`.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, integers: Integers, bias: Tensor | None, activations: Activations) -> None:
+        super().__init__()
+        self.scheme, self.activations = integers.scheme, activations
+        for name in ("levels", "scales", "zeros"):
+            self.register_buffer(name, getattr(integers, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+
+    @property
+    def integers(self) -> Integers:
+        return Integers(self.levels, self.scales, self.zeros, self.scheme)
+
+    @property
+    def block(self) -> int:
+        """Inputs per scale where a target wants blocks: the group, or the largest size up to 128 that divides a row."""
+        inputs = self.levels.shape[1]
+        return self.scheme.group or next(size for size in (128, 64, 32, 16) if inputs % size == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        if self.activations == "block":
+            y = rounded_blocks(y, self.block)
+        elif self.activations == "token":
+            y = rounded_rows(y)
+        return functional.linear(y, self.integers.weight(), self.bias).to(x.dtype)

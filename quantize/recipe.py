@@ -1,0 +1,136 @@
+"""Which part is stored how: presets, and recipe files for everything in between.
+
+A recipe file is JSON. Every field may be left out; null keeps a part (or a layer) in `precision`.
+
+| field                                 | value                                                                        |
+|---------------------------------------|------------------------------------------------------------------------------|
+| version                               | 1                                                                            |
+| precision                             | "fp32" or "fp16": of what is not quantized                                   |
+| encoder, projector, decoder, lm_head  | a scheme: `{"bits": 4, "group": 64, "symmetric": true, "method": "mse"}`     |
+| embedding                             | "int8" (one scale per row), or null                                          |
+| layers                                | `{"decoder.layers.0.mlp.down_proj": scheme or null}`: before the part's own  |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from penguin_edge.errors import InputError
+from penguin_edge.quantize.linear import Scheme
+
+VERSION = 1
+LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head")
+INT4, INT8 = Scheme(4, 64), Scheme(8)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Schemes by part and by layer; None: not quantized."""
+
+    name: str
+    precision: Literal["fp32", "fp16"] = "fp32"
+    encoder: Scheme | None = None
+    projector: Scheme | None = None
+    decoder: Scheme | None = None
+    lm_head: Scheme | None = None
+    embedding: Literal["int8"] | None = None
+    layers: Mapping[str, Scheme | None] = field(default_factory=dict)
+    lenient: bool = False
+    """A layer that the part's group does not divide takes a smaller group, or stays as it is; the table says so."""
+
+    @property
+    def quantized(self) -> bool:
+        schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
+        return self.embedding is not None or any(scheme is not None for scheme in schemes)
+
+    def scheme_of(self, layer: str) -> Scheme | None:
+        """The scheme of a linear layer by our name, such as `decoder.layers.0.mlp.up_proj`."""
+        if layer in self.layers:
+            return self.layers[layer]
+        part = "lm_head" if layer == "decoder.lm_head" else layer.partition(".")[0]
+        scheme: Scheme | None = getattr(self, part)
+        return scheme
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> Recipe:
+        """Read what `to_json` or a user wrote.
+
+        Raises:
+            InputError: another version, an unknown field, part or scheme; the message lists the known ones.
+        """
+        if not isinstance(data, dict):
+            raise InputError(f"{name}: got {type(data).__name__}, wanted an object with a scheme per part")
+        version = data.get("version", VERSION)
+        if version != VERSION:
+            raise InputError(f"{name}: recipe version {version!r}, this penguin-edge knows {VERSION}; update it")
+        known = {f.name for f in fields(cls)} - {"name"}
+        unknown = sorted(set(data) - known - {"version", "name"})
+        if unknown:
+            raise InputError(f"{name}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        values = {key: value for key, value in data.items() if key in known}
+        if values.get("precision", "fp32") not in ("fp32", "fp16"):
+            raise InputError(f"{name}: precision {values['precision']!r}, wanted fp32 or fp16")
+        if values.get("embedding") not in (None, "int8"):
+            raise InputError(f"{name}: embedding {values['embedding']!r}, wanted int8 or null")
+        for part in LINEAR_PARTS:
+            if part in values:
+                values[part] = _scheme(values[part], f"{name}: {part}")
+        layers = values.get("layers", {})
+        if not isinstance(layers, dict):
+            raise InputError(f"{name}: layers is {type(layers).__name__}, wanted an object of layer name and scheme")
+        values["layers"] = {key: _scheme(value, f"{name}: {key}") for key, value in layers.items()}
+        return cls(name=name, **values)
+
+
+def _scheme(value: Any, where: str) -> Scheme | None:
+    if value is None:
+        return None
+    known = [f.name for f in fields(Scheme)]
+    if not isinstance(value, dict) or "bits" not in value or set(value) - set(known):
+        raise InputError(f"{where}: got {json.dumps(value)}, wanted null or an object of {', '.join(known)}")
+    kinds = {"bits": (int,), "group": (int, type(None)), "symmetric": (bool,), "method": (str,)}
+    for key, kind in kinds.items():
+        found = value.get(key)
+        if key in value and (not isinstance(found, kind) or (isinstance(found, bool) and bool not in kind)):
+            raise InputError(f"{where}: {key} is {json.dumps(found)}, wanted {kind[0].__name__}")
+    try:
+        return Scheme(**value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+PRESETS = {
+    "fp32": Recipe("fp32"),
+    "fp16": Recipe("fp16", precision="fp16"),
+    "int8": Recipe("int8", "fp32", INT8, INT8, INT8, INT8, "int8", lenient=True),
+    "int4": Recipe("int4", "fp32", INT4, INT4, INT4, INT4, "int8", lenient=True),
+}
+"""What `--quant` takes by name."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """A preset by its name, or a recipe file by its path.
+
+    Raises:
+        InputError: neither; the message lists the presets.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        known = ", ".join(PRESETS)
+        raise InputError(f"unknown quantization {name!r}; known: {known}, or a recipe file ending in .json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a recipe file") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from error
+    return Recipe.from_json(data, path.name)
