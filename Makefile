@@ -63,16 +63,16 @@ $(DEMO)/questions: $(STAMP)
 	@rm -rf $@
 	$(BIN)/penguin-edge data nano --split heldout --tasks naming,motion,scene_change,before_cut,order --seed 3 --count 10 -o $@
 
-# Five runs, from few tasks to all: names and places of single objects; several objects and clips; counting and reading;
-# pictures alone, which are cheap; all of it, with large clips. Seeds are fixed and --resume continues a run that was
-# stopped; on another machine sums come in another order, so the weights differ. Each step takes 32 samples, shared by
-# NANO_PROCESSES.
+# Six runs, from few tasks to all: names and places of single objects; several objects and clips; counting and reading;
+# pictures alone, which are cheap; all of it, with large clips; what is left, cuts and counts. Seeds are fixed and
+# --resume continues a run that was stopped; on another machine sums come in another order, so the weights differ. Each
+# step takes 32 samples, shared by NANO_PROCESSES.
 NANO := build/nano
 NANO_PROCESSES ?= 2
 NANO_TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(NANO_PROCESSES) -m penguin_edge train \
     --batch-size $$((32 / $(NANO_PROCESSES))) --threads 1 --workers 1 --resume --seed 0 --weight-decay 0.01 \
     --scope sequence --precision fp32 --no-gradient-checkpointing --no-length-group --save-every 500
-NANO_SETS := $(addprefix $(NANO)/,single several reading clips more-several more-reading large-clips)
+NANO_SETS := $(addprefix $(NANO)/,single several reading clips more-several more-reading large-clips counts cuts)
 NANO_CLIPS := motion,scene_change,before_cut,order
 
 $(NANO)/single: NANO_SET := --seed 0 --count 12000 --tasks closeup,naming,place
@@ -82,6 +82,8 @@ $(NANO)/clips: NANO_SET := --seed 0 --count 30000 --tasks $(NANO_CLIPS)
 $(NANO)/more-several: NANO_SET := --seed 1 --count 60000 --tasks position,lookup,describe
 $(NANO)/more-reading: NANO_SET := --seed 1 --count 60000 --tasks relation,counting,reading,transcribe
 $(NANO)/large-clips: NANO_SET := --seed 2 --count 12000 --side 168 --tasks $(NANO_CLIPS)
+$(NANO)/counts: NANO_SET := --seed 3 --count 40000 --tasks tally,tally,tally,relation
+$(NANO)/cuts: NANO_SET := --seed 3 --count 12000 --tasks scene_change
 $(NANO_SETS): | $(STAMP)
 	$(BIN)/penguin-edge data nano --split train $(NANO_SET) -o $@
 
@@ -100,7 +102,11 @@ nano: $(NANO_SETS)
 	$(NANO_TRAIN) --out $(NANO)/5 --stage 4 --model $(NANO)/4/model \
 	    --data $(NANO)/single=0.3 $(NANO)/more-several $(NANO)/more-reading $(NANO)/clips=0.7 $(NANO)/large-clips=0.5 \
 	    --tight-share 0.4 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 9000
-	cp $(NANO)/5/model/* penguin_edge/data/nano/
+	$(NANO_TRAIN) --out $(NANO)/6 --stage 4 --model $(NANO)/5/model \
+	    --data $(NANO)/single=0.2 $(NANO)/more-several=0.1 $(NANO)/more-reading=0.15 $(NANO)/counts \
+	        $(NANO)/clips=0.8 $(NANO)/large-clips=0.2 $(NANO)/cuts \
+	    --tight-share 0.3 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3000
+	cp $(NANO)/6/model/* penguin_edge/data/nano/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

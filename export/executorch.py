@@ -266,7 +266,7 @@ class ExecutorchTarget:
         patches = min(MAX_PATCHES, 4 * max_seq_len)
         return Bounds(max_seq_len, min(128, max_seq_len), max_batch=1, patch_buckets=(patches,))
 
-    def check_scheme(self, layer: str, scheme: Scheme) -> None:
+    def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """XNNPACK's linears with dynamic activations: 8da4w by symmetric groups of 32 n, 8da8w by symmetric rows.
 
         Raises:
@@ -276,6 +276,8 @@ class ExecutorchTarget:
         grouped = scheme.group is not None and scheme.group >= 32
         if not scheme.symmetric or grouped != (scheme.bits == 4):
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK takes int{scheme.bits} with {wanted}")
+        if precision != "fp32":
+            raise InputError(f"{layer}: {scheme.label} beside {precision}, but XNNPACK's quantized linears take fp32")
 
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 2.5 if quantized else {"fp32": 4.8, "fp16": 2.8}[precision]

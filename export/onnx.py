@@ -329,7 +329,7 @@ class OnnxTarget:
         """fp32 for all: the CPU's attention computes in fp32, and converting fp16 buffers costs 40 % of its speed."""
         return "fp32"
 
-    def check_scheme(self, layer: str, scheme: Scheme) -> None:
+    def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """MatMulNBits takes blocks of 16 to 256.
 
         Raises:

@@ -136,7 +136,7 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
     for layer, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
-            target.check_scheme(layer, scheme)
+            target.check_scheme(layer, scheme, recipe.precision)
     longest = checkpoint.config.text.max_position_embeddings
     if not MIN_SEQ_LEN <= options.max_seq_len <= longest:
         raise InputError(

@@ -34,8 +34,11 @@ class Target(Protocol):
     def kv_dtype(self, precision: str) -> str:
         """What the KV buffers hold: "fp32" or "fp16"."""
 
-    def check_scheme(self, layer: str, scheme: Scheme) -> None:
-        """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly."""
+    def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
+        """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly.
+
+        `precision` is that of the activations between quantized layers.
+        """
 
     def peak_factor(self, precision: str, quantized: bool) -> float:
         """Peak memory of exporting a part over the part's bf16 bytes, beyond what the tools take."""

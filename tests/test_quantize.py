@@ -315,18 +315,26 @@ def nbits_of(bundle: Bundle, bits: int) -> dict[bytes, tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize(
-    ("target", "scheme", "says"),
+    ("target", "scheme", "precision", "says"),
     [
-        ("executorch", {"bits": 4, "group": 64, "symmetric": False}, "XNNPACK takes int4 with symmetric groups"),
-        ("executorch", {"bits": 4}, "XNNPACK takes int4 with symmetric groups"),
-        ("executorch", {"bits": 4, "group": 16}, "XNNPACK takes int4 with symmetric groups"),
-        ("executorch", {"bits": 8, "group": 64}, "XNNPACK takes int8 with one symmetric scale"),
-        ("onnx", {"bits": 4, "group": 512}, "MatMulNBits of ONNX Runtime takes groups of 16 to 256"),
+        (
+            "executorch",
+            {"bits": 4, "group": 64, "symmetric": False},
+            "fp32",
+            "XNNPACK takes int4 with symmetric groups",
+        ),
+        ("executorch", {"bits": 4}, "fp32", "XNNPACK takes int4 with symmetric groups"),
+        ("executorch", {"bits": 4, "group": 16}, "fp32", "XNNPACK takes int4 with symmetric groups"),
+        ("executorch", {"bits": 8, "group": 64}, "fp32", "XNNPACK takes int8 with one symmetric scale"),
+        ("onnx", {"bits": 4, "group": 512}, "fp32", "MatMulNBits of ONNX Runtime takes groups of 16 to 256"),
+        ("executorch", {"bits": 4, "group": 64}, "fp16", "beside fp16, but XNNPACK's quantized linears take fp32"),
     ],
 )
-def test_what_an_engine_cannot_compute_is_refused_by_name(target: str, scheme: dict[str, Any], says: str) -> None:
+def test_what_an_engine_cannot_compute_is_refused_by_name(
+    target: str, scheme: dict[str, Any], precision: str, says: str
+) -> None:
     with pytest.raises(InputError, match=r"decoder\.x: int") as error:
-        TARGETS[target].check_scheme("decoder.x", Scheme(**scheme))
+        TARGETS[target].check_scheme("decoder.x", Scheme(**scheme), precision)
     assert says in str(error.value)
 
 
