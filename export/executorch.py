@@ -380,10 +380,14 @@ def compile_method(
         method, examples, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
     )
     products = sum(operators(program.graph)[name] for name in PRODUCTS)
+    partitioner = [XnnpackPartitioner()]
+    if any("dequantize" in str(node.target) for node in program.graph.nodes):
+        # Takes float linears too, each into a subgraph of its own: only for programs that hold quantized ones.
+        partitioner.insert(0, XnnpackDynamicallyQuantizedPartitioner())
     with shared_weights():
         edge = to_edge_transform_and_lower(
             program,
-            partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+            partitioner=partitioner,
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
     check_delegation(part, edge.exported_program(), products)

@@ -109,7 +109,15 @@ def test_training_never_shows_a_held_out_count_or_text() -> None:
             for turn in scene.turns
         }
         assert counts == answers and len(answers) > 1
+        assert counts == answers and len(answers) > 1
         assert not set(answers.items()) & held.HELD_COUNTS
+    for scene, spy in drawn("census", "train"):
+        counts = Counter(item.name for item in spy.painted[0])
+        assert scene.turns and not set(counts.items()) & held.HELD_COUNTS
+        for turn in scene.turns:
+            asked = turn.question.split()[-2 if turn.question.startswith("Where") else 2]
+            number = turn.answer if turn.answer.isdigit() else str(len(turn.answer.split(", ")))
+            assert number == str(counts[asked]) and asked not in {name for name, _ in held.HELD_COUNTS}
     for task in ("reading", "transcribe"):
         for scene, _ in drawn(task, "train"):
             lines = scene.turns[0].answer.replace(" ", "").split(",")

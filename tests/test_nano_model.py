@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +57,38 @@ def scores(model: str | Path, data: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def eager(heldout: Path) -> dict[str, Any]:
+    return scores("nano", heldout)
+
+
 @pytest.mark.slow
-def test_it_learned_and_its_bundles_score_the_same(heldout: Path, tmp_path: Path) -> None:
-    eager = scores("nano", heldout)
+def test_it_learned(eager: dict[str, Any]) -> None:
     assert set(eager["tasks"]) == set(TASKS)
     for row in eager["tasks"].values():
         assert {"n", "accuracy", "chance", "majority", "question_only"} <= set(row) and row["n"] == 20
     for task, wanted in WANTED.items():
         # Three standard deviations of 20 draws at the wanted rate.
         assert eager["tasks"][task]["accuracy"] >= wanted - 3 * math.sqrt(wanted * (1 - wanted) / 20), task
-    for target in ("onnx", "executorch"):
-        exported = scores(bundle_of(target, "fp32", tmp_path), heldout)
-        # Greedy answers; two candidates closer than the rounding of fp32 are not expected among 200.
-        assert {task: row["accuracy"] for task, row in exported["tasks"].items()} == {
-            task: row["accuracy"] for task, row in eager["tasks"].items()
-        }
-
-
-def bundle_of(target: str, quant: str, folder: Path) -> Path:
-    out = folder / f"{target}-{quant}"
-    command = [sys.executable, "-m", "penguin_edge", "export", "--model", "nano", "--target", target, "--quant", quant]
-    subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
-    return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
-def test_quantized_bundles_answer_nearly_as_well(target: str, heldout: Path, tmp_path: Path) -> None:
-    eager = scores("nano", heldout)["average"]
+def test_its_bundles_score_the_same(
+    target: str, eager: dict[str, Any], heldout: Path, nano_bundle: Callable[[str, str], Path]
+) -> None:
+    exported = scores(nano_bundle(target, "fp32"), heldout)
+    # Greedy answers; two candidates closer than the rounding of fp32 are not expected among 200.
+    assert {task: row["accuracy"] for task, row in exported["tasks"].items()} == {
+        task: row["accuracy"] for task, row in eager["tasks"].items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_quantized_bundles_answer_nearly_as_well(
+    target: str, eager: dict[str, Any], heldout: Path, nano_bundle: Callable[[str, str], Path]
+) -> None:
     # docs/quantization.md has the drop over 2,000 questions; of these 200, a few more may flip.
     for quant, drop in (("int8", 0.02), ("int4", 0.05)):
-        assert scores(bundle_of(target, quant, tmp_path), heldout)["average"] >= eager - drop, quant
+        assert scores(nano_bundle(target, quant), heldout)["average"] >= eager["average"] - drop, quant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,8 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module", params=["onnx-int8", "onnx-int4", "executorch-int8", "executorch-int4"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    target, quant = request.param.split("-")
-    out = tmp_path_factory.mktemp("quantized") / request.param
-    common = ("--model", "nano", "--target", target, "--max-seq-len", 512)
-    done = cli("export", *common, "--quant", quant, "-o", out)
-    assert done.returncode == 0, done.stderr
-    return Bundle.read(out)
+def exported(request: pytest.FixtureRequest, nano_bundle: Callable[[str, str], Path]) -> Bundle:
+    return Bundle.read(nano_bundle(*request.param.split("-")))
 
 
 def expected(bundle: Bundle) -> dict[str, QuantizedLinear]:

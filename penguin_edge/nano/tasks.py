@@ -214,6 +214,32 @@ def tally(painter: Painter, rng: Generator, split: Split) -> Scene:
     return Scene((frame,), tuple(turns))
 
 
+def census(painter: Painter, rng: Generator, split: Split) -> Scene:
+    """How many of each of one to three objects, and where they are: for training, about objects all of whose numbers
+    are shown. In `tally` and `counting` a model that is unsure between two numbers gains by remembering which one an
+    object never had, and then gets the held-out numbers wrong."""
+    counted = {name for name, _ in HELD_COUNTS}
+    first = pick(rng, [name for name in NAMES if name not in counted])
+    groups: list[tuple[str, int]] = []
+    for name in [first, *(name for name in several(rng, NAMES, 3) if name != first)][: int(rng.integers(1, 4))]:
+        room = 9 - sum(count for _, count in groups)
+        free = [count for count in COUNTS if (name, count) not in HELD_COUNTS and count <= room]
+        if free:
+            groups.append((name, pick(rng, free)))
+    cells = [int(i) for i in rng.permutation(9)]
+    placed = {name: sorted(cells.pop() for _ in range(count)) for name, count in groups}
+    objects = [in_cell(name, cell, rng) for name, at in placed.items() for cell in at]
+    frame = painter.paint(painter.background(rng), objects)
+    turns = []
+    for name in several(rng, [name for name in placed if name not in counted], len(placed)):
+        if rng.random() < 0.6:
+            turns.append(Turn("census", f"How many {name} pictures are there?", str(len(placed[name])), None))
+        else:
+            answer = ", ".join(CELLS[cell] for cell in placed[name])
+            turns.append(Turn("census", f"Where are all {name} pictures?", answer, None))
+    return Scene((frame,), tuple(turns))
+
+
 def transcribe(painter: Painter, rng: Generator, split: Split) -> Scene:
     """Three lines of text: for training, many characters learned from one picture."""
     lines = [_text(rng, False) for _ in range(3)]
@@ -336,5 +362,12 @@ TASKS: dict[str, Callable[[Painter, Generator, Split], Scene]] = {
 }
 """Every task by name: draws one scene."""
 
-DENSE = {"closeup": closeup, "place": place, "describe": describe, "tally": tally, "transcribe": transcribe}
+DENSE = {
+    "closeup": closeup,
+    "place": place,
+    "describe": describe,
+    "tally": tally,
+    "census": census,
+    "transcribe": transcribe,
+}
 """For training only: what the other tasks build on, and many answers from one picture."""
