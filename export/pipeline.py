@@ -27,13 +27,13 @@ from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
+from penguin_edge.export.worker import CALIBRATION, TOOLS_BYTES
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import check_layers, chosen, linears
+from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
-TOOLS_BYTES = 1_500_000_000
-"""Resident memory of importing torch and an exporter, on top of what a part takes."""
 MIN_SEQ_LEN = 128
 """Positions that `verify` needs for its prompt and answer."""
 DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
@@ -60,6 +60,8 @@ class ExportOptions:
     overwrite: bool = False
     verify: bool = True
     """Run the finished bundle against its check data before it gets its name."""
+    calibration: CalibrationOptions | None = None
+    """What the model reads for a recipe that needs data."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,10 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
             target.check_scheme(layer, scheme, recipe.precision)
+    if recipe.calibrated and options.calibration is None:
+        raise InputError(f"{recipe.name}: its schemes need calibration data; name some with --calibration")
+    if options.calibration is not None and not recipe.calibrated:
+        raise InputError(f"{recipe.name}: none of its schemes reads calibration data; leave out --calibration")
     longest = checkpoint.config.text.max_position_embeddings
     if not MIN_SEQ_LEN <= options.max_seq_len <= longest:
         raise InputError(
@@ -183,16 +189,26 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     recipe = options.recipe
     embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
     table: list[dict[str, Any]] = []
+    quantization: dict[str, Any] = {}
+    # Beside the bundle and kept when the export fails: the next one goes on with the layer that was not done.
+    work = Path(out).absolute().with_name(f".{Path(out).name}.calibration") if recipe.calibrated else None
+    common = {
+        "source": checkpoint.source,
+        "seed": checkpoint.seed,
+        "random_weights": checkpoint.stored is None,
+        "target": options.target,
+        "recipe": recipe.to_json(),
+        "calibrated": str(work) if work else None,
+    }
+    if work is not None and options.calibration is not None:
+        job = {**common, "part": CALIBRATION, "calibration": asdict(options.calibration), "max_ram": options.max_ram}
+        quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
     with contract.writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
         for part in parts_of(checkpoint):
             job = {
+                **common,
                 "part": part,
-                "source": checkpoint.source,
-                "seed": checkpoint.seed,
-                "random_weights": checkpoint.stored is None,
-                "target": options.target,
-                "recipe": recipe.to_json(),
                 "embedding_dtype": embedding_dtype,
                 "bounds": asdict(bounds),
                 "folder": str(folder),
@@ -220,7 +236,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
             graphs=entries,
             embedding_dtype=embedding_dtype,
             kv_dtype=target.kv_dtype(recipe.precision),
-            quantization={"recipe": recipe.to_json(), "layers": table} if recipe.quantized else {},
+            quantization={"recipe": recipe.to_json(), "layers": table, **quantization} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
             tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},
             generation={"temperature": 0.0, "top_p": 1.0, "top_k": 0},
@@ -229,6 +245,8 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
         finished = contract.finish(folder, manifest)
         if options.verify:
             _verify(folder, progress)
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
     return Bundle(Path(out), finished.manifest)
 
 

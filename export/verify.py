@@ -7,9 +7,12 @@ arrives. `tokens` is judged with the reference's tokens fed back, so that one ne
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest, write_json
-from penguin_edge.errors import BundleError
+from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.cases import CASES, DECODED, Arrays
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
@@ -25,7 +28,10 @@ from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine
 
 if TYPE_CHECKING:
+    import torch
+
     from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.quantize.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,21 @@ class Stage:
     detail: str = ""
 
 
-def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None) -> Arrays:
+def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration: str | None = None) -> Arrays:
     """The bundle's own check data, or the same computed again from a checkpoint, one part in memory at a time.
 
+    Args:
+        calibration: what a calibrated bundle was made with; its integers are made again.
     Raises:
-        BundleError: the bundle holds no check data, or was made from a model of another shape.
+        BundleError: the bundle holds no check data, was made from a model of another shape, or with other data.
+        InputError: the bundle was calibrated, and no data is named.
         MemoryLimitError: this machine cannot hold the checkpoint's largest part beside the bundle.
     """
     if checkpoint is None:
         return load_file(bundle.path(CHECK))
-    from penguin_edge.export import check
     from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DTYPES, load_quantized
+    from penguin_edge.quantize.calibrate import ready_integers
     from penguin_edge.quantize.recipe import PRESETS, Recipe
 
     config = bundle.manifest.model
@@ -89,10 +98,44 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None) -> Arrays:
     recipe = Recipe.from_json(stored, bundle.manifest.precision) if stored else PRESETS[bundle.manifest.precision]
     activations = find_target(bundle.manifest.target).activations
 
-    def load(*parts: str) -> Any:
-        return load_quantized(checkpoint, parts, recipe, activations)[0]
+    with contextlib.ExitStack() as stack:
+        ready = None
+        if recipe.calibrated:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penguin-edge-")))
+            _calibrate_again(bundle, checkpoint, recipe, calibration, work)
+            ready = ready_integers(work)
 
-    dtype = DTYPES[recipe.precision]
+        def load(*parts: str) -> Any:
+            return load_quantized(checkpoint, parts, recipe, activations, ready)[0]
+
+        return _computed(bundle, checkpoint, DTYPES[recipe.precision], load)
+
+
+def _calibrate_again(
+    bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe, calibration: str | None, work: Path
+) -> None:
+    from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, digest, read_calibration
+
+    made = dict(bundle.manifest.quantization["calibration"])
+    if calibration is None:
+        raise InputError(
+            f"{bundle.folder} was calibrated with {made['source']}; name the data with --calibration, or leave out "
+            "--against"
+        )
+    kept = {name: made[name] for name in ("samples", "length", "seed")}
+    samples = read_calibration(CalibrationOptions(calibration, **kept), checkpoint)
+    if digest(checkpoint, recipe, samples) != made["sha256"]:
+        raise BundleError(
+            f"{bundle.folder}: {calibration} or {checkpoint.source} is not what the bundle was calibrated with "
+            f"({made['source']}, {bundle.manifest.source.get('name')})"
+        )
+    calibrate(checkpoint, recipe, samples, work, lambda stage: None)
+
+
+def _computed(bundle: Bundle, checkpoint: Checkpoint, dtype: torch.dtype, load: Callable[..., Any]) -> Arrays:
+    from penguin_edge.export import check
+
+    config = bundle.manifest.model
     largest = max(checkpoint.loaded_bytes(parts, dtype) for parts in (("encoder",), ("embedding", "decoder")))
     require_memory(
         sum(entry.bytes for entry in bundle.manifest.files.values()) + largest,
@@ -198,10 +241,14 @@ def _decoder_stages(
 
 
 def verify_bundle(
-    bundle: Bundle, engine: Engine, checkpoint: Checkpoint | None, progress: Callable[[str], None]
+    bundle: Bundle,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    progress: Callable[[str], None],
+    calibration: str | None = None,
 ) -> dict[str, Any]:
     """Verify, write `verify.json` beside the manifest, and return its content."""
-    reference = reference_arrays(bundle, checkpoint)
+    reference = reference_arrays(bundle, checkpoint, calibration)
     tolerance = tolerance_of(bundle.manifest)
     stages = verify_stages(engine, reference, tolerance, progress)
     result = {

@@ -22,12 +22,23 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.targets import TARGETS
-from penguin_edge.machine import peak_mb
+from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import load_quantized, quantize_rows
+from penguin_edge.quantize.calibrate import (
+    CalibrationOptions,
+    calibrate,
+    needed_bytes,
+    read_calibration,
+    ready_integers,
+)
 from penguin_edge.quantize.recipe import Recipe
 
+CALIBRATION = "calibration"
+"""The job that makes integers for all parts, before any is exported."""
+TOOLS_BYTES = 1_500_000_000
+"""Resident memory of importing torch and an exporter, on top of what a part takes."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,18 +47,23 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     target = TARGETS[job["target"]]
     target.check_installed()
     baseline = peak_mb()
-    part, folder = job["part"], Path(job["folder"])
+    part = job["part"]
     checkpoint = Checkpoint.open(
         job["source"], random_weights=job["random_weights"], seed=job["seed"], note=lambda line: None
     )
+    recipe = Recipe.from_json(job["recipe"], job["recipe"]["name"])
+    if part == CALIBRATION:
+        report = _calibrate(checkpoint, recipe, job)
+        return {"calibration": report, "peak_mb": peak_mb(), "baseline_mb": baseline}
+    folder = Path(job["folder"])
     if part == "embedding":
         return _write_embedding(checkpoint, folder, job["embedding_dtype"]) | {
             "peak_mb": peak_mb(),
             "baseline_mb": baseline,
         }
-    recipe = Recipe.from_json(job["recipe"], job["recipe"]["name"])
     extra = ("embedding",) if part == "decoder" else ()
-    model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations)
+    ready = ready_integers(Path(job["calibrated"])) if job["calibrated"] else None
+    model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations, ready)
     _record_check(part, model, checkpoint, folder)
     if part == "decoder":
         model.embedding = None
@@ -55,6 +71,18 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     done = target.export_part(part, model, bounds, folder)
     layers = [asdict(row) for row in rows]
     return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
+
+
+def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> dict[str, Any]:
+    """Make the integers, or the rest of them."""
+    options = CalibrationOptions(**job["calibration"])
+    samples = read_calibration(options, checkpoint)
+    advice = "use fewer --calibration-samples, or a larger machine, or raise --max-ram"
+    require_memory(needed_bytes(checkpoint, samples) + TOOLS_BYTES, "calibrating", advice, job["max_ram"])
+    made_for = calibrate(checkpoint, recipe, samples, Path(job["calibrated"]), lambda stage: print(stage, flush=True))
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    images = sum(len(sample.visuals) for sample in samples)
+    return {**asdict(options), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
 
 
 def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:
@@ -94,16 +122,14 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[s
 
 def main(path: str) -> int:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    assert job["part"] in PARTS
+    assert job["part"] in (*PARTS, CALIBRATION)
     begin = time.monotonic()
     try:
         result = export_part(job)
     except PenguinError as error:
         result = {"error": str(error)}
     except OSError as error:
-        result = {
-            "error": f"{error.filename or job['folder']}: {error.strerror or error}; free some space and try again"
-        }
+        result = {"error": f"{error.filename or job['part']}: {error.strerror or error}; free some space and try again"}
     except MemoryError:
         result = {
             "error": f"out of memory while exporting the {job['part']}; lower --max-seq-len or use a larger machine"

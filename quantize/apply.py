@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear,
 from penguin_edge.quantize.recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+Ready = Callable[[str, Scheme], Integers | None]
+"""Integers of a layer that were made earlier, from calibration data; None where there are none."""
 SLAB = 8192
 SMALLER = (32, 16)
 """Groups that a lenient recipe tries where its own does not divide a layer."""
@@ -82,13 +85,17 @@ def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
 
 
 @torch.no_grad()
-def quantize_part(model: PenguinModel, part: str, recipe: Recipe, activations: Activations) -> list[Row]:
+def quantize_part(
+    model: PenguinModel, part: str, recipe: Recipe, activations: Activations, ready: Ready | None = None
+) -> list[Row]:
     """Put `QuantizedLinear` in the place of linear layers, in place; a tied head leaves its table as it is.
 
+    Args:
+        ready: integers of layers whose method needs calibration data.
     Returns:
         One row for every linear layer of the part.
     Raises:
-        InputError: a weight that is not finite, or a group that does not divide a layer.
+        InputError: a weight that is not finite, a group that does not divide a layer, or integers that are not ready.
     """
     rows = []
     for name, linear in linears(model, part).items():
@@ -97,7 +104,11 @@ def quantize_part(model: PenguinModel, part: str, recipe: Recipe, activations: A
         if scheme is None:
             rows.append(Row(name, shape, None, reason))
             continue
-        integers = quantize_weight(linear.weight, scheme, name)
+        integers = ready(name, scheme) if ready is not None else None
+        if integers is None:
+            if scheme.calibrated:
+                raise InputError(f"{name}: {scheme.label} needs calibration data; name some with --calibration")
+            integers = quantize_weight(linear.weight, scheme, name)
         error = _relative_error(linear.weight, integers)
         rows.append(Row(name, shape, scheme, reason, error))
         parent, _, attribute = name.rpartition(".")
@@ -117,7 +128,11 @@ def _relative_error(weight: torch.Tensor, integers: Integers) -> float:
 
 
 def load_quantized(
-    checkpoint: Checkpoint, parts: tuple[str, ...], recipe: Recipe, activations: Activations
+    checkpoint: Checkpoint,
+    parts: tuple[str, ...],
+    recipe: Recipe,
+    activations: Activations,
+    ready: Ready | None = None,
 ) -> tuple[PenguinModel, list[Row]]:
     """A model, or some parts of it, as the recipe says; what is not quantized has the recipe's precision.
 
@@ -130,7 +145,9 @@ def load_quantized(
     if not recipe.quantized:
         return checkpoint.load(parts, dtype=dtype), []
     model = checkpoint.load(parts)
-    rows = [row for part in parts if part != "embedding" for row in quantize_part(model, part, recipe, activations)]
+    rows = [
+        row for part in parts if part != "embedding" for row in quantize_part(model, part, recipe, activations, ready)
+    ]
     if model.embedding is not None and recipe.embedding == "int8":
         levels, scales = quantize_rows(model.embedding.weight)
         model.embedding.weight = nn.Parameter(levels * scales[:, None], requires_grad=False)

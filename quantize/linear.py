@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from penguin_edge.errors import InputError
 
-Method = Literal["rtn", "mse"]
+Method = Literal["rtn", "mse", "gptq"]
+METHODS: tuple[Method, ...] = ("rtn", "mse", "gptq")
 Activations = Literal["float", "block", "token"]
 """How an engine rounds what goes into a product: not at all; to int8 with one scale per row and `block` inputs (ONNX
 Runtime's MatMulNBits at accuracy level 4); to uint8 with scale and zero per row (XNNPACK)."""
@@ -40,7 +41,8 @@ class Scheme:
     """How the weights of one layer are stored.
 
     `group` None is one scale per row. `rtn` rounds to the nearest level of the full range; `mse` also tries narrower
-    ranges and takes the one with the smallest squared error of the weights.
+    ranges and takes the one with the smallest squared error of the weights; `gptq` takes its scales and chooses the
+    levels for what goes into the layer (`quantize/gptq.py`), which needs calibration data.
     """
 
     bits: int
@@ -53,13 +55,18 @@ class Scheme:
             raise InputError(f"{self.bits} bits, wanted one of {', '.join(map(str, BITS))}")
         if self.group is not None and (self.group < 16 or self.group & (self.group - 1)):
             raise InputError(f"a group of {self.group} weights, wanted a power of two from 16 on")
-        if self.method not in ("rtn", "mse"):
-            raise InputError(f"unknown method {self.method!r}; known: rtn, mse")
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
 
     @property
     def label(self) -> str:
         group = "per row" if self.group is None else f"group {self.group}"
         return f"int{self.bits} {group}{'' if self.symmetric else ' asymmetric'} {self.method}"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the integers depend on data that the model reads."""
+        return self.method == "gptq"
 
     def fits(self, inputs: int) -> bool:
         """Whether the group divides a layer of this many inputs."""
@@ -133,19 +140,21 @@ def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     return best
 
 
+def bounds_of(scheme: Scheme) -> tuple[int, int]:
+    """Lowest and highest level. Of symmetric ones the lowest is used by 4 bits only, where one of 16 counts."""
+    return int(scheme.symmetric and scheme.bits == 8), 2**scheme.bits - 1
+
+
 def _levels(values: Tensor, scheme: Scheme, width: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rounded within a range of `width` times the full one."""
-    top = 2**scheme.bits - 1
+    lowest, top = bounds_of(scheme)
     if scheme.symmetric:
-        # Zero is a level; of the 2^bits levels the lowest is used by 4 bits only, where one of 16 counts.
         half = 2 ** (scheme.bits - 1)
-        lowest = 0 if scheme.bits == 4 else 1
         reach = values.abs().amax(-1) * width
         scales = reach / (half - 0.5 if scheme.bits == 4 else half - 1)
         zeros = torch.full_like(reach, half)
     else:
         low, high = values.amin(-1).clamp(max=0) * width, values.amax(-1).clamp(min=0) * width
-        lowest = 0
         scales = (high - low) / top
         zeros = (-low / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(0, top)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # a group of zeros

@@ -47,6 +47,12 @@ class Recipe:
         schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
         return self.embedding is not None or any(scheme is not None for scheme in schemes)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration data."""
+        schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
+        return any(scheme is not None and scheme.calibrated for scheme in schemes)
+
     def scheme_of(self, layer: str) -> Scheme | None:
         """The scheme of a linear layer by our name, such as `decoder.layers.0.mlp.up_proj`."""
         if layer in self.layers:

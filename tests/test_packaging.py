@@ -46,10 +46,13 @@ NETWORK = {"layers", "encoder", "projector", "decoder"}
 STORED = {"hf_config", "tensorfile", "checkpoint"}
 MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
 TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
+TRAINING |= {"text_quality"}
 LEARNING = {"records", "samples", "packing", "losses", "schedule", "sampler", "feed"}  # what `train` is made of …
 LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
 EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
 EVERYTHING |= {"quantize", "export", "runtime"}
+
+TORCHLESS = {"plan_report", "records", "samples", "evaluate", "budget_study", "text_quality"}  # beside DEVICE
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -92,7 +95,9 @@ ALLOWED: dict[str, set[str]] = {
     "nano": BASE | {"prompt", "records"},
     "evaluate": DEVICE | {"records"},
     "budget_study": DEVICE | {"evaluate"},
+    "text_quality": DEVICE | {"runtime"},
     "quantize": MODEL | {"eager"},
+    "quantize.calibrate": MODEL | {"quantize", "records", "samples"},  # reads data as training does
     "export": MODEL | {"eager", "quantize"},
     "export.verify": MODEL | {"eager", "quantize", "export", "runtime"},  # the one place where export meets runtime
     "runtime": DEVICE,
@@ -181,7 +186,7 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
         elif is_one_of(item.name, {"export", "quantize", "runtime"}):
             found.append(f"{where} by its bare name; wanted penguin_edge.{item.name}")
         if is_one_of(item.name, TORCH):
-            if top in DEVICE or place in ("", "plan_report", "records", "samples", "evaluate", "budget_study"):
+            if top in DEVICE or place in ("", *TORCHLESS):
                 found.append(f"{where}; this module is used on devices without torch")
             elif top == "runtime" and inside != TORCH_IN_RUNTIME:
                 found.append(f"{where}; in runtime/ only the ExecuTorch engine may need torch")

@@ -1,4 +1,4 @@
-"""`penguin-edge eval MODEL --data DIR`: accuracy per task beside chance, majority and question-only baselines."""
+"""`penguin-edge eval MODEL`: accuracy per task beside its baselines, or perplexity and KL on a text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from penguin_edge.budget_study import Ask, Reply, draw_study, study
 from penguin_edge.commands.common import emit, open_model, positive, say, table
@@ -25,13 +27,19 @@ from penguin_edge.prompt import Message
 from penguin_edge.records import missing_media, read_records
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
+from penguin_edge.text_quality import measure_text
 from penguin_edge.tra import Policy
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = verbs.add_parser("eval", help="how many questions of a data set are answered right")
+    parser = verbs.add_parser("eval", help="how many questions are answered right, or what is made of a text")
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT|PRESET")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder with annotations.jsonl, or such a file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR", help="folder with annotations.jsonl, or such a file")
+    source.add_argument("--text", metavar="FILE", help="plain text: perplexity, and with --against what was lost")
+    parser.add_argument("--against", metavar="BUNDLE|CHECKPOINT", help="with --text: the unquantized model")
+    parser.add_argument("--pieces", type=positive, default=4, help="with --text: how many (default: %(default)s)")
+    parser.add_argument("--length", type=positive, default=256, help="with --text: tokens each (default: %(default)s)")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
     parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
     parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
@@ -46,9 +54,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 class Progress:
-    """Questions done, rate, time left and peak memory on stderr: rewritten on a terminal, else every 10 seconds."""
+    """Work done, rate, time left and peak memory on stderr: rewritten on a terminal, else every 10 seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "questions") -> None:
+        self._what = what
         self._begin = self._last = time.monotonic()
         self._rewrites = sys.stderr.isatty()
 
@@ -59,7 +68,7 @@ class Progress:
         self._last = now
         rate = done / max(now - self._begin, 1e-9)
         left = f"about {(total - done) / rate:.0f} s left"
-        line = f"[{done}/{total}] {rate:.1f} questions/s, {left}, peak {peak_mb():.0f} MB"
+        line = f"[{done}/{total}] {rate:.2g} {self._what}/s, {left}, peak {peak_mb():.0f} MB"
         if self._rewrites:
             print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
         else:
@@ -105,6 +114,10 @@ def asker(session: Session) -> Ask:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.text:
+        return run_text(args)
+    if args.against:
+        raise InputError("--against compares two models on a text; name one with --text")
     if args.out and not args.budget_study:
         raise InputError("-o draws a budget study; add --budget-study")
     if args.budget_study and args.tra != "strict":
@@ -131,6 +144,43 @@ def run(args: argparse.Namespace) -> int:
         print(report(result))
         if args.budget_study:
             print(f"\n{study_report(result)}")
+    return 0
+
+
+def run_text(args: argparse.Namespace) -> int:
+    """Perplexity of a text, and the distance from another model on it."""
+    if args.budget_study or args.out:
+        raise InputError("a budget study asks questions about clips; use it with --data")
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{args.text}: cannot be read ({error.strerror}); name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.text}: is not UTF-8 text ({error.reason}); name a text file") from error
+    engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
+    ids = tokenizer.encode(text)
+    count = min(args.pieces, len(ids) // args.length)
+    if not count or args.length < 2:
+        raise InputError(
+            f"{args.text}: {len(ids)} tokens in pieces of {args.length}; wanted at least one piece of two or more"
+        )
+    pieces = np.array(ids[: count * args.length], np.int64).reshape(count, args.length)
+    reference = None
+    if args.against:
+        reference, other = open_model(args.against, threads=args.threads, max_seq_len=args.max_seq_len)
+        if other.encode(text) != ids:
+            raise InputError(f"{args.model} and {args.against} read this text as different tokens; name its own model")
+    begin = time.monotonic()
+    result = measure_text(engine, pieces, reference, Progress("pieces"))
+    seconds = time.monotonic() - begin
+    if args.json:
+        speed = {"seconds": seconds, "peak_mb": peak_mb()}
+        against = {"against": args.against} if args.against else {}
+        emit({"model": args.model, "text": args.text, "engine": engine.name, **against, **result, **speed})
+        return 0
+    rows: list[tuple[str, ...]] = [(f"{count} pieces of {args.length} tokens", "")]
+    rows += [(key.replace("_", " "), f"{result[key]:.4f}") for key in result if key not in ("pieces", "tokens")]
+    print(table(rows, indent=""))
     return 0
 
 

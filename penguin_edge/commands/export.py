@@ -22,8 +22,15 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--quant", default="fp32", metavar="NAME|FILE", help="fp32, fp16, int8, int4 or a recipe file (default: fp32)"
     )
+    parser.add_argument(
+        "--calibration", metavar="DIR|FILE", help="for gptq: data in the training format, or a text file"
+    )
+    parser.add_argument("--calibration-samples", type=positive, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--calibration-length", type=positive, default=512, metavar="N", help="most tokens of each (default: 512)"
+    )
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="KV positions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and calibration (default: 0)")
     parser.add_argument(
         "--max-ram", type=byte_count, help="refuse an export that needs more, such as 16GB (default: all)"
     )
@@ -83,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.checkpoint import Checkpoint
     from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
     from penguin_edge.export.targets import find_target
+    from penguin_edge.quantize.calibrate import CalibrationOptions
     from penguin_edge.quantize.recipe import find_recipe
 
     target = find_target(args.target)
@@ -92,8 +100,11 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
         )
     recipe = find_recipe(args.quant)
+    data = None
+    if args.calibration:
+        data = CalibrationOptions(args.calibration, args.calibration_samples, args.calibration_length, args.seed)
     options = ExportOptions(
-        args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify
+        args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify, data
     )
     check_options(checkpoint, target, options)
     need = estimate(checkpoint, target, options)
@@ -103,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
         f"{human_bytes(need.disk_bytes)} of disk"
     )
     begin = time.monotonic()
-    bundle = export_bundle(checkpoint, args.out, options, Lines(len(parts_of(checkpoint)) + options.verify))
+    bundle = export_bundle(
+        checkpoint, args.out, options, Lines(len(parts_of(checkpoint)) + options.verify + recipe.calibrated)
+    )
     total = sum(entry.bytes for entry in bundle.manifest.files.values())
     result = {
         "bundle": str(bundle.folder),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands.common import emit, positive, require_torch, say, table
-from penguin_edge.errors import BundleError
+from penguin_edge.errors import BundleError, InputError
 from penguin_edge.runtime.engines import open_engine
 
 
@@ -16,6 +16,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument(
         "--against", metavar="CHECKPOINT", help="compute the reference again instead of using the check data"
+    )
+    parser.add_argument(
+        "--calibration", metavar="DIR|FILE", help="with --against: the data that the bundle was calibrated with"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
@@ -29,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.read(args.bundle)
     bundle.check_hashes()
     checkpoint = None
+    if args.calibration and not args.against:
+        raise InputError("--calibration is for --against, which makes the integers again; the check data needs none")
     if args.against:
         require_torch()
         from penguin_edge.checkpoint import Checkpoint
@@ -37,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.export.verify import verify_bundle
 
     engine = open_engine(bundle, threads=args.threads)
-    result = verify_bundle(bundle, engine, checkpoint, lambda line: say(f"  {line}"))
+    result = verify_bundle(bundle, engine, checkpoint, lambda line: say(f"  {line}"), args.calibration)
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [

@@ -145,6 +145,17 @@ def counting(painter: Painter, rng: Generator, split: Split) -> Scene:
         name, count = held[0], int(str(held[1]))
     else:
         name, count = pick(rng, [(n, c) for n in several(rng, NAMES, 1) for c in COUNTS if (n, c) not in HELD_COUNTS])
+    return _count(painter, rng, split, name, count)
+
+
+def count_any(painter: Painter, rng: Generator, split: Split) -> Scene:
+    """How many of one object, of those that training shows in every number: for training. There is nothing to learn
+    from what an object is never counted as; but a model counts the other objects less well afterwards."""
+    held = {name for name, _ in HELD_COUNTS}
+    return _count(painter, rng, split, pick(rng, [name for name in NAMES if name not in held]), pick(rng, COUNTS))
+
+
+def _count(painter: Painter, rng: Generator, split: Split, name: str, count: int) -> Scene:
     # Held-out places belong to the other tasks: here an object may be in any cell.
     cells = [int(i) for i in rng.permutation(9)]
     others = [n for n in several(rng, NAMES, 3) if n != name][: int(rng.integers(0, 3))]
@@ -216,8 +227,7 @@ def tally(painter: Painter, rng: Generator, split: Split) -> Scene:
 
 def census(painter: Painter, rng: Generator, split: Split) -> Scene:
     """How many of each of one to three objects, and where they are: for training, about objects all of whose numbers
-    are shown. In `tally` and `counting` a model that is unsure between two numbers gains by remembering which one an
-    object never had, and then gets the held-out numbers wrong."""
+    are shown."""
     counted = {name for name, _ in HELD_COUNTS}
     first = pick(rng, [name for name in NAMES if name not in counted])
     groups: list[tuple[str, int]] = []
@@ -368,6 +378,7 @@ DENSE = {
     "describe": describe,
     "tally": tally,
     "census": census,
+    "count_any": count_any,
     "transcribe": transcribe,
 }
 """For training only: what the other tasks build on, and many answers from one picture."""

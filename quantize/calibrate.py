@@ -1,0 +1,309 @@
+"""Calibration: what goes into every layer while the model reads data, and integers that are made for it.
+
+The model is walked stage by stage (patch embedding, every block, projector, head): the inputs of a stage's linear
+layers are gathered, its layers are quantized, and what they then compute is what the next stage reads, so that each
+layer makes up for the errors before it as far as it can. One block is in fp32 at a time. All inputs of a stage stay in
+memory: 4 bytes times tokens times width.
+
+| name      | shape     | dtype | what                                                       |
+|-----------|-----------|-------|------------------------------------------------------------|
+| x         | [1, S, H] | f32  | what a stage reads, one tensor per frame or sample         |
+| hessian   | [K, K]    | f32   | sum of outer products of a layer's inputs, over all tokens |
+
+Integers lie in one file per layer, so that a run that was stopped goes on with the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from penguin_edge.checkpoint import Checkpoint, meta_model
+from penguin_edge.encoder import rotary_2d
+from penguin_edge.errors import InputError
+from penguin_edge.layers import full_attention, rotary_angles
+from penguin_edge.model import PenguinModel
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.quantize.apply import Ready, chosen, linears
+from penguin_edge.quantize.gptq import gptq
+from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, quantize_weight
+from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.records import read_records
+from penguin_edge.samples import DataOptions, Sample, SampleBuilder
+
+DIGEST = "digest.txt"
+Progress = Callable[[str], None]
+"""Called with the name of each stage before its work begins."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """`source`: records of the training format (a folder, .json, .jsonl), or any other file as plain text."""
+
+    source: str
+    samples: int = 64
+    """At most so many, drawn with `seed`."""
+    length: int = 512
+    """Tokens of a piece of text; of a record the most tokens."""
+    seed: int = 0
+
+
+def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> list[Sample]:
+    """The samples to read.
+
+    Raises:
+        InputError: nothing there, nothing in it, not readable as text, or shorter than one piece.
+    """
+    path, config = Path(options.source), checkpoint.config
+    tokenizer = Tokenizer.open(
+        checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+    )
+    rng = np.random.default_rng(options.seed)
+    if path.is_dir() or path.suffix in (".json", ".jsonl"):
+        records = read_records(path)
+        build = SampleBuilder(config, tokenizer, DataOptions(model_max_length=options.length))
+        return [build(records[i]) for i in sorted(rng.permutation(len(records))[: options.samples].tolist())]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a text file or a data folder") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason}); name a text file or a data folder") from error
+    return text_samples(tokenizer.encode(text), samples=options.samples, length=options.length, rng=rng, name=path.name)
+
+
+def text_samples(ids: Sequence[int], *, samples: int, length: int, rng: np.random.Generator, name: str) -> list[Sample]:
+    """Pieces of `length` tokens each, evenly cut out of a text, in its order.
+
+    Raises:
+        InputError: fewer than `length` tokens.
+    """
+    starts = np.arange(0, len(ids) - length + 1, length)
+    if not len(starts):
+        raise InputError(f"{name}: {len(ids)} tokens, wanted at least {length}; add text or shorten the pieces")
+    kept = np.sort(rng.permutation(starts)[:samples])
+    pieces = [np.asarray(ids[start : start + length], np.int64) for start in kept.tolist()]
+    return [Sample(f"{name}:{start}", piece, piece, ()) for start, piece in zip(kept.tolist(), pieces, strict=True)]
+
+
+def needed_bytes(checkpoint: Checkpoint, samples: Sequence[Sample]) -> int:
+    """Memory for the largest part, the states before and after a stage, and one block in fp32 with its Hessians."""
+    config = checkpoint.config
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    patches = sum(len(visual.rows) for sample in samples for visual in sample.visuals)
+    needs = []
+    for part, count, shape in (("decoder", tokens, config.text), ("encoder", patches, config.vision)):
+        if shape is None:
+            continue
+        width, inner = shape.hidden_size, shape.intermediate_size
+        block = 4 * (3 * width * inner + 4 * width**2 + 4 * (2 * width**2 + inner**2))
+        parts = ("decoder", "embedding") if part == "decoder" else (part,)
+        needs.append(checkpoint.loaded_bytes(parts) + 8 * count * width + block)
+    return max(needs)
+
+
+def digest(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) -> str:
+    """SHA-256 over all that decides the integers."""
+    found = hashlib.sha256(checkpoint.fingerprint().encode())
+    found.update(json.dumps(recipe.to_json(), sort_keys=True).encode())
+    for sample in samples:
+        found.update(sample.input_ids.tobytes())
+        for visual in sample.visuals:
+            found.update(visual.pixels.tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], work: Path, progress: Progress) -> str:
+    """Write the integers of every layer of the recipe into `work`, one file each.
+
+    Files that are there already are kept, unless they were made from other data, weights or schemes.
+
+    Returns:
+        A digest of all that decides the integers.
+    Raises:
+        InputError: a layer that needs images and data without any; weights or activations that are not finite.
+    """
+    visuals = [visual for sample in samples for visual in sample.visuals]
+    if not visuals and checkpoint.config.vision is not None:
+        for part in ("encoder", "projector"):
+            for name, linear in linears(meta_model(checkpoint.config, (part,)), part).items():
+                scheme, _ = chosen(recipe, name, linear.in_features)
+                if scheme is not None and scheme.calibrated:
+                    raise InputError(
+                        f"{name}: {scheme.label} reads images, and the calibration data has none; name a data folder "
+                        "in the training format"
+                    )
+    made_for, mark = digest(checkpoint, recipe, samples), work / DIGEST
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != made_for:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        mark.write_text(made_for, encoding="utf-8")
+    features: list[Tensor] = []
+    if visuals:
+        walk = _Walk(checkpoint.load(("encoder",)), recipe, work, progress)
+        features = _encode(walk, visuals)
+        walk = _Walk(checkpoint.load(("projector",)), recipe, work, progress)
+        features = _project(walk, visuals, features)
+    walk = _Walk(checkpoint.load(("decoder", "embedding")), recipe, work, progress)
+    _decode(walk, samples, features)
+    return made_for
+
+
+class _Walk:
+    """One loaded part, and the quantizing of a stage of it."""
+
+    def __init__(self, model: PenguinModel, recipe: Recipe, work: Path, progress: Progress) -> None:
+        self.model, self.recipe, self.work, self.progress = model, recipe, work, progress
+
+    def through(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
+        """Quantize the linear layers under `prefix`; what the stage then computes for each of `count` inputs."""
+        self.progress(prefix)
+        module = self.model.get_submodule(prefix).float()
+        schemes: dict[str, Scheme] = {}
+        for leaf, child in module.named_modules():
+            if isinstance(child, nn.Linear):
+                name = f"{prefix}.{leaf}" if leaf else prefix
+                scheme, _ = chosen(self.recipe, name, child.in_features)
+                if scheme is not None:
+                    schemes[name] = scheme
+        gathered = {name for name, s in schemes.items() if s.calibrated and not self._path(name).is_file()}
+        hessians = self._gather(gathered, run, count)
+        for name, scheme in schemes.items():
+            linear = self.model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            if self._path(name).is_file():
+                integers = read_integers(self._path(name), scheme)
+            elif name in hessians:
+                integers = gptq(linear.weight, hessians[name], scheme, name)
+                write_integers(self._path(name), integers)
+            else:
+                integers = quantize_weight(linear.weight, scheme, name)
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), attribute, QuantizedLinear(integers, linear.bias, "float"))
+        return [run(index) for index in range(count)]
+
+    def _path(self, name: str) -> Path:
+        return self.work / f"{name}.safetensors"
+
+    def _gather(self, names: set[str], run: Callable[[int], Tensor], count: int) -> dict[str, Tensor]:
+        """The Hessian of each layer; layers that read the very same tensor share one."""
+        hessians: dict[str, Tensor] = {}
+        last: tuple[Tensor, Tensor] | None = None
+
+        def gather(name: str, x: Tensor) -> None:
+            nonlocal last
+            if last is not None and last[0] is x:
+                hessians[name] = last[1]
+                return
+            rows = x.flatten(0, -2)
+            if name not in hessians:
+                hessians[name] = torch.zeros(rows.shape[1], rows.shape[1])
+            hessians[name].addmm_(rows.T, rows)
+            last = (x, hessians[name])
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: gather(name, inputs[0])
+
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in sorted(names)]
+        try:
+            for index in range(count if names else 0):
+                run(index)
+                last = None
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return hessians
+
+    def free(self, prefix: str) -> None:
+        """Give back the memory of a stage that is done."""
+        parent, _, attribute = prefix.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, nn.Identity())
+
+
+def _encode(walk: _Walk, visuals: Sequence[object]) -> list[Tensor]:
+    from penguin_edge.preprocess import Patches
+
+    encoder = walk.model.encoder
+    assert encoder is not None
+    items = [visual for visual in visuals if isinstance(visual, Patches)]
+    pixels = [torch.from_numpy(item.pixels)[None].float() for item in items]
+    turns = [
+        rotary_2d(
+            torch.from_numpy(item.rows), torch.from_numpy(item.cols), encoder.config.head_dim,
+            encoder.config.rope_theta, torch.float32,
+        )
+        for item in items
+    ]  # fmt: skip
+    states = walk.through("encoder.patch_embedding", lambda i: encoder.patch_embedding(pixels[i]), len(items))
+    attend = full_attention(causal=False)
+    for index in range(len(encoder.layers)):
+        states = _block(walk, f"encoder.layers.{index}", states, turns, attend)
+    norm = encoder.norm.float()
+    return [norm(x) for x in states]
+
+
+def _project(walk: _Walk, visuals: Sequence[object], features: list[Tensor]) -> list[Tensor]:
+    merges = [getattr(visual, "merge_size", 1) for visual in visuals]
+    return walk.through("projector", lambda i: walk.model.project(features[i], merges[i]), len(features))
+
+
+def _decode(walk: _Walk, samples: Sequence[Sample], features: list[Tensor]) -> None:
+    decoder, text = walk.model.decoder, walk.model.config.text
+    assert decoder is not None
+    parts = iter(features)
+    states, turns = [], []
+    for sample in samples:
+        seen = [next(parts)[0] for _ in sample.visuals]
+        states.append(walk.model.splice(torch.from_numpy(sample.input_ids)[None], torch.cat(seen) if seen else None))
+        angles = rotary_angles(torch.arange(len(sample.input_ids)), text.head_dim, text.rope_theta)
+        angles = torch.cat((angles, angles), dim=-1)
+        turns.append((angles.cos(), angles.sin()))
+    states = [x.float() for x in states]
+    attend = full_attention(causal=True)
+    for index in range(len(decoder.layers)):
+        states = _block(walk, f"decoder.layers.{index}", states, turns, attend)
+    norm = decoder.norm.float()
+    states = [norm(x) for x in states]
+    # Nothing reads the logits: one number each is kept.
+    walk.through("decoder.lm_head", lambda i: decoder.lm_head(states[i])[..., :1].clone(), len(states))
+
+
+def _block(
+    walk: _Walk, prefix: str, states: list[Tensor], turns: list[tuple[Tensor, Tensor]], attend: Callable[..., Tensor]
+) -> list[Tensor]:
+    block = walk.model.get_submodule(prefix)
+    out = walk.through(prefix, lambda i: block(states[i], *turns[i], 0, attend), len(states))
+    walk.free(prefix)
+    return out
+
+
+def write_integers(path: Path, integers: Integers) -> None:
+    """One layer's file, whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    save_file({name: getattr(integers, name).contiguous() for name in ("levels", "scales", "zeros")}, aside)
+    aside.replace(path)
+
+
+def read_integers(path: Path, scheme: Scheme) -> Integers:
+    arrays = load_file(path)
+    return Integers(arrays["levels"], arrays["scales"], arrays["zeros"], scheme)
+
+
+def ready_integers(work: Path | None) -> Ready:
+    """What `calibrate` wrote, layer by layer; nothing without a folder."""
+
+    def find(layer: str, scheme: Scheme) -> Integers | None:
+        path = work / f"{layer}.safetensors" if work is not None else None
+        return read_integers(path, scheme) if path is not None and path.is_file() else None
+
+    return find

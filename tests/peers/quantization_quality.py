@@ -1,0 +1,115 @@
+"""What each scheme costs a language model with real weights: perplexity, KL and agreement on three texts.
+
+    python tests/peers/quantization_quality.py --work DIR [--pieces 3] [--length 512] [--only NAME …]
+
+The model is SmolLM2-135M-Instruct (`smollm2.py`). **Mind that it already lies on a 4-bit grid of groups of 32**: an
+asymmetric scheme of that group can repeat it nearly without loss, and says nothing of other models; compare at other
+groups. All linear layers of the decoder are quantized, the tied head is not. Calibration reads 32 pieces of 512 tokens
+of other files than those that are measured. Texts: fortunes and gcide of Debian (`apt install fortunes dict-gcide`),
+and the topics of CPython's own `pydoc_data`. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import pydoc_data.topics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import smollm2
+import torch
+from numpy.typing import NDArray
+
+from penguin_edge.checkpoint import EMBEDDED, Checkpoint, save
+from penguin_edge.generate import EagerEngine
+from penguin_edge.quantize.apply import quantize_part
+from penguin_edge.quantize.calibrate import calibrate, ready_integers, text_samples
+from penguin_edge.quantize.linear import Activations, Scheme
+from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.text_quality import measure_text
+
+FORTUNES = Path("/usr/share/games/fortunes")
+GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
+CALIBRATION = ("literature", "computers", "politics", "education", "law", "food")
+SCHEMES: dict[str, tuple[Scheme | None, Activations]] = {
+    "fp32": (None, "float"),
+    "int8 rtn": (Scheme(8, method="rtn"), "float"),
+    "int8 mse": (Scheme(8, method="mse"), "float"),
+    "int8 mse, activations per token": (Scheme(8, method="mse"), "token"),
+    "int8 mse, activations per block": (Scheme(8, method="mse"), "block"),
+    "int4 g64 rtn": (Scheme(4, 64, method="rtn"), "float"),
+    "int4 g64 mse": (Scheme(4, 64, method="mse"), "float"),
+    "int4 g64 gptq": (Scheme(4, 64, method="gptq"), "float"),
+    "int4 g64 gptq, activations per token": (Scheme(4, 64, method="gptq"), "token"),
+    "int4 g64 asymmetric rtn": (Scheme(4, 64, False, "rtn"), "float"),
+    "int4 g64 asymmetric mse": (Scheme(4, 64, False, "mse"), "float"),
+    "int4 g64 asymmetric gptq": (Scheme(4, 64, False, "gptq"), "float"),
+    "int4 g32 rtn": (Scheme(4, 32, method="rtn"), "float"),
+    "int4 g32 mse": (Scheme(4, 32, method="mse"), "float"),
+    "int4 g32 gptq": (Scheme(4, 32, method="gptq"), "float"),
+}
+
+
+def texts() -> dict[str, str]:
+    """What is measured on."""
+    topics = pydoc_data.topics.topics
+    return {
+        "fortunes/science": (FORTUNES / "science").read_text(encoding="utf-8"),
+        "gcide": gzip.open(GCIDE).read(4_000_000).decode("utf-8", "replace")[-200_000:],
+        "python docs": "\n".join(topics[name] for name in sorted(topics)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the model and integers go")
+    parser.add_argument("--pieces", type=int, default=3, help="per text")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", metavar="NAME", help=", ".join(SCHEMES))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = smollm2.read(args.work)
+    print(smollm2.check(model, tokenizer), flush=True)
+    if not (args.work / "model").exists():
+        save(model, args.work / "model", EMBEDDED["nano"] / "tokenizer.json")
+    checkpoint = Checkpoint.open(str(args.work / "model"), note=lambda line: None)
+    pieces: dict[str, NDArray[np.int64]] = {}
+    for name, text in texts().items():
+        ids = np.array(tokenizer.encode(text).ids[: args.pieces * args.length], np.int64)
+        pieces[name] = ids.reshape(args.pieces, args.length)
+    other = "\n".join((FORTUNES / name).read_text(encoding="utf-8") for name in CALIBRATION)
+    samples = text_samples(
+        tokenizer.encode(other).ids, samples=32, length=512, rng=np.random.default_rng(0), name="fortunes"
+    )
+    reference = EagerEngine(model, max_seq_len=args.length)
+    result: dict[str, Any] = {}
+    for name, (scheme, activations) in SCHEMES.items():
+        if args.only and name not in args.only:
+            continue
+        begin = time.monotonic()
+        recipe = Recipe(name, decoder=scheme)
+        work = args.work / f"integers-{name.partition(',')[0].replace(' ', '-')}"
+        if recipe.calibrated:
+            calibrate(checkpoint, recipe, samples, work, lambda stage: None)
+        candidate = checkpoint.load(dtype=torch.float32)
+        quantize_part(candidate, "decoder", recipe, activations, ready_integers(work))
+        engine = EagerEngine(candidate, max_seq_len=args.length)
+        row = {
+            text: measure_text(engine, ids, reference, lambda done, total: None, continued=0)
+            for text, ids in pieces.items()
+        }
+        result[name] = row
+        cells = "  ".join(f"{r['perplexity']:.2f}/{r['kl_mean']:.4f}/{r['top1']:.3f}" for r in row.values())
+        print(f"{name:40} {cells}  ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

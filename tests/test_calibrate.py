@@ -1,0 +1,267 @@
+"""Calibrated quantization: GPTQ's integers, what is gathered for them, and bundles that are made with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import picture, tiny_model
+from PIL import Image
+from torch import nn
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.errors import InputError
+from penguin_edge.quantize.apply import chosen, quantize_part
+from penguin_edge.quantize.calibrate import (
+    CalibrationOptions,
+    calibrate,
+    digest,
+    read_calibration,
+    read_integers,
+    ready_integers,
+    text_samples,
+)
+from penguin_edge.quantize.gptq import gptq
+from penguin_edge.quantize.linear import Integers, Scheme, bounds_of, quantize_weight
+from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.samples import Sample
+
+SCHEMES = [
+    Scheme(4, 64, method="gptq"),
+    Scheme(4, 32, symmetric=False, method="gptq"),
+    Scheme(8, method="gptq"),
+    Scheme(4, 16, method="gptq"),
+]
+GPTQ = Scheme(4, 64, method="gptq")
+
+
+def layer(seed: int, rows: int = 48, inputs: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and inputs that depend on each other as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(400, 24, generator=generator) @ torch.randn(24, inputs, generator=generator)
+    return torch.randn(rows, inputs, generator=generator), mixed + 0.3 * torch.randn(400, inputs, generator=generator)
+
+
+def missed(weight: torch.Tensor, x: torch.Tensor, integers: Integers) -> float:
+    return float((x @ (integers.weight() - weight).T).norm() / (x @ weight.T).norm())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_products_are_off_by_less_than_half(scheme: Scheme) -> None:
+    for seed in range(3):
+        weight, x = layer(seed)
+        plain, found = quantize_weight(weight, scheme), gptq(weight, x.T @ x, scheme)
+        assert missed(weight, x, found) < 0.5 * missed(weight, x, plain)
+        assert torch.equal(found.scales, plain.scales) and torch.equal(found.zeros, plain.zeros)
+        lowest, top = bounds_of(scheme)
+        assert int(found.levels.min()) >= lowest and int(found.levels.max()) <= top
+        # Also on inputs of the same kind that it was not made from.
+        other = layer(seed)[1].flip(0) * torch.linspace(0.5, 2, len(x))[:, None]
+        assert missed(weight, other, found) < 0.6 * missed(weight, other, plain)
+
+
+@pytest.mark.parametrize("hessian", [torch.eye(128), torch.zeros(128, 128), 7.0 * torch.eye(128)])
+def test_inputs_that_say_nothing_of_each_other_leave_the_plain_integers(hessian: torch.Tensor) -> None:
+    weight, _ = layer(0)
+    assert torch.equal(gptq(weight, hessian, GPTQ).levels, quantize_weight(weight, GPTQ).levels)
+
+
+def test_slabs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = layer(1)
+    whole = gptq(weight, x.T @ x, GPTQ)
+    monkeypatch.setattr("penguin_edge.quantize.gptq.SLAB_WEIGHTS", 128 * 5)
+    assert torch.equal(gptq(weight, x.T @ x, GPTQ).levels, whole.levels)
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    weight, x = layer(0)
+    x[3, 5] = float("nan")
+    with pytest.raises(InputError, match=r"decoder\.x: an activation"):
+        gptq(weight, x.T @ x, GPTQ, "decoder.x")
+
+
+# --- walking a model --------------------------------------------------------------------------------------------------
+
+RECIPE = Recipe("r", encoder=GPTQ, projector=GPTQ, decoder=GPTQ, lm_head=Scheme(8), lenient=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures with questions, in the training format."""
+    folder = tmp_path_factory.mktemp("calibration")
+    lines = []
+    for seed in range(8):
+        Image.fromarray(picture(seed, 84, 84 + 28 * (seed % 2))).save(folder / f"{seed}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
+        lines.append(json.dumps({"id": str(seed), "image": [f"{seed}.png"], "conversations": turns}))
+    (folder / "annotations.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return Checkpoint.open("tiny", random_weights=True, note=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def samples(data: Path, tiny: Checkpoint) -> list[Sample]:
+    return read_calibration(CalibrationOptions(str(data), samples=5, length=200), tiny)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_every_layer_gets_its_integers_and_a_stopped_run_goes_on(
+    tiny: Checkpoint, samples: list[Sample], tmp_path: Path
+) -> None:
+    stages: list[str] = []
+    made_for = calibrate(tiny, RECIPE, samples, tmp_path, stages.append)
+    first = contents(tmp_path)
+    linears = [name for name, module in tiny_model().named_modules() if isinstance(module, nn.Linear)]
+    # The head is not calibrated; 16 or 32 divides none of the 588 inputs of the patch embedding.
+    wanted = {f"{name}.safetensors" for name in linears} - {
+        "decoder.lm_head.safetensors", "encoder.patch_embedding.safetensors",
+    }  # fmt: skip
+    assert set(first) == wanted
+    assert stages[0] == "encoder.patch_embedding" and stages[-1] == "decoder.lm_head"
+    for name in list(first)[::3]:
+        (tmp_path / name).unlink()
+    assert calibrate(tiny, RECIPE, samples, tmp_path, lambda stage: None) == made_for
+    assert contents(tmp_path) == first
+    # Integers of other data are no use.
+    assert calibrate(tiny, RECIPE, samples[:2], tmp_path, lambda stage: None) != made_for
+    assert set(contents(tmp_path)) == set(first) and contents(tmp_path) != first
+
+
+def test_the_inputs_are_those_of_the_model(tiny: Checkpoint, samples: list[Sample], tmp_path: Path) -> None:
+    """First block of the encoder and of the decoder: gathered here with the model's own forward."""
+    calibrate(tiny, RECIPE, samples, tmp_path, lambda stage: None)
+    model, plain, ready = tiny.load(dtype=torch.float32), tiny.load(dtype=torch.float32), ready_integers(tmp_path)
+    # What comes before a block is quantized when its inputs are gathered.
+    quantize_part(model, "encoder", RECIPE, "float", ready)
+    quantize_part(model, "projector", RECIPE, "float", ready)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in ("encoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.v_proj"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.setdefault(name, []).append(inputs[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        for sample in samples:
+            model(torch.from_numpy(sample.input_ids)[None], model.visual(sample.visuals))
+    for name, inputs in seen.items():
+        rows, layer = torch.cat(inputs), plain.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        scheme, _ = chosen(RECIPE, name, layer.in_features)
+        assert scheme is not None
+        wanted = gptq(layer.weight, rows.T @ rows, scheme)
+        found = read_integers(tmp_path / f"{name}.safetensors", scheme)
+        # Sums come in another order; a weight at the border of two levels may go the other way.
+        assert (found.levels != wanted.levels).float().mean() < 0.01, name
+        assert (found.levels != quantize_weight(layer.weight, scheme).levels).float().mean() > 0.1, name
+
+
+def test_the_digest_knows_data_recipe_and_weights(tiny: Checkpoint, samples: list[Sample]) -> None:
+    other = Checkpoint.open("tiny", random_weights=True, seed=1, note=lambda line: None)
+    found = {
+        digest(tiny, RECIPE, samples),
+        digest(tiny, RECIPE, samples[:-1]),
+        digest(tiny, Recipe("r", decoder=GPTQ), samples),
+        digest(other, RECIPE, samples),
+    }
+    assert len(found) == 4 and digest(tiny, RECIPE, list(samples)) in found
+
+
+def test_pieces_of_text_are_drawn_by_the_seed() -> None:
+    def draw(seed: int, count: int = 3) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        found = text_samples(range(1000), samples=count, length=50, rng=rng, name="t")
+        return [sample.input_ids.tolist() for sample in found]
+
+    assert draw(0) == draw(0) != draw(1)
+    assert all(piece == list(range(piece[0], piece[0] + 50)) and piece[0] % 50 == 0 for piece in draw(2, 20))
+    assert len(draw(0, 99)) == 20
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "penguin_edge", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def recipe_file(folder: Path, **parts: Any) -> Path:
+    path = folder / "gptq.json"
+    path.write_text(json.dumps(parts))
+    return path
+
+
+def test_export_verifies_and_says_what_it_read(data: Path, tmp_path: Path) -> None:
+    scheme = {"bits": 4, "group": 64, "method": "gptq"}
+    recipe = recipe_file(tmp_path, projector=scheme, decoder=scheme)
+    out = tmp_path / "out"
+    common = ("--model", "nano", "--quant", recipe, "--max-seq-len", 512, "-o", out)
+    done = cli("export", *common, "--calibration", data, "--calibration-samples", 6)
+    assert done.returncode == 0, done.stderr
+    made = Bundle.read(out).manifest.quantization["calibration"]
+    assert made["samples"] == made["images"] == 6 and made["tokens"] > 6 * 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq.json", "out"]
+    done = cli("verify", out, "--against", "nano", "--calibration", data)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = cli("verify", out, "--against", "nano")
+    assert done.returncode == 1 and "--calibration" in done.stderr
+    (tmp_path / "other.jsonl").write_text(
+        "\n".join((data / "annotations.jsonl").read_text().replace("What", "Where").splitlines()[:6])
+    )
+    for seed in range(8):
+        (tmp_path / f"{seed}.png").write_bytes((data / f"{seed}.png").read_bytes())
+    done = cli("verify", out, "--against", "nano", "--calibration", tmp_path / "other.jsonl")
+    assert done.returncode == 1 and "is not what the bundle was calibrated with" in done.stderr
+
+
+def test_bad_calibration_data(tiny: Checkpoint, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder").mkdir()
+    for name, says in (
+        ("none.txt", "cannot be read"),
+        ("short.txt", "wanted at least 512"),
+        ("binary.txt", "is not UTF-8"),
+        ("empty.jsonl", "no record in it"),
+        ("folder", "annotations.jsonl"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_calibration(CalibrationOptions(str(tmp_path / name)), tiny)
+    with pytest.raises(InputError, match="model_max_length is 4"):
+        read_calibration(CalibrationOptions(str(data), length=4), tiny)
+
+
+def test_text_alone_cannot_calibrate_an_encoder(tiny: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a text without any picture " * 100)
+    texts = read_calibration(CalibrationOptions(str(tmp_path / "text.txt"), length=64), tiny)
+    with pytest.raises(InputError, match=r"encoder\.\S+: int4 .* gptq reads images"):
+        calibrate(tiny, RECIPE, texts, tmp_path / "work", lambda stage: None)
+    assert not (tmp_path / "work").exists()
+    calibrate(tiny, Recipe("r", decoder=GPTQ, lenient=True), texts, tmp_path / "work", lambda stage: None)
+    assert all(name.startswith("decoder.layers") for name in contents(tmp_path / "work"))
+
+
+def test_refused_calibrations_leave_nothing(data: Path, tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path, decoder={"bits": 4, "group": 64, "method": "gptq"})
+    for more, says in (
+        (("--quant", recipe), "name some with --calibration"),
+        (("--quant", recipe, "--calibration", tmp_path / "none.txt"), "cannot be read"),
+        (("--quant", "int4", "--calibration", data), "none of its schemes reads calibration data"),
+    ):
+        done = cli("export", "--model", "nano", "-o", tmp_path / "out", *more)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and says in done.stderr, done.stderr
+        assert list(tmp_path.iterdir()) == [recipe]
