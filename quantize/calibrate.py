@@ -32,6 +32,7 @@ from penguin_edge.encoder import rotary_2d
 from penguin_edge.errors import InputError
 from penguin_edge.layers import full_attention, rotary_angles
 from penguin_edge.model import PenguinModel
+from penguin_edge.preprocess import Patches
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import Ready, chosen, linears
 from penguin_edge.quantize.gptq import gptq
@@ -230,21 +231,14 @@ class _Walk:
         setattr(self.model.get_submodule(parent), attribute, nn.Identity())
 
 
-def _encode(walk: _Walk, visuals: Sequence[object]) -> list[Tensor]:
-    from penguin_edge.preprocess import Patches
-
+def _encode(walk: _Walk, visuals: Sequence[Patches]) -> list[Tensor]:
     encoder = walk.model.encoder
     assert encoder is not None
-    items = [visual for visual in visuals if isinstance(visual, Patches)]
-    pixels = [torch.from_numpy(item.pixels)[None].float() for item in items]
-    turns = [
-        rotary_2d(
-            torch.from_numpy(item.rows), torch.from_numpy(item.cols), encoder.config.head_dim,
-            encoder.config.rope_theta, torch.float32,
-        )
-        for item in items
-    ]  # fmt: skip
-    states = walk.through("encoder.patch_embedding", lambda i: encoder.patch_embedding(pixels[i]), len(items))
+    config = encoder.config
+    pixels = [torch.from_numpy(item.pixels)[None].float() for item in visuals]
+    places = [(torch.from_numpy(item.rows), torch.from_numpy(item.cols)) for item in visuals]
+    turns = [rotary_2d(*place, config.head_dim, config.rope_theta, torch.float32) for place in places]
+    states = walk.through("encoder.patch_embedding", lambda i: encoder.patch_embedding(pixels[i]), len(pixels))
     attend = full_attention(causal=False)
     for index in range(len(encoder.layers)):
         states = _block(walk, f"encoder.layers.{index}", states, turns, attend)
@@ -252,9 +246,8 @@ def _encode(walk: _Walk, visuals: Sequence[object]) -> list[Tensor]:
     return [norm(x) for x in states]
 
 
-def _project(walk: _Walk, visuals: Sequence[object], features: list[Tensor]) -> list[Tensor]:
-    merges = [getattr(visual, "merge_size", 1) for visual in visuals]
-    return walk.through("projector", lambda i: walk.model.project(features[i], merges[i]), len(features))
+def _project(walk: _Walk, visuals: Sequence[Patches], features: list[Tensor]) -> list[Tensor]:
+    return walk.through("projector", lambda i: walk.model.project(features[i], visuals[i].merge_size), len(features))
 
 
 def _decode(walk: _Walk, samples: Sequence[Sample], features: list[Tensor]) -> None:

@@ -68,7 +68,7 @@ class Progress:
         self._last = now
         rate = done / max(now - self._begin, 1e-9)
         left = f"about {(total - done) / rate:.0f} s left"
-        line = f"[{done}/{total}] {rate:.2g} {self._what}/s, {left}, peak {peak_mb():.0f} MB"
+        line = f"[{done}/{total}] {rate:.1f} {self._what}/s, {left}, peak {peak_mb():.0f} MB"
         if self._rewrites:
             print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
         else:
