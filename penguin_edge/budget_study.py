@@ -26,10 +26,9 @@ from penguin_edge.evaluate import (
     Progress,
     Question,
     Training,
-    Z,
     answer_tokens,
     by_media,
-    is_right,
+    difference,
     score,
 )
 from penguin_edge.prompt import Message, part_kind
@@ -173,23 +172,13 @@ def study(
                 "accuracy": whole["accuracy"],
                 "interval": whole["interval"],
                 "tasks": {task: row["accuracy"] for task, row in tasks.items()},
-                "over_tra": _difference(questions, given, replies["tra", share]),
+                "over_tra": difference(
+                    questions, [reply.text for reply in given], [reply.text for reply in replies["tra", share]]
+                ),
             }
         )
     first = [reply.text for reply in replies["tra", shares[0]]]
     return {**score(questions, first, training=training), "budget_study": entries}
-
-
-def _difference(questions: Sequence[Question], a: Sequence[Reply], b: Sequence[Reply]) -> list[float]:
-    """Weighted mean of right(a) - right(b) and its 95 % interval (normal, paired)."""
-    rows = [
-        (q.weight, float(is_right(q, x.text)) - float(is_right(q, y.text)))
-        for q, x, y in zip(questions, a, b, strict=True)
-    ]
-    total = sum(weight for weight, _ in rows)
-    mean = sum(weight * value for weight, value in rows) / total
-    half = Z * math.sqrt(sum(weight**2 * (value - mean) ** 2 for weight, value in rows)) / total
-    return [mean, mean - half, mean + half]
 
 
 def draw_study(result: dict[str, Any], path: str | Path) -> None:

@@ -194,7 +194,12 @@ def evaluate(
     training: Training | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Ask every question and score the answers; see `score`.
+    """Ask every question and score the answers; see `ask_all` and `score`."""
+    return score(questions, ask_all(questions, answer, progress), training=training)
+
+
+def ask_all(questions: Sequence[Question], answer: Answer, progress: Progress | None = None) -> list[str]:
+    """The answers, in the order of the questions.
 
     Questions about the same files are asked one after the other, so that a session can use again what it has computed.
     """
@@ -207,7 +212,53 @@ def evaluate(
             raise InputError(f"{questions[i].record}: {error}") from error
         if progress:
             progress(done, len(questions))
-    return score(questions, answers, training=training)
+    return answers
+
+
+def save_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    """One JSON object per question: id, task, question, reference, answer, right; written aside, then renamed.
+
+    Raises:
+        InputError: `path` cannot be written.
+    """
+    rows = [
+        {"id": q.record, "task": q.task, "question": q.text, "reference": q.reference, "answer": a}
+        | {"right": is_right(q, a)}
+        for q, a in zip(questions, answers, strict=True)
+    ]
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file for the answers") from error
+
+
+def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
+    """What `save_answers` wrote for the very same questions.
+
+    Raises:
+        InputError: not such a file, or of other questions.
+    """
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        asked = [(row["id"], row["question"]) for row in rows]
+        answers = [str(row["answer"]) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); wanted a file that --answers wrote") from error
+    if asked != [(q.record, q.text) for q in questions]:
+        raise InputError(f"{path}: answers to other questions; ask both models with the same --data and --limit")
+    return answers
+
+
+def difference(questions: Sequence[Question], a: Sequence[str], b: Sequence[str]) -> list[float]:
+    """Weighted mean of right(a) - right(b), and its 95 % interval (normal, paired): [mean, low, high]."""
+    rows = [(q.weight, float(is_right(q, x)) - float(is_right(q, y))) for q, x, y in zip(questions, a, b, strict=True)]
+    total = sum(weight for weight, _ in rows)
+    mean = sum(weight * value for weight, value in rows) / total
+    half = Z * math.sqrt(sum(weight**2 * (value - mean) ** 2 for weight, value in rows)) / total
+    return [mean, mean - half, mean + half]
 
 
 def answer_tokens(questions: Sequence[Question]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from penguin_edge.evaluate import (
     SLACK,
     Question,
     by_media,
+    difference,
     evaluate,
     is_right,
     limited,
     normalise,
     questions_of,
+    read_answers,
+    save_answers,
     score,
     wilson,
 )
@@ -276,3 +280,33 @@ def test_bad_input_is_one_sentence(case: str, says: str, tmp_path: Path) -> None
 def test_usage() -> None:
     assert cli("tiny").returncode == 2
     assert cli("tiny", "--data", "x", "--limit", "0").returncode == 2
+
+
+def test_answers_are_kept_and_compared(tmp_path: Path) -> None:
+    questions = [
+        Question(f"r{i}", "t", ({"role": "user", "content": f"q{i}"},), f"q{i}", str(i), weight=1.0 + (i == 0))
+        for i in range(8)
+    ]
+    right = [str(i) for i in range(8)]
+    worse = ["no", "no", *right[2:]]
+    path = tmp_path / "answers.jsonl"
+    save_answers(path, questions, worse)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["right"] for row in rows] == [False, False] + [True] * 6
+    assert read_answers(path, questions) == worse
+    # The first question counts twice: 3 of 9.
+    mean, low, high = difference(questions, worse, right)
+    assert mean == pytest.approx(-3 / 9) and low < mean < high and high - mean == pytest.approx(mean - low)
+    assert difference(questions, worse, worse) == [0, 0, 0]
+    for bad, says in (
+        (questions[1:], "other questions"),
+        ([dataclasses.replace(questions[0], text="?"), *questions[1:]], "other questions"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_answers(path, bad)
+    for content in ("{", '{"id": 1}', "[]"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="--answers wrote"):
+            read_answers(path, questions)
+    with pytest.raises(InputError, match="cannot be written"):
+        save_answers(tmp_path / "none" / "x", questions, worse)

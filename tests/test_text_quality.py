@@ -81,7 +81,7 @@ def test_command_line(tmp_path: Path) -> None:
         (("nano", "--text", text, "--length", 100_000), "wanted at least one piece"),
         (("nano", "--text", text, "--length", 64, "--against", "tiny"), ""),
         (("nano", "--data", tmp_path, "--against", "nano"), "name one with --text"),
-        (("nano", "--text", text, "--budget-study"), "use it with --data"),
+        (("nano", "--text", text, "--budget-study"), "--budget-study is about questions"),
     ):
         done = cli(*arguments)
         assert done.returncode == 1 and "Traceback" not in done.stderr and says in done.stderr, done.stderr

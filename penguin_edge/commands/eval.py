@@ -17,10 +17,14 @@ from penguin_edge.errors import InputError
 from penguin_edge.evaluate import (
     Answer,
     Question,
-    evaluate,
+    ask_all,
+    difference,
     limited,
     questions_of,
+    read_answers,
     read_training_answers,
+    save_answers,
+    score,
 )
 from penguin_edge.machine import peak_mb
 from penguin_edge.prompt import Message
@@ -40,6 +44,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--against", metavar="BUNDLE|CHECKPOINT", help="with --text: the unquantized model")
     parser.add_argument("--pieces", type=positive, default=4, help="with --text: how many (default: %(default)s)")
     parser.add_argument("--length", type=positive, default=256, help="with --text: tokens each (default: %(default)s)")
+    parser.add_argument("--answers", metavar="FILE", help="write every answer, one JSON object per line")
+    parser.add_argument("--over", metavar="FILE", help="compare with the --answers of another model")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
     parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
     parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
@@ -120,18 +126,26 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--against compares two models on a text; name one with --text")
     if args.out and not args.budget_study:
         raise InputError("-o draws a budget study; add --budget-study")
+    if args.budget_study and (args.answers or args.over):
+        raise InputError("a budget study asks every question many times; leave out --answers and --over")
     if args.budget_study and args.tra != "strict":
         raise InputError("a budget study compares strict plans; leave out --tra reference")
     data = Path(args.data)
     questions = read_questions(data, args.limit)
     training = read_training_answers(data if data.is_dir() else data.parent)
+    other = read_answers(args.over, questions) if args.over else None
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
     session = Session(engine, tokenizer, budget=args.budget, tra=args.tra)
     begin = time.monotonic()
     if args.budget_study:
         result = study(questions, asker(session), engine.config, training=training, progress=Progress())
     else:
-        result = evaluate(questions, answerer(session), training=training, progress=Progress())
+        answers = ask_all(questions, answerer(session), Progress())
+        result = score(questions, answers, training=training)
+        if args.answers:
+            save_answers(args.answers, questions, answers)
+        if other is not None:
+            result["over"] = {"answers": args.over, "difference": difference(questions, answers, other)}
     seconds = time.monotonic() - begin
     if args.out:
         draw_study(result, args.out)
@@ -149,8 +163,9 @@ def run(args: argparse.Namespace) -> int:
 
 def run_text(args: argparse.Namespace) -> int:
     """Perplexity of a text, and the distance from another model on it."""
-    if args.budget_study or args.out:
-        raise InputError("a budget study asks questions about clips; use it with --data")
+    for name in ("budget_study", "out", "answers", "over", "limit"):
+        if getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is about questions; use it with --data")
     try:
         text = Path(args.text).read_text(encoding="utf-8")
     except OSError as error:
@@ -195,7 +210,11 @@ def report(result: dict[str, Any]) -> str:
     n = sum(row["n"] for row in result["tasks"].values())
     rows.append(("average of tasks", str(n), f"{result['average']:.3f}", "", *average))
     source = result["question_only_from"]
-    return f"{table(rows, indent='')}\nquestion only: the most frequent answer to the same text, from {source}"
+    over = ""
+    if "over" in result:
+        mean, low, high = result["over"]["difference"]
+        over = f"\nover {result['over']['answers']}: {mean:+.4f} ({low:+.4f} to {high:+.4f}) of all questions"
+    return f"{table(rows, indent='')}\nquestion only: the most frequent answer to the same text, from {source}{over}"
 
 
 def study_report(result: dict[str, Any]) -> str:
