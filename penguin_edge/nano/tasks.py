@@ -155,16 +155,6 @@ def count_any(painter: Painter, rng: Generator, split: Split) -> Scene:
     return _count(painter, rng, split, pick(rng, [name for name in NAMES if name not in held]), pick(rng, COUNTS))
 
 
-def count_apart(painter: Painter, rng: Generator, split: Split) -> Scene:
-    """How many of one object, at least two more or fewer than its held-out number: for training. Who is unsure between
-    neighbouring numbers gains nothing from knowing which one an object never has."""
-    name = pick(rng, NAMES)
-    held = [count for other, count in HELD_COUNTS if other == name]
-    return _count(
-        painter, rng, split, name, pick(rng, [c for c in COUNTS if all(abs(c - int(str(h))) > 1 for h in held)])
-    )
-
-
 def _count(painter: Painter, rng: Generator, split: Split, name: str, count: int) -> Scene:
     # Held-out places belong to the other tasks: here an object may be in any cell.
     cells = [int(i) for i in rng.permutation(9)]
@@ -389,7 +379,6 @@ DENSE = {
     "tally": tally,
     "census": census,
     "count_any": count_any,
-    "count_apart": count_apart,
     "transcribe": transcribe,
 }
 """For training only: what the other tasks build on, and many answers from one picture."""
