@@ -225,9 +225,15 @@ def _decoder_stages(
     logits = np.stack(rows)
     kept = len(reference["decode"])
     stages.append(compare("decode", logits[:kept], reference["decode"], tolerance))
-    equal = np.append(first.argmax() == tokens[0], logits.argmax(-1) == reference["decode_top"])
+    wanted = np.append(tokens[:1], reference["decode_top"])
+    every = np.concatenate((first, logits))
+    below = every.max(-1) - every[np.arange(len(every)), wanted]
+    # Two tokens closer than the errors of both may change places: no sign of a wrong graph.
+    near = 2 * max(stage.max_abs for stage in stages)
+    equal = below <= near
     share = float(equal.mean())
-    detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal"
+    ties = int((equal & (below > 0)).sum())
+    detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal" + (f", {ties} of them near-ties" if ties else "")
     stages.append(Stage("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
     progress("truncate")
     middle = len(embeds) // 2
