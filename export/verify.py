@@ -233,7 +233,9 @@ def _decoder_stages(
     equal = below <= near
     share = float(equal.mean())
     ties = int((equal & (below > 0)).sum())
-    detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal" + (f", {ties} of them near-ties" if ties else "")
+    detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal"
+    if ties:
+        detail += f", {ties} of them near-ties"
     stages.append(Stage("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
     progress("truncate")
     middle = len(embeds) // 2
