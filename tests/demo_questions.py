@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from penguin_edge.evaluate import is_right, questions_of
 from penguin_edge.records import read_records
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
@@ -17,8 +18,8 @@ def main(data: str, bundles: list[str]) -> int:
     records = read_records(Path(data))
     rows = []
     for record in records:
-        *asked, answer = record.messages
-        rows.append([_text(asked[-1]), _text(answer)])
+        *_, question, answer = record.messages
+        rows.append([_text(question), _text(answer)])
     for bundle in bundles:
         session = Session.open(bundle)
         for row, record in zip(rows, records, strict=True):
@@ -28,8 +29,12 @@ def main(data: str, bundles: list[str]) -> int:
     print(f"  {'question':<45}" + "".join(f"{name:>18}" for name in ("true", *names)))
     for question, *answers in rows:
         print(f"  {question:<45}" + "".join(f"{answer:>18}" for answer in answers))
-    right = [sum(row[1] == row[2 + i] for row in rows) for i in range(len(bundles))]
-    print("\n  right: " + ", ".join(f"{name} {n} of {len(rows)}" for name, n in zip(names, right, strict=True)))
+    asked = questions_of(records)
+    right = [sum(is_right(q, row[2 + i]) for q, row in zip(asked, rows, strict=True)) for i in range(len(bundles))]
+    print(
+        "\n  right, the time of a change to the frame before or after: "
+        + ", ".join(f"{name} {n} of {len(rows)}" for name, n in zip(names, right, strict=True))
+    )
     return 0 if all(row[2:] == [row[2]] * len(bundles) for row in rows) else 1
 
 
