@@ -155,6 +155,28 @@ def count_any(painter: Painter, rng: Generator, split: Split) -> Scene:
     return _count(painter, rng, split, pick(rng, [name for name in NAMES if name not in held]), pick(rng, COUNTS))
 
 
+def count_both(painter: Painter, rng: Generator, split: Split) -> Scene:
+    """How many of two objects together: for training. Half of the questions name an object with the number that is
+    held out for it, as a sum with another object, so that the name in a question is no clue against that number."""
+    one, total = _held(HELD_COUNTS, rng) if rng.random() < 0.5 else (pick(rng, NAMES), pick(rng, COUNTS))
+    total = int(str(total))
+    other = pick(rng, [name for name in NAMES if name != one and (name, total) not in HELD_COUNTS])
+    parts = [
+        (first, total - first)
+        for first in range(total + 1)
+        if (one, first) not in HELD_COUNTS and (other, total - first) not in HELD_COUNTS
+    ]
+    counts = dict(zip((one, other), pick(rng, parts), strict=True))
+    cells = [int(i) for i in rng.permutation(9)]
+    placed = [(name, cells.pop()) for name, count in counts.items() for _ in range(count)]
+    rest = [(name, cells.pop()) for name in several(rng, NAMES, 3) if name not in counts][: int(rng.integers(0, 3))]
+    rest = [(name, cell) for name, cell in rest if (name, CELLS[cell]) not in HELD_CELLS]
+    frame = painter.paint(painter.background(rng), [in_cell(name, cell, rng) for name, cell in placed + rest])
+    first, second = several(rng, (one, other), 2)
+    asked = Turn("count_both", f"How many {first} and {second} pictures are there?", str(total), None)
+    return Scene((frame,), (asked, *_shared_turns(rng, rest)))
+
+
 def _count(painter: Painter, rng: Generator, split: Split, name: str, count: int) -> Scene:
     # Held-out places belong to the other tasks: here an object may be in any cell.
     cells = [int(i) for i in rng.permutation(9)]
@@ -379,6 +401,7 @@ DENSE = {
     "tally": tally,
     "census": census,
     "count_any": count_any,
+    "count_both": count_both,
     "transcribe": transcribe,
 }
 """For training only: what the other tasks build on, and many answers from one picture."""
