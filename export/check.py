@@ -12,6 +12,7 @@
 | embeds              | [S,H]       | f32   | prompt after splicing                                                    |
 | prefill             | [1,V]       | f32   | logits after the prompt                                                  |
 | tokens              | [33]        | i64   | greedy answer                                                            |
+| cache               | [2L,kv,S,D] | f32   | keys and values of every layer after the prompt; not stored              |
 | decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone            |
 | decode_top          | [32]        | i64   | greedy choice after each token of the answer                             |
 """
@@ -23,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from penguin_edge.config import PenguinConfig
+from penguin_edge.decoder import KVCache
 from penguin_edge.export.cases import CASES, DECODED, QUESTION, STORED_LOGITS, Arrays, check_image
-from penguin_edge.generate import generate
+from penguin_edge.generate import continue_greedy
 from penguin_edge.model import PenguinModel
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer, render
@@ -75,20 +77,38 @@ def check_ids(config: PenguinConfig, tokenizer: Tokenizer) -> NDArray[np.int64]:
     return np.array(tokenizer.encode_pieces(pieces), np.int64)
 
 
-def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
-    """Eager embeddings, prefill logits, and a greedy answer; `model` holds the decoder and the embedding."""
+def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
+    """Eager embeddings, logits and cache after the prompt; `model` holds the decoder and the embedding."""
     ids = torch.from_numpy(arrays["ids"])[None]
     visual = None
     if model.config.vision is not None:
         rows = [torch.from_numpy(arrays[f"visual_{case}"])[0] for case in range(len(CASES))]
         visual = torch.cat(rows).to(model.dtype)
     with torch.no_grad():
-        embeds = model.splice(ids, visual)[0].float().numpy()
-    tokens, logits = generate(model, ids, visual, max_new_tokens=DECODED + 1)
+        embeds = model.splice(ids, visual)
+    cache = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device)
+    _, logits = continue_greedy(model, cache, embeds, max_new_tokens=1)
     return {
-        "embeds": embeds,
-        "prefill": logits[:1].numpy(),
-        "tokens": np.array(tokens),
-        "decode": logits[1 : 1 + STORED_LOGITS].contiguous().numpy(),
-        "decode_top": logits[1:].argmax(-1).numpy(),
+        "embeds": embeds[0].float().numpy(),
+        "prefill": logits.numpy(),
+        "cache": torch.cat(cache.keys + cache.values).float().numpy(),
+    }
+
+
+def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
+    """An eager greedy answer, from the logits and the cache of `check_prefill` on."""
+    assert model.embedding is not None
+    text, length = model.config.text, len(arrays["embeds"])
+    cache = KVCache(text, length + DECODED, model.dtype, model.device)
+    for buffer, filled in zip(cache.keys + cache.values, torch.from_numpy(arrays["cache"]), strict=True):
+        buffer[:, :, :length] = filled
+    cache.length = length
+    first = int(arrays["prefill"].argmax())
+    with torch.no_grad():
+        embeds = model.embedding(torch.tensor([[first]]))
+    tokens, logits = continue_greedy(model, cache, embeds, max_new_tokens=DECODED)
+    return {
+        "tokens": np.array([first, *tokens]),
+        "decode": logits[:STORED_LOGITS].contiguous().numpy(),
+        "decode_top": logits.argmax(-1).numpy(),
     }

@@ -252,6 +252,7 @@ class ExecutorchTarget:
     name = "executorch"
     precisions: tuple[str, ...] = ("fp32", "fp16")
     tools: tuple[str, ...] = ("torch", "executorch", "torchao")
+    shares_kv = False
     activations: Activations = "token"
 
     def bounds(self, max_seq_len: int) -> Bounds:
@@ -276,6 +277,8 @@ class ExecutorchTarget:
         grouped = scheme.group is not None and scheme.group >= 32
         if not scheme.symmetric or grouped != (scheme.bits == 4):
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK takes int{scheme.bits} with {wanted}")
+        if scheme.activations == "block":
+            raise InputError(f"{layer}: {scheme.label}, but XNNPACK rounds activations per token")
         if precision != "fp32":
             raise InputError(f"{layer}: {scheme.label} beside {precision}, but XNNPACK's quantized linears take fp32")
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -30,7 +30,7 @@ from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import CALIBRATION, TOOLS_BYTES
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
-from penguin_edge.quantize.apply import check_layers, chosen, linears
+from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, linears
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
@@ -77,15 +77,16 @@ class Estimate:
         return max(self.peak_bytes.values())
 
 
-def parts_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+def parts_of(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
+    """What is exported, in this order; the decoder goes on with the check data where `prefill` ended."""
     vision = ("encoder", "projector") if checkpoint.config.vision else ()
-    return (*vision, "decoder", "embedding")
+    return (*vision, *(("prefill",) if recipe.prefill else ()), "decoder", "embedding")
 
 
-def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+def linear_shapes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, int]]:
     """[outputs, inputs] of every linear layer, by name."""
-    parts = [part for part in parts_of(checkpoint) if part != "embedding"]
-    model = meta_model(checkpoint.config, parts)
+    parts = [part for part in parts_of(checkpoint, recipe) if part != "embedding"]
+    model = meta_model(checkpoint.config, [DECODERS.get(part, part) for part in parts])
     found = [item for part in parts for item in linears(model, part).items()]
     return {name: (linear.out_features, linear.in_features) for name, linear in found}
 
@@ -93,8 +94,8 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """What the weights will take: fp32 scales at groups of 64 are half a bit per weight."""
     width = VALUE_BYTES[recipe.precision]
-    total = sum(checkpoint.parameter_bytes(part, width) for part in parts_of(checkpoint))
-    for layer, (outputs, inputs) in linear_shapes(checkpoint).items():
+    total = sum(checkpoint.parameter_bytes(DECODERS.get(part, part), width) for part in parts_of(checkpoint, recipe))
+    for layer, (outputs, inputs) in linear_shapes(checkpoint, recipe).items():
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
             total -= outputs * inputs * (8 * width - scheme.bits) // 8
@@ -113,10 +114,13 @@ def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> 
     """Memory per part, disk, and KV cache, before anything is done."""
     precision = options.recipe.precision
     factor = target.peak_factor(precision, options.recipe.quantized)
-    graphs = [part for part in parts_of(checkpoint) if part != "embedding"]
+    graphs = [part for part in parts_of(checkpoint, options.recipe) if part != "embedding"]
     kv = kv_bytes(checkpoint, options.max_seq_len, target.kv_dtype(precision))
-    peak = {part: int(factor * checkpoint.parameter_bytes(part, 2)) + TOOLS_BYTES for part in graphs}
-    peak["decoder"] += kv
+    peak = {
+        part: int(factor * checkpoint.parameter_bytes(DECODERS.get(part, part), 2)) + TOOLS_BYTES for part in graphs
+    }
+    for part in set(peak) & {"decoder", "prefill"}:
+        peak[part] += kv
     disk = disk_bytes(checkpoint, options.recipe) + 64_000_000
     return Estimate(kv, disk, peak)
 
@@ -133,7 +137,12 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         raise InputError(
             f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
         )
-    layers = linear_shapes(checkpoint)
+    if recipe.prefill and not target.shares_kv:
+        raise InputError(
+            f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
+            "out `prefill`, or take --target onnx"
+        )
+    layers = linear_shapes(checkpoint, recipe)
     check_layers(recipe, layers)
     for layer, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, layer, inputs)
@@ -185,6 +194,8 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     need = estimate(checkpoint, target, options)
     check_room(need, options, Path(out))
     bounds = target.bounds(options.max_seq_len)
+    if options.recipe.prefill:
+        bounds = replace(bounds, min_chunk=2)
     stored = DTYPE_NAMES.get(str(checkpoint.dtype), "fp32")
     recipe = options.recipe
     embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
@@ -205,7 +216,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
         quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
     with contract.writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
-        for part in parts_of(checkpoint):
+        for part in parts_of(checkpoint, recipe):
             job = {
                 **common,
                 "part": part,

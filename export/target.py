@@ -25,6 +25,8 @@ class Target(Protocol):
     precisions: tuple[str, ...]
     tools: tuple[str, ...]
     """Distributions whose versions go into the manifest."""
+    shares_kv: bool
+    """Whether two graphs can work on one KV cache."""
     activations: Activations
     """How this engine rounds what goes into a quantized product."""
 

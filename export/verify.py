@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from penguin_edge.export.cases import CASES, DECODED, Arrays
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engine import Engine, chunks
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,12 @@ def _computed(bundle: Bundle, checkpoint: Checkpoint, dtype: torch.dtype, load: 
         arrays |= check.check_patches(config)
         arrays |= check.check_encoder(load("encoder"), arrays)
         arrays |= check.check_projector(load("projector"), arrays)
-    return arrays | check.check_decoder(load("decoder", "embedding"), arrays)
+    if "prefill" in bundle.manifest.graphs:
+        arrays |= check.check_prefill(load("prefill", "embedding"), arrays)
+    model = load("decoder", "embedding")
+    if "prefill" not in bundle.manifest.graphs:
+        arrays |= check.check_prefill(model, arrays)
+    return arrays | check.check_decoder(model, arrays)
 
 
 def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, detail: str = "") -> Stage:
@@ -207,9 +212,9 @@ def verify_stages(
 def prefill(engine: Engine, embeds: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:
     """Append `embeds` in chunks; logits [1, V] after the last position."""
     logits = np.empty((0, 0), np.float32)
-    for begin in range(0, len(embeds), chunk):
-        last = begin + chunk >= len(embeds)
-        logits = engine.forward(embeds[begin : begin + chunk], np.full(int(last), -1, np.int64))
+    for rows in chunks(len(embeds), replace(engine.bounds, max_chunk=chunk)):
+        last = rows.stop == len(embeds)
+        logits = engine.forward(embeds[rows], np.full(int(last), -1, np.int64))
     return logits
 
 

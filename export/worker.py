@@ -25,7 +25,7 @@ from penguin_edge.export.targets import TARGETS
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.quantize.apply import load_quantized, quantize_rows
+from penguin_edge.quantize.apply import DECODERS, load_quantized, quantize_rows
 from penguin_edge.quantize.calibrate import (
     CalibrationOptions,
     calibrate,
@@ -61,11 +61,11 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
             "peak_mb": peak_mb(),
             "baseline_mb": baseline,
         }
-    extra = ("embedding",) if part == "decoder" else ()
+    extra = ("embedding",) if part in ("prefill", "decoder") else ()
     ready = ready_integers(Path(job["calibrated"])) if job["calibrated"] else None
     model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations, ready)
     _record_check(part, model, checkpoint, folder)
-    if part == "decoder":
+    if extra:
         model.embedding = None
     bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
     done = target.export_part(part, model, bounds, folder)
@@ -99,8 +99,12 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -
         tokenizer = Tokenizer.open(
             checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
         )
-        arrays["ids"] = check.check_ids(config, tokenizer)
-        arrays |= check.check_decoder(model, arrays)
+        if part == "prefill" or "cache" not in arrays:
+            arrays["ids"] = check.check_ids(config, tokenizer)
+            arrays |= check.check_prefill(model, arrays)
+        if part == "decoder":
+            arrays |= check.check_decoder(model, arrays)
+            del arrays["cache"]
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
 
 
@@ -122,7 +126,7 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[s
 
 def main(path: str) -> int:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    assert job["part"] in (*PARTS, CALIBRATION)
+    assert job["part"] in (*PARTS, *DECODERS, CALIBRATION)
     begin = time.monotonic()
     try:
         result = export_part(job)

@@ -6,6 +6,7 @@
 | projector | features [B,T,M,C] f32                                                          | visual [B,T,H] f32     |
 | decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, KV state                | logits [1,K,V] f32, KV |
 |           | and on ExecuTorch kv_positions [L] i64 = 0…L-1, so that the filled length is a shape                     |
+| prefill   | as decoder, on the same KV state: more than one position at a time, where a bundle has it                |
 | embedding | not a graph: a raw row-major table, read by the runtime                         | embeds [S,H]           |
 
 KV state is `[1, kv_heads, max_seq_len, D]` per layer for keys and for values, written in place at `start`. ONNX Runtime
@@ -35,7 +36,6 @@ TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding.bin"
 CHECK = "check.safetensors"
 VERIFY = "verify.json"
-GRAPHS = ("encoder", "projector", "decoder")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Bounds:
 
     max_seq_len: int = 4096
     max_chunk: int = 128
+    min_chunk: int = 1
+    """Positions of a prompt that must be computed at once: 2 where single ones run through another graph."""
     max_logits: int = 8
     max_batch: int = 16
     patch_buckets: tuple[int, ...] = (16_384,)
@@ -69,7 +71,7 @@ class Bounds:
 def signature(graph: str, config: PenguinConfig, bounds: Bounds) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs and outputs of one graph, KV state not counted. `T` is P/m², `M` is m²."""
     text = config.text
-    if graph == "decoder":
+    if graph in ("decoder", "prefill"):
         inputs = [
             TensorSpec("embeds", "f32", (1, "S", text.hidden_size)),
             TensorSpec("start", "i64", (1,)),

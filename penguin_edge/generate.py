@@ -37,10 +37,16 @@ def generate(
     Returns:
         The new ids (a stop id is included and ends the answer), and the f32 logits [n, V] that each was chosen from.
     """
+    cache = KVCache(model.config.text, input_ids.shape[1] + max_new_tokens, model.dtype, model.device)
+    return continue_greedy(model, cache, model.splice(input_ids, visual), max_new_tokens=max_new_tokens, stop=stop)
+
+
+@torch.no_grad()
+def continue_greedy(
+    model: PenguinModel, cache: KVCache, embeds: Tensor, *, max_new_tokens: int, stop: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """`generate` after what a cache holds, beginning with `embeds` [1, S, H]."""
     assert model.decoder is not None and model.embedding is not None
-    length = input_ids.shape[1]
-    cache = KVCache(model.config.text, length + max_new_tokens, model.dtype, model.device)
-    embeds = model.splice(input_ids, visual)
     ids: list[int] = []
     rows: list[Tensor] = []
     while len(ids) < max_new_tokens and not (ids and ids[-1] in stop):

@@ -42,6 +42,13 @@ def human_bytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
+def int8_overflows() -> bool:
+    """Whether products of uint8 and int8 may overflow here: on x86 without VNNI, or where that cannot be told."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(processor()[1])
+
+
 def total_memory() -> int:
     """Bytes of memory this process may use: the machine's, or its control group's limit if that is smaller."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

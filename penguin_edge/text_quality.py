@@ -13,14 +13,14 @@ distribution is the first argument of the divergence: what it finds likely must 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.errors import InputError
-from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engine import Engine, chunks
 
 Progress = Callable[[int, int], None]
 """(pieces done, pieces)."""
@@ -43,12 +43,12 @@ def piece_logits(engine: Engine, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     engine.truncate(0)
     step = min(engine.bounds.max_chunk, engine.bounds.max_logits)
     embeds = engine.embed(ids)
-    chunks = [
-        engine.forward(embeds[begin : begin + step], np.arange(len(embeds[begin : begin + step])))
-        for begin in range(0, len(ids), step)
+    logits = [
+        engine.forward(embeds[rows], np.arange(rows.stop - rows.start))
+        for rows in chunks(len(ids), replace(engine.bounds, max_chunk=step))
     ]
     engine.truncate(0)
-    return np.concatenate(chunks)
+    return np.concatenate(logits)
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -83,12 +83,11 @@ def compare_piece(got: NDArray[np.float32], wanted: NDArray[np.float32], ids: ND
 def continuation(engine: Engine, ids: NDArray[np.int64], count: int) -> list[int]:
     """Greedy tokens after a piece, whatever they are."""
     engine.truncate(0)
-    embeds, step = engine.embed(ids), engine.bounds.max_chunk
+    embeds = engine.embed(ids)
     out: list[int] = []
     while len(out) < count:
-        for begin in range(0, len(embeds), step):
-            last = begin + step >= len(embeds)
-            logits = engine.forward(embeds[begin : begin + step], np.full(int(last), -1, np.int64))
+        for rows in chunks(len(embeds), engine.bounds):
+            logits = engine.forward(embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
         out.append(int(logits[0].argmax()))
         embeds = engine.embed(np.array(out[-1:], np.int64))
     engine.truncate(0)

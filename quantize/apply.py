@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear,
 from penguin_edge.quantize.recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DECODERS = {"prefill": "decoder"}
+"""Graphs that are one module of the model under other schemes."""
 Ready = Callable[[str, Scheme], Integers | None]
 """Integers of a layer that were made earlier, from calibration data; None where there are none."""
 SLAB = 8192
@@ -35,9 +38,15 @@ class Row:
     """Norm of the weight's error over the norm of the weight."""
 
 
+def module_of(model: PenguinModel, part: str) -> nn.Module:
+    """The module of a part; `prefill` is the decoder under other schemes."""
+    module: nn.Module = getattr(model, DECODERS.get(part, part))
+    return module
+
+
 def linears(model: PenguinModel, part: str) -> dict[str, nn.Linear]:
     """The linear layers of a part by our names; the head is the decoder's."""
-    module = getattr(model, part)
+    module = module_of(model, part)
     return {f"{part}.{name}": child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
@@ -72,16 +81,23 @@ def check_layers(recipe: Recipe, layers: dict[str, tuple[int, int]]) -> None:
         InputError: the recipe names a layer that the model lacks, or a group does not divide one.
     """
     for name in recipe.layers:
-        if name not in layers:
+        if not any(fnmatchcase(layer, name) for layer in layers):
             known = ", ".join(_sample(layers))
             raise InputError(f"{recipe.name}: the model has no linear layer {name!r}; known: {known}")
     for name, (_, inputs) in layers.items():
-        chosen(recipe, name, inputs)
+        scheme, _ = chosen(recipe, name, inputs)
+        if scheme is not None and scheme.calibrated and name.startswith("prefill.layers."):
+            raise InputError(f"{recipe.name}: {name}: {scheme.label} is made for the decoder alone; take rtn or mse")
 
 
 def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
     names = list(layers)
     return names if len(names) <= 8 else [*names[:7], f"… ({len(names)} in all)"]
+
+
+def rounding(activations: Activations, scheme: Scheme) -> Activations:
+    """What an engine does to the inputs of a layer, from its own way and the scheme's wish."""
+    return "row" if activations == "block" and scheme.activations == "token" else activations
 
 
 @torch.no_grad()
@@ -91,6 +107,7 @@ def quantize_part(
     """Put `QuantizedLinear` in the place of linear layers, in place; a tied head leaves its table as it is.
 
     Args:
+        activations: how the engine rounds them where a scheme does not ask for another way.
         ready: integers of layers whose method needs calibration data.
     Returns:
         One row for every linear layer of the part.
@@ -104,16 +121,18 @@ def quantize_part(
         if scheme is None:
             rows.append(Row(name, shape, None, reason))
             continue
-        integers = ready(name, scheme) if ready is not None else None
+        # Both decoder graphs have the same head.
+        ready_name = "decoder.lm_head" if name == "prefill.lm_head" else name
+        integers = ready(ready_name, scheme) if ready is not None else None
         if integers is None:
             if scheme.calibrated:
                 raise InputError(f"{name}: {scheme.label} needs calibration data; name some with --calibration")
             integers = quantize_weight(linear.weight, scheme, name)
         error = _relative_error(linear.weight, integers)
         rows.append(Row(name, shape, scheme, reason, error))
-        parent, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, attribute, QuantizedLinear(integers, linear.bias, activations))
+        parent, _, attribute = name.removeprefix(f"{part}.").rpartition(".")
+        owner = module_of(model, part).get_submodule(parent)
+        setattr(owner, attribute, QuantizedLinear(integers, linear.bias, rounding(activations, scheme)))
     return rows
 
 
@@ -144,7 +163,7 @@ def load_quantized(
     dtype = DTYPES[recipe.precision]
     if not recipe.quantized:
         return checkpoint.load(parts, dtype=dtype), []
-    model = checkpoint.load(parts)
+    model = checkpoint.load([DECODERS.get(part, part) for part in parts])
     rows = [
         row for part in parts if part != "embedding" for row in quantize_part(model, part, recipe, activations, ready)
     ]

@@ -28,10 +28,13 @@ from penguin_edge.errors import InputError
 
 Method = Literal["rtn", "mse", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "mse", "gptq")
-Activations = Literal["float", "block", "token"]
+Activations = Literal["float", "block", "token", "row"]
 """How an engine rounds what goes into a product: not at all; to int8 with one scale per row and `block` inputs (ONNX
-Runtime's MatMulNBits at accuracy level 4); to uint8 with scale and zero per row (XNNPACK)."""
+Runtime's MatMulNBits at accuracy level 4); to int8 with scale and zero per row (XNNPACK); to int8 with one scale per
+row (ONNX Runtime's MatMulIntegerToFloat between rows that are scaled to one range)."""
 BITS = (4, 8)
+SMALLEST = 1e-30
+"""Takes the place of the largest activation of a row of zeros."""
 SHRINK = 20
 """Scales that `mse` tries per group, from the plain one down to half of it."""
 
@@ -49,6 +52,9 @@ class Scheme:
     group: int | None = None
     symmetric: bool = True
     method: Method = "mse"
+    activations: Literal["block", "token"] | None = None
+    """Scales of the activations: one per row and block of inputs, or one per row, which computes many rows faster where
+    an engine has both. None: the engine's own way."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -57,11 +63,14 @@ class Scheme:
             raise InputError(f"a group of {self.group} weights, wanted a power of two from 16 on")
         if self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        if self.activations not in (None, "block", "token"):
+            raise InputError(f"unknown activations {self.activations!r}; known: block, token")
 
     @property
     def label(self) -> str:
         group = "per row" if self.group is None else f"group {self.group}"
-        return f"int{self.bits} {group}{'' if self.symmetric else ' asymmetric'} {self.method}"
+        inputs = f", activations per {self.activations}" if self.activations else ""
+        return f"int{self.bits} {group}{'' if self.symmetric else ' asymmetric'} {self.method}{inputs}"
 
     @property
     def calibrated(self) -> bool:
@@ -180,6 +189,12 @@ def rounded_rows(x: Tensor) -> Tensor:
     return (((x / scale).round() + zero).clamp(-128, 127) - zero) * scale
 
 
+def rounded_symmetric_rows(x: Tensor) -> Tensor:
+    """`x` as int8 with one scale per row, and back (`RowProduct` of the ONNX Runtime target)."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / 127
+    return (x / scale).round() * scale
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer [.., K] -> [.., N] with quantized weights; the weight is made anew for each call.
 
@@ -213,4 +228,6 @@ class QuantizedLinear(nn.Module):
             y = rounded_blocks(y, self.block)
         elif self.activations == "token":
             y = rounded_rows(y)
+        elif self.activations == "row":
+            y = rounded_symmetric_rows(y)
         return functional.linear(y, self.integers.weight(), self.bias).to(x.dtype)

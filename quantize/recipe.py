@@ -8,7 +8,10 @@ A recipe file is JSON. Every field may be left out; null keeps a part (or a laye
 | precision                             | "fp32" or "fp16": of what is not quantized                                   |
 | encoder, projector, decoder, lm_head  | a scheme: `{"bits": 4, "group": 64, "symmetric": true, "method": "mse"}`     |
 | embedding                             | "int8" (one scale per row), or null                                          |
-| layers                                | `{"decoder.layers.0.mlp.down_proj": scheme or null}`: before the part's own  |
+| prefill                               | a scheme: a second decoder graph, on the same KV cache, for more than one    |
+|                                       | position at a time; its layers are named `prefill.layers.0…`; null: none     |
+| layers                                | `{"decoder.layers.0.mlp.down_proj": scheme or null}`: before the part's own; |
+|                                       | `*` stands for anything; a whole name comes first, then the first pattern    |
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +27,8 @@ from penguin_edge.errors import InputError
 from penguin_edge.quantize.linear import Scheme
 
 VERSION = 1
-LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head")
-INT4, INT8 = Scheme(4, 64), Scheme(8)
+LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head", "prefill")
+INT4, INT8, INT8_ROWS = Scheme(4, 64), Scheme(8), Scheme(8, activations="token")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Recipe:
     decoder: Scheme | None = None
     lm_head: Scheme | None = None
     embedding: Literal["int8"] | None = None
+    prefill: Scheme | None = None
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
     lenient: bool = False
     """A layer that the part's group does not divide takes a smaller group, or stays as it is; the table says so."""
@@ -57,7 +62,10 @@ class Recipe:
         """The scheme of a linear layer by our name, such as `decoder.layers.0.mlp.up_proj`."""
         if layer in self.layers:
             return self.layers[layer]
-        part = "lm_head" if layer == "decoder.lm_head" else layer.partition(".")[0]
+        for pattern, found in self.layers.items():
+            if fnmatchcase(layer, pattern):
+                return found
+        part = "lm_head" if layer.endswith(".lm_head") else layer.partition(".")[0]
         scheme: Scheme | None = getattr(self, part)
         return scheme
 
@@ -101,7 +109,13 @@ def _scheme(value: Any, where: str) -> Scheme | None:
     known = [f.name for f in fields(Scheme)]
     if not isinstance(value, dict) or "bits" not in value or set(value) - set(known):
         raise InputError(f"{where}: got {json.dumps(value)}, wanted null or an object of {', '.join(known)}")
-    kinds = {"bits": (int,), "group": (int, type(None)), "symmetric": (bool,), "method": (str,)}
+    kinds = {
+        "bits": (int,),
+        "group": (int, type(None)),
+        "symmetric": (bool,),
+        "method": (str,),
+        "activations": (str, type(None)),
+    }
     for key, kind in kinds.items():
         found = value.get(key)
         if key in value and (not isinstance(found, kind) or (isinstance(found, bool) and bool not in kind)):
@@ -115,8 +129,11 @@ def _scheme(value: Any, where: str) -> Scheme | None:
 PRESETS = {
     "fp32": Recipe("fp32"),
     "fp16": Recipe("fp16", precision="fp16"),
-    "int8": Recipe("int8", "fp32", INT8, INT8, INT8, INT8, "int8", lenient=True),
+    "int8": Recipe("int8", "fp32", INT8_ROWS, INT8_ROWS, INT8, INT8, "int8", lenient=True),
     "int4": Recipe("int4", "fp32", INT4, INT4, INT4, INT4, "int8", lenient=True),
+    "int8-prefill": Recipe(
+        "int8-prefill", "fp32", INT8_ROWS, INT8_ROWS, INT4, INT4, "int8", prefill=INT8_ROWS, lenient=True
+    ),
 }
 """What `--quant` takes by name."""
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,18 @@ class Engine(Protocol):
     def embed(self, ids: I64) -> F32: ...
     def forward(self, embeds: F32, logit_index: I64) -> F32: ...
     def truncate(self, length: int) -> None: ...
+
+
+def chunks(count: int, bounds: Bounds) -> Iterator[slice]:
+    """A prompt of `count` positions in pieces of at most `max_chunk`, none below `min_chunk` if it can be helped."""
+    begin = 0
+    while begin < count:
+        rest = count - begin
+        size = min(rest, bounds.max_chunk)
+        if 0 < rest - size < bounds.min_chunk < size:
+            size -= bounds.min_chunk - (rest - size)
+        yield slice(begin, begin + size)
+        begin += size
 
 
 def check_encode(bounds: Bounds, pixels: F32) -> None:

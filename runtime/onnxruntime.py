@@ -18,6 +18,7 @@ import numpy as np
 
 from penguin_edge.bundle import EMBEDDING, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
+from penguin_edge.machine import int8_overflows
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
 
@@ -42,7 +43,8 @@ class OnnxRuntimeEngine:
         )
         self._sessions: dict[str, Any] = {}
         self._start = np.zeros(1, dtype=np.int64)
-        self._binding: Any = None
+        self._bindings: dict[str, Any] = {}
+        self._buffers: list[dict[str, Any]] = []
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -96,10 +98,13 @@ class OnnxRuntimeEngine:
     def forward(self, embeds: F32, logit_index: I64) -> F32:
         """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
         check_forward(self.bounds, self.kv_len, embeds, logit_index)
-        session = self._session("decoder")
-        if self._binding is None:
-            self._binding = self._bind(session)
-        binding = self._binding
+        # At least `min_chunk` positions go through the graph for prompts, where the bundle has one.
+        prompt = "prefill" in self._bundle.manifest.graphs and len(embeds) >= self.bounds.min_chunk
+        graph = "prefill" if prompt else "decoder"
+        session = self._session(graph)
+        if graph not in self._bindings:
+            self._bindings[graph] = self._bind(session)
+        binding = self._bindings[graph]
         # ONNX Runtime reads these arrays where they are: they must outlive the call.
         inputs = {"embeds": _f32(embeds)[None], "logit_index": _i64(logit_index)}
         for name, value in inputs.items():
@@ -108,23 +113,27 @@ class OnnxRuntimeEngine:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            raise self._failed("decoder", error) from error
+            raise self._failed(graph, error) from error
         logits = binding.get_outputs()[0].numpy()[0]
         self._start[0] += embeds.shape[0]
         return logits
 
     def _bind(self, session: Any) -> Any:
-        """Bind `start` and the KV buffers for good; `logits` is the first output."""
+        """Bind `start` and the KV buffers, one set for all graphs, for good; `logits` is the first output."""
         text, ort_value = self.config.text, self._runtime.OrtValue
         shape = [1, text.num_key_value_heads, self.bounds.max_seq_len, text.head_dim]
         dtype = KV_DTYPES[self._bundle.manifest.kv_dtype]
+        if not self._buffers:
+            self._buffers = [
+                {what: ort_value.ortvalue_from_shape_and_type(shape, dtype, "cpu") for what in ("key", "value")}
+                for _ in range(text.num_hidden_layers)
+            ]
         binding = session.io_binding()
         binding.bind_output("logits")
         binding.bind_ortvalue_input("start", ort_value.ortvalue_from_numpy(self._start))
-        for layer in range(text.num_hidden_layers):
+        for layer, buffers in enumerate(self._buffers):
             names = kv_names(layer)
-            for what in ("key", "value"):
-                buffer = ort_value.ortvalue_from_shape_and_type(shape, dtype, "cpu")
+            for what, buffer in buffers.items():
                 binding.bind_ortvalue_input(names[f"past_{what}"], buffer)
                 binding.bind_ortvalue_output(names[f"present_{what}"], buffer)
         return binding
@@ -160,7 +169,10 @@ class OnnxRuntimeEngine:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Shapes change from call to call: an arena would keep the largest for ever.
-        options.enable_cpu_mem_arena = graph == "decoder"
+        options.enable_cpu_mem_arena = graph in ("decoder", "prefill")
+        if int8_overflows():
+            # Slower and right: such a processor adds pairs of products in 16 bits.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.enable_mem_pattern = False
         try:
             session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -30,7 +30,7 @@ from penguin_edge.layout import LabelledClip, Size, fit_media, spell_out
 from penguin_edge.machine import peak_mb
 from penguin_edge.preprocess import Patches, preprocess_image
 from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, part_kind, parts_of, render
-from penguin_edge.runtime.engine import F32, Engine
+from penguin_edge.runtime.engine import F32, Engine, chunks
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
 from penguin_edge.runtime.report import Clock, Report
@@ -442,16 +442,16 @@ class Session:
         same = 0
         while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
             same += 1
-        # The last position is always computed again: its logits are wanted.
-        same = min(same, len(keys) - 1, self.engine.kv_len)
+        # The last position is always computed again: its logits are wanted. Where the bundle has a graph of its own
+        # for prompts, it is given no less than that graph's least chunk, so that reuse does not change an answer.
+        same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk), self.engine.kv_len)
         self.engine.truncate(same)
         del self._held[same:]
         report.prompt_tokens, report.reused_tokens = len(keys), same
         logits = np.empty((0, 0), np.float32)
-        step = self.engine.bounds.max_chunk
-        for begin in range(same, len(keys), step):
-            chunk = keys[begin : begin + step]
-            logits = self._forward(chunk, self._embeds(chunk), 1 if begin + step >= len(keys) else 0)
+        new = keys[same:]
+        for rows in chunks(len(new), self.engine.bounds):
+            logits = self._forward(new[rows], self._embeds(new[rows]), int(rows.stop == len(new)))
         return logits[0]
 
     def _embeds(self, keys: list[Any]) -> F32:

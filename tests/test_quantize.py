@@ -16,20 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle import Bounds, Bundle
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import InputError
 from penguin_edge.export.targets import TARGETS
-from penguin_edge.quantize.apply import check_layers, linears, quantize_part, quantize_rows
+from penguin_edge.preprocess import positions
+from penguin_edge.quantize.apply import check_layers, linears, module_of, quantize_part, quantize_rows
 from penguin_edge.quantize.linear import (
     QuantizedLinear,
     Scheme,
     quantize_weight,
     rounded_blocks,
     rounded_rows,
+    rounded_symmetric_rows,
 )
 from penguin_edge.quantize.recipe import PRESETS, Recipe, find_recipe
 from penguin_edge.runtime.embedding import EmbeddingTable
+from penguin_edge.runtime.engine import chunks
+from penguin_edge.runtime.engines import open_engine
 
 SCHEMES = st.builds(
     Scheme,
@@ -37,6 +41,7 @@ SCHEMES = st.builds(
     group=st.sampled_from((None, 16, 32, 64)),
     symmetric=st.booleans(),
     method=st.sampled_from(("rtn", "mse")),
+    activations=st.sampled_from((None, "block", "token")),
 )
 
 
@@ -109,7 +114,7 @@ def test_the_module_computes_with_its_integers() -> None:
             integers = quantize_weight(linear.weight, scheme)
             wanted = nn.functional.linear(x, integers.weight(), linear.bias)
             assert torch.equal(QuantizedLinear(integers, linear.bias, "float")(x), wanted)
-            for activations in ("block", "token"):
+            for activations in ("block", "token", "row"):
                 got = QuantizedLinear(integers, linear.bias, activations)(x)  # type: ignore[arg-type]
                 assert 0 < (got - wanted).norm() / wanted.norm() < 0.02
             assert QuantizedLinear(integers, linear.bias, "float")(x.half()).dtype == torch.float16
@@ -119,6 +124,8 @@ def test_activations_are_rounded_as_the_engines_do() -> None:
     x = weights(9, rows=4)
     x[2] = 0
     assert torch.equal(rounded_blocks(x, 32)[2], x[2]) and torch.equal(rounded_rows(x)[2], x[2])
+    assert torch.equal(rounded_symmetric_rows(x)[2], x[2])
+    assert (rounded_symmetric_rows(x) - x).abs().amax(-1).le(x.abs().amax(-1) / 254 * 1.001).all()
     assert (rounded_blocks(x, 32) - x).abs().max() <= x.abs().max() / 254 * 1.001
     assert (rounded_rows(x) - x).abs().max() <= (x.max() - x.min()) / 254
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
@@ -157,6 +164,8 @@ def test_a_recipe_survives_its_file(parts: dict[str, Any], layers: dict[str, Any
         ({"decoder": {"bits": 5}}, "decoder: 5 bits, wanted one of 4, 8"),
         ({"decoder": {"bits": True}}, "bits is true"),
         ({"decoder": {"group": 64}}, "wanted null or an object of bits"),
+        ({"decoder": {"bits": 8, "activations": "row"}}, "unknown activations 'row'; known: block, token"),
+        ({"decoder": {"bits": 8, "activations": 8}}, "activations is 8"),
         ({"decoder": {"bits": 4, "groups": 64}}, "wanted null or an object of bits"),
         ({"decoder": "int4"}, "wanted null or an object of bits"),
         ({"precision": "fp8"}, "wanted fp32 or fp16"),
@@ -174,7 +183,7 @@ def test_a_wrong_recipe_is_one_sentence(data: Any, says: str, tmp_path: Path) ->
 
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown quantization 'int3'; known: fp32, fp16, int8, int4"):
+    with pytest.raises(InputError, match="unknown quantization 'int3'; known: fp32, fp16, int8, int4, int8-prefill"):
         find_recipe("int3")
     with pytest.raises(InputError, match="cannot be read"):
         find_recipe(str(tmp_path / "none.json"))
@@ -188,6 +197,11 @@ def test_a_recipe_must_fit_the_model() -> None:
     check_layers(PRESETS["int4"], layers)
     with pytest.raises(InputError, match=r"no linear layer 'decoder\.layer\.0'; known: encoder.patch_embedding"):
         check_layers(Recipe("r", layers={"decoder.layer.0": None}), layers)
+    with pytest.raises(InputError, match=r"no linear layer 'encoder\.\*\.mlp'"):
+        check_layers(Recipe("r", layers={"encoder.*.mlp": None}), layers)
+    gptq = Recipe("r", decoder=Scheme(4, 32), prefill=Scheme(8), layers={"prefill.*": Scheme(4, 32, method="gptq")})
+    with pytest.raises(InputError, match=r"prefill\.layers.*made for the decoder alone"):
+        check_layers(gptq, {"prefill.layers.0.mlp.up_proj": (128, 96)})
     with pytest.raises(InputError, match=r"up_proj has 96 inputs.*wanted one of 32, 16"):
         check_layers(Recipe("r", decoder=Scheme(4, 64)), layers)
     with pytest.raises(InputError, match=r"patch_embedding has 588 inputs.*set it to null"):
@@ -236,17 +250,24 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.fixture(scope="module", params=["onnx-int8", "onnx-int4", "executorch-int8", "executorch-int4"])
+BUNDLES = ["onnx-int8", "onnx-int4", "onnx-int8-prefill", "executorch-int8", "executorch-int4"]
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
 def exported(request: pytest.FixtureRequest, nano_bundle: Callable[[str, str], Path]) -> Bundle:
-    return Bundle.read(nano_bundle(*request.param.split("-")))
+    return Bundle.read(nano_bundle(*request.param.split("-", 1)))
 
 
 def expected(bundle: Bundle) -> dict[str, QuantizedLinear]:
-    """Every quantized layer of the model, by name, as the recipe makes it."""
-    model = Checkpoint.open("nano").load()
-    for part in ("encoder", "projector", "decoder"):
-        quantize_part(model, part, PRESETS[bundle.manifest.precision], "float")
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    """Every quantized layer of every graph, by name, as the recipe makes it for the bundle's engine."""
+    found = {}
+    for part in bundle.manifest.graphs:
+        model = Checkpoint.open("nano").load()
+        quantize_part(model, part, PRESETS[bundle.manifest.precision], TARGETS[bundle.manifest.target].activations)
+        for name, module in module_of(model, part).named_modules():
+            if isinstance(module, QuantizedLinear):
+                found[f"{part}.{name}"] = module
+    return found
 
 
 def test_a_quantized_bundle_verifies(exported: Bundle) -> None:
@@ -265,49 +286,95 @@ def test_a_quantized_bundle_verifies(exported: Bundle) -> None:
 
 def test_the_file_holds_the_same_integers(exported: Bundle) -> None:
     layers = expected(exported)
-    bits = next(iter(layers.values())).scheme.bits
     if exported.manifest.target == "onnx":
-        found = nbits_of(exported, bits)
-    else:
-        blobs = {part: exported.path(f"{part}.pte").read_bytes() for part in ("encoder", "projector", "decoder")}
+        for part in exported.manifest.graphs:
+            found = stored_integers(exported, part)
+            for name, layer in layers.items():
+                if name.startswith(f"{part}."):
+                    op, scales = found.pop(layer.levels.numpy().tobytes())
+                    assert op == ("MatMulIntegerToFloat" if layer.activations == "row" else "MatMulNBits"), name
+                    repeats = scales.shape[1] // layer.scales.shape[1]
+                    assert np.array_equal(scales, layer.scales.repeat_interleave(repeats, 1).numpy()), name
+            assert not found
+        return
+    blobs = {part: exported.path(f"{part}.pte").read_bytes() for part in exported.manifest.graphs}
     for name, layer in layers.items():
-        if exported.manifest.target == "onnx":
-            _, scales = found.pop(layer.levels.numpy().tobytes())
-            repeats = scales.shape[1] // layer.scales.shape[1]
-            assert np.array_equal(scales, layer.scales.repeat_interleave(repeats, 1).numpy()), name
-            continue
         blob = blobs[name.partition(".")[0]]
-        if bits == 8:
+        if layer.scheme.bits == 8:
             stored = (layer.levels.to(torch.int16) - 128).to(torch.int8).numpy().tobytes()
             scales_stored = layer.scales.numpy().tobytes()
         else:
             stored = (layer.levels[:, 0::2] | (layer.levels[:, 1::2] << 4)).numpy().tobytes()
             scales_stored = layer.scales.bfloat16().view(torch.int16).numpy().tobytes()
         assert stored in blob and scales_stored in blob, name
-    if exported.manifest.target == "onnx":
-        assert not found
 
 
-def nbits_of(bundle: Bundle, bits: int) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-    """Levels [N, K] and scales of every MatMulNBits node, by the bytes of the levels."""
+def stored_integers(bundle: Bundle, part: str) -> dict[bytes, tuple[str, np.ndarray]]:
+    """Operator and scales [N, groups] of every quantized product of a graph, by the bytes of its levels [N, K]."""
     import onnx
     from onnx import numpy_helper
 
     out = {}
-    for part in ("encoder", "projector", "decoder"):
-        graph = onnx.load(bundle.path(f"{part}.onnx")).graph
-        stored = {tensor.name: tensor for tensor in graph.initializer}
-        for node in graph.node:
-            if node.op_type != "MatMulNBits":
-                continue
+    graph = onnx.load(bundle.path(f"{part}.onnx")).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            weight, scales = (numpy_helper.to_array(stored[node.input[i]]) for i in (1, 3))
+            levels = (weight.T.astype(np.int16) + 128).astype(np.uint8)
+        elif node.op_type == "MatMulNBits":
             attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            assert attributes["bits"] == bits and attributes["accuracy_level"] == 4 and len(node.input) == 3
+            assert attributes["accuracy_level"] == 4 and len(node.input) == 3
             packed, scales = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
-            if bits == 4:
+            if attributes["bits"] == 4:
                 packed = np.stack((packed & 15, packed >> 4), -1)
             levels = packed.reshape(attributes["N"], attributes["K"])
-            out[np.ascontiguousarray(levels).tobytes()] = (levels, scales.reshape(attributes["N"], -1))
+        else:
+            continue
+        out[np.ascontiguousarray(levels).tobytes()] = (node.op_type, scales.reshape(len(levels), -1))
     return out
+
+
+def test_a_row_comes_out_the_same_whatever_is_beside_it(nano_bundle: Callable[[str, str], Path]) -> None:
+    """One scale per row: neither the frames of a batch nor the cuts between chunks change a number."""
+    engine = open_engine(Bundle.read(nano_bundle("onnx", "int8-prefill")))
+    config = engine.config
+    assert config.vision is not None
+    pixels = np.random.default_rng(0).standard_normal((3, 24, 588)).astype(np.float32)
+    pixels[1] *= 50
+    rows, cols = positions((4, 6), 1)
+    together = engine.encode(pixels, rows, cols)
+    for i in range(3):
+        assert np.array_equal(engine.encode(pixels[i : i + 1], rows, cols)[0], together[i])
+    embeds = engine.embed(np.arange(40))
+    found = []
+    for cuts in ((40,), (20, 40), (2, 4, 37, 40)):
+        engine.truncate(0)
+        for begin, end in zip((0, *cuts), cuts, strict=False):
+            logits = engine.forward(embeds[begin:end], np.array([-1]))
+        found.append(logits)
+    # Attention sums in another order for other chunks, and a value at the border of two levels may go the other way:
+    # with one scale for all rows the difference is some 2e-2.
+    for other in found[1:]:
+        assert np.abs(other - found[0]).max() <= 5e-3 * np.abs(found[0]).max()
+
+
+@given(count=st.integers(1, 60), most=st.integers(2, 16), least=st.integers(1, 2))
+def test_chunks_cover_a_prompt_and_leave_no_single_position(count: int, most: int, least: int) -> None:
+    pieces = list(chunks(count, Bounds(max_chunk=most, min_chunk=least)))
+    assert [i for rows in pieces for i in range(rows.start, rows.stop)] == list(range(count))
+    assert all(min(least, count) <= rows.stop - rows.start <= most for rows in pieces if most > least)
+
+
+def test_a_processor_without_vnni_computes_the_same(
+    nano_bundle: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.read(nano_bundle("onnx", "int8"))
+    pixels = np.random.default_rng(1).standard_normal((1, 24, 588)).astype(np.float32)
+    rows, cols = positions((4, 6), 1)
+    wanted = open_engine(bundle).encode(pixels, rows, cols)
+    monkeypatch.setattr("penguin_edge.runtime.onnxruntime.int8_overflows", lambda: True)
+    got = open_engine(bundle).encode(pixels, rows, cols)
+    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(
@@ -323,6 +390,8 @@ def nbits_of(bundle: Bundle, bits: int) -> dict[bytes, tuple[np.ndarray, np.ndar
         ("executorch", {"bits": 4, "group": 16}, "fp32", "XNNPACK takes int4 with symmetric groups"),
         ("executorch", {"bits": 8, "group": 64}, "fp32", "XNNPACK takes int8 with one symmetric scale"),
         ("onnx", {"bits": 4, "group": 512}, "fp32", "MatMulNBits of ONNX Runtime takes groups of 16 to 256"),
+        ("onnx", {"bits": 4, "group": 64, "activations": "token"}, "fp32", "only with 8-bit symmetric weights"),
+        ("executorch", {"bits": 8, "activations": "block"}, "fp32", "XNNPACK rounds activations per token"),
         ("executorch", {"bits": 4, "group": 64}, "fp16", "beside fp16, but XNNPACK's quantized linears take fp32"),
     ],
 )
@@ -341,6 +410,12 @@ def test_a_refused_recipe_leaves_nothing(tmp_path: Path) -> None:
     done = cli("export", "--model", "nano", "--target", "executorch", "--quant", recipe, "-o", out)
     assert done.returncode == 1 and "XNNPACK takes int4" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists() and list(tmp_path.iterdir()) == [recipe]
+
+
+def test_executorch_has_no_second_decoder(tmp_path: Path) -> None:
+    done = cli("export", "--model", "nano", "--target", "executorch", "--quant", "int8-prefill", "-o", tmp_path / "o")
+    assert done.returncode == 1 and "keeps the KV cache inside one graph" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_asymmetric_recipe_on_onnx(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.checkpoint import Checkpoint
     from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
     from penguin_edge.export.targets import find_target
+    from penguin_edge.quantize.apply import DECODERS
     from penguin_edge.quantize.calibrate import CalibrationOptions
     from penguin_edge.quantize.recipe import find_recipe
 
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     )
     begin = time.monotonic()
     bundle = export_bundle(
-        checkpoint, args.out, options, Lines(len(parts_of(checkpoint)) + options.verify + recipe.calibrated)
+        checkpoint, args.out, options, Lines(len(parts_of(checkpoint, recipe)) + options.verify + recipe.calibrated)
     )
     total = sum(entry.bytes for entry in bundle.manifest.files.values())
     result = {
@@ -127,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
             name: {
                 "seconds": graph.seconds,
                 "peak_mb_beyond_tools": graph.peak_mb,
-                "peak_over_bf16_bytes": round((graph.peak_mb or 0) * 1e6 / checkpoint.parameter_bytes(name, 2), 2),
+                "peak_over_bf16_bytes": round(
+                    (graph.peak_mb or 0) * 1e6 / checkpoint.parameter_bytes(DECODERS.get(name, name), 2), 2
+                ),
             }
             for name, graph in bundle.manifest.graphs.items()
         },

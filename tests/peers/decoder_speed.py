@@ -23,7 +23,7 @@ import numpy as np
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.machine import describe, peak_mb
-from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engine import Engine, chunks
 from penguin_edge.runtime.engines import open_engine
 
 POSITIONS = (64, 256, 1024)
@@ -45,10 +45,9 @@ def make(folder: Path) -> None:
 def prefill(engine: Engine, embeds: np.ndarray) -> float:
     """Seconds for a whole prompt from an empty cache, with logits of its last position."""
     engine.truncate(0)
-    step = engine.bounds.max_chunk
     begin = time.perf_counter()
-    for at in range(0, len(embeds), step):
-        engine.forward(embeds[at : at + step], np.full(int(at + step >= len(embeds)), -1, np.int64))
+    for rows in chunks(len(embeds), engine.bounds):
+        engine.forward(embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
     return time.perf_counter() - begin
 
 
