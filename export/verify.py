@@ -84,7 +84,7 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
         return load_file(bundle.path(CHECK))
     from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DTYPES, load_quantized
-    from penguin_edge.quantize.calibrate import ready_integers
+    from penguin_edge.quantize.calibrate import ready_from
     from penguin_edge.quantize.recipe import PRESETS, Recipe
 
     config = bundle.manifest.model
@@ -103,7 +103,7 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
         if recipe.calibrated:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penguin-edge-")))
             _calibrate_again(bundle, checkpoint, recipe, calibration, work)
-            ready = ready_integers(work)
+            ready = ready_from(work)
 
         def load(*parts: str) -> Any:
             return load_quantized(checkpoint, parts, recipe, activations, ready)[0]
@@ -114,9 +114,11 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
 def _calibrate_again(
     bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe, calibration: str | None, work: Path
 ) -> None:
-    from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, digest, read_calibration
+    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, calibrate, digest, read_calibration
 
     made = dict(bundle.manifest.quantization["calibration"])
+    if calibration is None and made["source"] == BUILTIN:
+        calibration = BUILTIN
     if calibration is None:
         raise InputError(
             f"{bundle.folder} was calibrated with {made['source']}; name the data with --calibration, or leave out "

@@ -31,7 +31,7 @@ from penguin_edge.quantize.calibrate import (
     calibrate,
     needed_bytes,
     read_calibration,
-    ready_integers,
+    ready_from,
 )
 from penguin_edge.quantize.recipe import Recipe
 
@@ -62,7 +62,7 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
             "baseline_mb": baseline,
         }
     extra = ("embedding",) if part in ("prefill", "decoder") else ()
-    ready = ready_integers(Path(job["calibrated"])) if job["calibrated"] else None
+    ready = ready_from(Path(job["calibrated"])) if job["calibrated"] else None
     model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations, ready)
     _record_check(part, model, checkpoint, folder)
     if extra:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -15,15 +15,24 @@ from penguin_edge.errors import InputError
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.smooth import smooth_block
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 DECODERS = {"prefill": "decoder"}
 """Graphs that are one module of the model under other schemes."""
-Ready = Callable[[str, Scheme], Integers | None]
-"""Integers of a layer that were made earlier, from calibration data; None where there are none."""
 SLAB = 8192
 SMALLER = (32, 16)
 """Groups that a lenient recipe tries where its own does not divide a layer."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What calibration left."""
+
+    integers: Callable[[str, Scheme], Integers | None]
+    """Of a layer; None where its scheme asks for none."""
+    maxima: Callable[[str], Mapping[str, torch.Tensor]]
+    """Of the inputs of a block, such as `decoder.layers.0`; see `quantize/smooth.py`."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +117,19 @@ def quantize_part(
 
     Args:
         activations: how the engine rounds them where a scheme does not ask for another way.
-        ready: integers of layers whose method needs calibration data.
+        ready: what calibration left, for methods that need it.
     Returns:
         One row for every linear layer of the part.
     Raises:
         InputError: a weight that is not finite, a group that does not divide a layer, or integers that are not ready.
     """
     rows = []
+    smoothed = ""
     for name, linear in linears(model, part).items():
+        block = name.split(".self_attn.")[0].split(".mlp.")[0]
+        if part in recipe.smooth and block not in (name, smoothed):
+            _smooth(model, part, block, recipe.smooth[part], ready)
+            smoothed = block
         shape = (linear.out_features, linear.in_features)
         scheme, reason = chosen(recipe, name, linear.in_features)
         if scheme is None:
@@ -123,7 +137,7 @@ def quantize_part(
             continue
         # Both decoder graphs have the same head.
         ready_name = "decoder.lm_head" if name == "prefill.lm_head" else name
-        integers = ready(ready_name, scheme) if ready is not None else None
+        integers = ready.integers(ready_name, scheme) if ready is not None else None
         if integers is None:
             if scheme.calibrated:
                 raise InputError(f"{name}: {scheme.label} needs calibration data; name some with --calibration")
@@ -134,6 +148,16 @@ def quantize_part(
         owner = module_of(model, part).get_submodule(parent)
         setattr(owner, attribute, QuantizedLinear(integers, linear.bias, rounding(activations, scheme)))
     return rows
+
+
+def _smooth(model: PenguinModel, part: str, block: str, strength: float, ready: Ready | None) -> None:
+    """In fp32, one block at a time: in bf16 what a norm is divided by and a weight multiplied by would not be equal."""
+    if ready is None:
+        raise InputError(f"{block}: smoothing needs calibration data; name some with --calibration")
+    leaf = block.removeprefix(f"{part}.")
+    smooth_block(
+        module_of(model, part).get_submodule(leaf).float(), ready.maxima(f"{DECODERS.get(part, part)}.{leaf}"), strength
+    )
 
 
 def _relative_error(weight: torch.Tensor, integers: Integers) -> float:

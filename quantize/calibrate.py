@@ -34,21 +34,24 @@ from penguin_edge.layers import full_attention, rotary_angles
 from penguin_edge.model import PenguinModel
 from penguin_edge.preprocess import Patches
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.quantize.apply import Ready, chosen, linears
+from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
 from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, quantize_weight
-from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
+from penguin_edge.quantize.smooth import READ, smooth_block
 from penguin_edge.records import read_records
 from penguin_edge.samples import DataOptions, Sample, SampleBuilder
 
 DIGEST = "digest.txt"
 Progress = Callable[[str], None]
 """Called with the name of each stage before its work begins."""
+BUILTIN = "builtin"
+"""A text that every Python brings: the topics of its help. Other versions of Python have other ones."""
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """`source`: records of the training format (a folder, .json, .jsonl), or any other file as plain text."""
+    """`source`: records of the training format (a folder, .json, .jsonl), another file as plain text, or `builtin`."""
 
     source: str
     samples: int = 64
@@ -73,6 +76,12 @@ def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> lis
         records = read_records(path)
         build = SampleBuilder(config, tokenizer, DataOptions(model_max_length=options.length))
         return [build(records[i]) for i in sorted(rng.permutation(len(records))[: options.samples].tolist())]
+    if options.source == BUILTIN:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[name] for name in sorted(topics))
+        ids = tokenizer.encode(text)
+        return text_samples(ids, samples=options.samples, length=options.length, rng=rng, name=BUILTIN)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -136,6 +145,11 @@ def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample],
     """
     visuals = [visual for sample in samples for visual in sample.visuals]
     if not visuals and checkpoint.config.vision is not None:
+        if "encoder" in recipe.smooth:
+            raise InputError(
+                "encoder: smoothing reads images, and the calibration data has none; name a data folder in the "
+                "training format"
+            )
         for part in ("encoder", "projector"):
             for name, linear in linears(meta_model(checkpoint.config, (part,)), part).items():
                 scheme, _ = chosen(recipe, name, linear.in_features)
@@ -165,11 +179,16 @@ class _Walk:
 
     def __init__(self, model: PenguinModel, recipe: Recipe, work: Path, progress: Progress) -> None:
         self.model, self.recipe, self.work, self.progress = model, recipe, work, progress
+        schemes = [getattr(recipe, part) for part in LINEAR_PARTS] + list(recipe.layers.values())
+        self.rounds = any(scheme is not None and scheme.calibrated for scheme in schemes)
+        """Whether any integers depend on what is read; otherwise the model stays as it is while it is walked."""
 
     def through(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
         """Quantize the linear layers under `prefix`; what the stage then computes for each of `count` inputs."""
         self.progress(prefix)
         module = self.model.get_submodule(prefix).float()
+        if not self.rounds:
+            return [run(index) for index in range(count)]
         schemes: dict[str, Scheme] = {}
         for leaf, child in module.named_modules():
             if isinstance(child, nn.Linear):
@@ -192,6 +211,42 @@ class _Walk:
             parent, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(parent), attribute, QuantizedLinear(integers, linear.bias, "float"))
         return [run(index) for index in range(count)]
+
+    def smooth(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor] | None:
+        """Write the maxima of a block's inputs where a part asks for them, and smooth the block if its own does.
+
+        Returns:
+            What the block computes, if it was run.
+        """
+        part = prefix.partition(".")[0]
+        asking = [name for name in self.recipe.smooth if DECODERS.get(name, name) == part]
+        if not asking:
+            return None
+        block, path = self.model.get_submodule(prefix).float(), self._path(f"{prefix}.maxima")
+        out = None
+        if not path.is_file():
+            found: dict[str, Tensor] = {}
+
+            def gather(name: str, x: Tensor) -> None:
+                largest = x.abs().flatten(0, -2).amax(0)
+                found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+            def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+                return lambda module, inputs: gather(name, inputs[0])
+
+            hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in READ]
+            try:
+                out = [run(index) for index in range(count)]
+            finally:
+                for handle in hooks:
+                    handle.remove()
+            for name, largest in found.items():
+                if not bool(largest.isfinite().all()):
+                    raise InputError(f"{prefix}.{name}: an activation is NaN or infinite; repair the checkpoint first")
+            write_tensors(path, found)
+        if part in asking:
+            smooth_block(block, load_file(path), self.recipe.smooth[part])
+        return out
 
     def _path(self, name: str) -> Path:
         return self.work / f"{name}.safetensors"
@@ -275,15 +330,28 @@ def _block(
     walk: _Walk, prefix: str, states: list[Tensor], turns: list[tuple[Tensor, Tensor]], attend: Callable[..., Tensor]
 ) -> list[Tensor]:
     block = walk.model.get_submodule(prefix)
-    out = walk.through(prefix, lambda i: block(states[i], *turns[i], 0, attend), len(states))
+
+    def run(index: int) -> Tensor:
+        out: Tensor = block(states[index], *turns[index], 0, attend)
+        return out
+
+    out = walk.smooth(prefix, run, len(states))
+    if out is None or walk.rounds:
+        out = walk.through(prefix, run, len(states))
+    else:
+        walk.progress(prefix)
     walk.free(prefix)
     return out
 
 
 def write_integers(path: Path, integers: Integers) -> None:
-    """One layer's file, whole or not at all."""
+    write_tensors(path, {name: getattr(integers, name) for name in ("levels", "scales", "zeros")})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One file, whole or not at all."""
     aside = path.with_name(f".{path.name}.partial")
-    save_file({name: getattr(integers, name).contiguous() for name in ("levels", "scales", "zeros")}, aside)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
     aside.replace(path)
 
 
@@ -292,11 +360,11 @@ def read_integers(path: Path, scheme: Scheme) -> Integers:
     return Integers(arrays["levels"], arrays["scales"], arrays["zeros"], scheme)
 
 
-def ready_integers(work: Path | None) -> Ready:
-    """What `calibrate` wrote, layer by layer; nothing without a folder."""
+def ready_from(work: Path) -> Ready:
+    """What `calibrate` wrote, read layer by layer."""
 
-    def find(layer: str, scheme: Scheme) -> Integers | None:
-        path = work / f"{layer}.safetensors" if work is not None else None
-        return read_integers(path, scheme) if path is not None and path.is_file() else None
+    def integers(layer: str, scheme: Scheme) -> Integers | None:
+        path = work / f"{layer}.safetensors"
+        return read_integers(path, scheme) if path.is_file() else None
 
-    return find
+    return Ready(integers, lambda block: load_file(work / f"{block}.maxima.safetensors"))

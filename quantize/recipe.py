@@ -10,6 +10,7 @@ A recipe file is JSON. Every field may be left out; null keeps a part (or a laye
 | embedding                             | "int8" (one scale per row), or null                                          |
 | prefill                               | a scheme: a second decoder graph, on the same KV cache, for more than one    |
 |                                       | position at a time; its layers are named `prefill.layers.0…`; null: none     |
+| smooth                                | `{"prefill": 0.5}`: SmoothQuant's strength, for encoder, decoder or prefill  |
 | layers                                | `{"decoder.layers.0.mlp.down_proj": scheme or null}`: before the part's own; |
 |                                       | `*` stands for anything; a whole name comes first, then the first pattern    |
 """
@@ -28,6 +29,8 @@ from penguin_edge.quantize.linear import Scheme
 
 VERSION = 1
 LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head", "prefill")
+SMOOTHED = ("encoder", "decoder", "prefill")
+"""Parts made of blocks whose activations can be smoothed."""
 INT4, INT8, INT8_ROWS = Scheme(4, 64), Scheme(8), Scheme(8, activations="token")
 
 
@@ -43,6 +46,7 @@ class Recipe:
     lm_head: Scheme | None = None
     embedding: Literal["int8"] | None = None
     prefill: Scheme | None = None
+    smooth: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
     lenient: bool = False
     """A layer that the part's group does not divide takes a smaller group, or stays as it is; the table says so."""
@@ -56,7 +60,7 @@ class Recipe:
     def calibrated(self) -> bool:
         """Whether it needs calibration data."""
         schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
-        return any(scheme is not None and scheme.calibrated for scheme in schemes)
+        return bool(self.smooth) or any(scheme is not None and scheme.calibrated for scheme in schemes)
 
     def scheme_of(self, layer: str) -> Scheme | None:
         """The scheme of a linear layer by our name, such as `decoder.layers.0.mlp.up_proj`."""
@@ -96,6 +100,18 @@ class Recipe:
         for part in LINEAR_PARTS:
             if part in values:
                 values[part] = _scheme(values[part], f"{name}: {part}")
+        smooth = values.get("smooth", {})
+        if not isinstance(smooth, dict) or set(smooth) - set(SMOOTHED):
+            raise InputError(
+                f"{name}: smooth is {json.dumps(smooth)}, wanted a number for any of {', '.join(SMOOTHED)}"
+            )
+        for part, strength in smooth.items():
+            if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+                raise InputError(f"{name}: smooth: {part} is {json.dumps(strength)}, wanted a number from 0 to 1")
+            if values.get(part) is None:
+                raise InputError(
+                    f"{name}: smooth: {part} is not quantized; give it a scheme, or leave it out of smooth"
+                )
         layers = values.get("layers", {})
         if not isinstance(layers, dict):
             raise InputError(f"{name}: layers is {type(layers).__name__}, wanted an object of layer name and scheme")
@@ -132,7 +148,16 @@ PRESETS = {
     "int8": Recipe("int8", "fp32", INT8_ROWS, INT8_ROWS, INT8, INT8, "int8", lenient=True),
     "int4": Recipe("int4", "fp32", INT4, INT4, INT4, INT4, "int8", lenient=True),
     "int8-prefill": Recipe(
-        "int8-prefill", "fp32", INT8_ROWS, INT8_ROWS, INT4, INT4, "int8", prefill=INT8_ROWS, lenient=True
+        "int8-prefill",
+        "fp32",
+        INT8_ROWS,
+        INT8_ROWS,
+        INT4,
+        INT4,
+        "int8",
+        prefill=INT8_ROWS,
+        smooth={"prefill": 0.5},
+        lenient=True,
     ),
 }
 """What `--quant` takes by name."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import nn
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.config import TextConfig
 from penguin_edge.errors import InputError
+from penguin_edge.layers import Block, full_attention, rotary_angles
 from penguin_edge.quantize.apply import chosen, quantize_part
 from penguin_edge.quantize.calibrate import (
     CalibrationOptions,
@@ -25,12 +29,13 @@ from penguin_edge.quantize.calibrate import (
     digest,
     read_calibration,
     read_integers,
-    ready_integers,
+    ready_from,
     text_samples,
 )
 from penguin_edge.quantize.gptq import gptq
-from penguin_edge.quantize.linear import Integers, Scheme, bounds_of, quantize_weight
+from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, bounds_of, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.smooth import READ, smooth_block
 from penguin_edge.samples import Sample
 
 SCHEMES = [
@@ -85,6 +90,99 @@ def test_activations_that_are_not_finite_are_named() -> None:
     x[3, 5] = float("nan")
     with pytest.raises(InputError, match=r"decoder\.x: an activation"):
         gptq(weight, x.T @ x, GPTQ, "decoder.x")
+
+
+# --- smoothing --------------------------------------------------------------------------------------------------------
+
+
+def uneven_block() -> tuple[nn.Module, torch.Tensor, dict[str, torch.Tensor]]:
+    """A block whose inputs have a few large channels, as language models have; an input, and the maxima it causes."""
+    torch.manual_seed(0)
+    block = Block(TextConfig(300, 128, 256, 1, 4, 2, 32)).eval()
+    with torch.no_grad():
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight[::40] *= 60
+        block.mlp.up_proj.weight[::50] *= 30
+    maxima: dict[str, torch.Tensor] = {}
+    for name in READ:
+
+        def gather(module: nn.Module, inputs: tuple[torch.Tensor], name: str = name) -> None:
+            maxima.setdefault(name, inputs[0].abs().flatten(0, -2).amax(0))
+
+        block.get_submodule(name).register_forward_pre_hook(gather)
+    return block, torch.randn(1, 40, 128), maxima
+
+
+def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    angles = rotary_angles(torch.arange(x.shape[1]), 32, 1e6)
+    angles = torch.cat((angles, angles), -1)
+    with torch.no_grad():
+        out: torch.Tensor = block(x, angles.cos(), angles.sin(), 0, full_attention(causal=True))
+    return out
+
+
+def row_rounded(block: nn.Module) -> nn.Module:
+    for name, child in list(block.named_modules()):
+        if isinstance(child, nn.Linear):
+            integers = quantize_weight(child.weight, Scheme(8))
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, QuantizedLinear(integers, None, "row"))
+    return block
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_smoothing_changes_nothing_until_activations_are_rounded(strength: float) -> None:
+    block, x, maxima = uneven_block()
+    wanted = run_block(block, x)
+    plain = copy.deepcopy(block)
+    values = block.self_attn.v_proj(block.input_layernorm(x)).detach()
+    smooth_block(block, maxima, strength)
+    assert torch.allclose(run_block(block, x), wanted, atol=1e-5 * float(wanted.abs().max()))
+    # What is kept in a cache is the same: another graph goes on with it.
+    again = block.self_attn.v_proj(block.input_layernorm(x)).detach()
+    assert torch.allclose(again, values, atol=1e-5 * float(values.abs().max()))
+    missed = [float((run_block(row_rounded(b), x) - wanted).norm() / wanted.norm()) for b in (plain, block)]
+    if strength == 0.5:
+        assert missed[1] < 0.5 * missed[0]
+
+
+def test_channels_that_are_never_used_stay() -> None:
+    block, x, _ = uneven_block()
+    wanted = run_block(block, x)
+    smooth_block(block, {name: torch.zeros(width) for name, width in zip(READ, (128, 128, 256), strict=True)}, 0.5)
+    assert torch.equal(run_block(block, x), wanted)
+
+
+def test_maxima_are_those_of_the_model(tiny: Checkpoint, samples: list[Sample], tmp_path: Path) -> None:
+    recipe = Recipe("r", encoder=Scheme(8), prefill=Scheme(8), smooth={"encoder": 0.5, "prefill": 0.5}, lenient=True)
+    calibrate(tiny, recipe, samples, tmp_path, lambda stage: None)
+    model = tiny.load(dtype=torch.float32)
+    seen: dict[str, torch.Tensor] = {}
+    for block in ("encoder.layers.1", "decoder.layers.0"):
+        for name in READ:
+
+            def gather(module: nn.Module, inputs: tuple[torch.Tensor], key: str = f"{block}/{name}") -> None:
+                largest = inputs[0].abs().flatten(0, -2).amax(0)
+                seen[key] = torch.maximum(seen[key], largest) if key in seen else largest
+
+            model.get_submodule(f"{block}.{name}").register_forward_pre_hook(gather)
+    with torch.no_grad():
+        for sample in samples:
+            model(torch.from_numpy(sample.input_ids)[None], model.visual(sample.visuals))
+    ready = ready_from(tmp_path)
+    for key, wanted in seen.items():
+        block, _, name = key.partition("/")
+        assert torch.allclose(ready.maxima(block)[name], wanted, rtol=1e-3), key
+    # A recipe without rounding to data reads nothing twice and leaves no integers.
+    assert all(name.endswith(".maxima.safetensors") for name in contents(tmp_path))
+
+
+def test_the_smoothed_preset_verifies_against_its_checkpoint(nano_bundle: Callable[[str, str], Path]) -> None:
+    folder = nano_bundle("onnx", "int8-prefill")
+    made = Bundle.read(folder).manifest.quantization["calibration"]
+    assert made["source"] == "builtin" and made["images"] == 0 and made["tokens"] == made["samples"] * made["length"]
+    done = cli("verify", folder, "--against", "nano")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- walking a model --------------------------------------------------------------------------------------------------
@@ -144,7 +242,7 @@ def test_every_layer_gets_its_integers_and_a_stopped_run_goes_on(
 def test_the_inputs_are_those_of_the_model(tiny: Checkpoint, samples: list[Sample], tmp_path: Path) -> None:
     """First block of the encoder and of the decoder: gathered here with the model's own forward."""
     calibrate(tiny, RECIPE, samples, tmp_path, lambda stage: None)
-    model, plain, ready = tiny.load(dtype=torch.float32), tiny.load(dtype=torch.float32), ready_integers(tmp_path)
+    model, plain, ready = tiny.load(dtype=torch.float32), tiny.load(dtype=torch.float32), ready_from(tmp_path)
     # What comes before a block is quantized when its inputs are gathered.
     quantize_part(model, "encoder", RECIPE, "float", ready)
     quantize_part(model, "projector", RECIPE, "float", ready)
@@ -256,12 +354,18 @@ def test_text_alone_cannot_calibrate_an_encoder(tiny: Checkpoint, tmp_path: Path
 
 
 def test_refused_calibrations_leave_nothing(data: Path, tmp_path: Path) -> None:
-    recipe = recipe_file(tmp_path, decoder={"bits": 4, "group": 64, "method": "gptq"})
+    scheme = {"bits": 4, "group": 64, "method": "gptq"}
+    recipe = recipe_file(tmp_path, decoder=scheme)
+    smooth, seeing = tmp_path / "smooth.json", tmp_path / "seeing.json"
+    blind = {"encoder.patch_embedding": None}
+    smooth.write_text(json.dumps({"encoder": {"bits": 8}, "smooth": {"encoder": 0.5}, "layers": blind}))
+    seeing.write_text(json.dumps({"encoder": scheme, "layers": blind}))
     for more, says in (
-        (("--quant", recipe), "name some with --calibration"),
+        (("--quant", seeing), "gptq reads images, and the calibration data has none"),
+        (("--quant", smooth), "smoothing reads images, and the calibration data has none"),
         (("--quant", recipe, "--calibration", tmp_path / "none.txt"), "cannot be read"),
         (("--quant", "int4", "--calibration", data), "none of its schemes reads calibration data"),
     ):
         done = cli("export", "--model", "nano", "-o", tmp_path / "out", *more)
         assert done.returncode == 1 and "Traceback" not in done.stderr and says in done.stderr, done.stderr
-        assert list(tmp_path.iterdir()) == [recipe]
+        assert set(tmp_path.iterdir()) == {recipe, smooth, seeing}

@@ -23,7 +23,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--quant", default="fp32", metavar="NAME|FILE", help="fp32, fp16, int8, int4 or a recipe file (default: fp32)"
     )
     parser.add_argument(
-        "--calibration", metavar="DIR|FILE", help="for gptq: data in the training format, or a text file"
+        "--calibration",
+        metavar="DIR|FILE",
+        help="for gptq and smoothing: a data folder, or a text file (default: builtin, a text that Python brings)",
     )
     parser.add_argument("--calibration-samples", type=positive, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
     from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DECODERS
-    from penguin_edge.quantize.calibrate import CalibrationOptions
+    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions
     from penguin_edge.quantize.recipe import find_recipe
 
     target = find_target(args.target)
@@ -102,8 +104,9 @@ def run(args: argparse.Namespace) -> int:
         )
     recipe = find_recipe(args.quant)
     data = None
-    if args.calibration:
-        data = CalibrationOptions(args.calibration, args.calibration_samples, args.calibration_length, args.seed)
+    if args.calibration or recipe.calibrated:
+        source = args.calibration or BUILTIN
+        data = CalibrationOptions(source, args.calibration_samples, args.calibration_length, args.seed)
     options = ExportOptions(
         args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify, data
     )

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from penguin_edge.checkpoint import EMBEDDED, Checkpoint, save
 from penguin_edge.generate import EagerEngine
 from penguin_edge.quantize.apply import quantize_part
-from penguin_edge.quantize.calibrate import calibrate, ready_integers, text_samples
+from penguin_edge.quantize.calibrate import calibrate, ready_from, text_samples
 from penguin_edge.quantize.linear import Activations, Scheme
 from penguin_edge.quantize.recipe import Recipe
 from penguin_edge.text_quality import measure_text
@@ -35,22 +35,25 @@ from penguin_edge.text_quality import measure_text
 FORTUNES = Path("/usr/share/games/fortunes")
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
 CALIBRATION = ("literature", "computers", "politics", "education", "law", "food")
-SCHEMES: dict[str, tuple[Scheme | None, Activations]] = {
-    "fp32": (None, "float"),
-    "int8 rtn": (Scheme(8, method="rtn"), "float"),
-    "int8 mse": (Scheme(8, method="mse"), "float"),
-    "int8 mse, activations per token": (Scheme(8, method="mse"), "token"),
-    "int8 mse, activations per block": (Scheme(8, method="mse"), "block"),
-    "int4 g64 rtn": (Scheme(4, 64, method="rtn"), "float"),
-    "int4 g64 mse": (Scheme(4, 64, method="mse"), "float"),
-    "int4 g64 gptq": (Scheme(4, 64, method="gptq"), "float"),
-    "int4 g64 gptq, activations per token": (Scheme(4, 64, method="gptq"), "token"),
-    "int4 g64 asymmetric rtn": (Scheme(4, 64, False, "rtn"), "float"),
-    "int4 g64 asymmetric mse": (Scheme(4, 64, False, "mse"), "float"),
-    "int4 g64 asymmetric gptq": (Scheme(4, 64, False, "gptq"), "float"),
-    "int4 g32 rtn": (Scheme(4, 32, method="rtn"), "float"),
-    "int4 g32 mse": (Scheme(4, 32, method="mse"), "float"),
-    "int4 g32 gptq": (Scheme(4, 32, method="gptq"), "float"),
+ROWS = Scheme(8, activations="token")
+SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Scheme | None]]] = {
+    "fp32": (None, "float", {}),
+    "int8 rtn": (Scheme(8, method="rtn"), "float", {}),
+    "int8 mse": (Scheme(8, method="mse"), "float", {}),
+    "int8 mse, activations per token": (Scheme(8, method="mse"), "token", {}),
+    "int8 mse, activations per block": (Scheme(8, method="mse"), "block", {}),
+    "int8 mse, activations per row, symmetric": (ROWS, "block", {}),
+    "the same, down_proj per block": (ROWS, "block", {"*.down_proj": Scheme(8)}),
+    "int4 g64 rtn": (Scheme(4, 64, method="rtn"), "float", {}),
+    "int4 g64 mse": (Scheme(4, 64, method="mse"), "float", {}),
+    "int4 g64 gptq": (Scheme(4, 64, method="gptq"), "float", {}),
+    "int4 g64 gptq, activations per token": (Scheme(4, 64, method="gptq"), "token", {}),
+    "int4 g64 asymmetric rtn": (Scheme(4, 64, False, "rtn"), "float", {}),
+    "int4 g64 asymmetric mse": (Scheme(4, 64, False, "mse"), "float", {}),
+    "int4 g64 asymmetric gptq": (Scheme(4, 64, False, "gptq"), "float", {}),
+    "int4 g32 rtn": (Scheme(4, 32, method="rtn"), "float", {}),
+    "int4 g32 mse": (Scheme(4, 32, method="mse"), "float", {}),
+    "int4 g32 gptq": (Scheme(4, 32, method="gptq"), "float", {}),
 }
 
 
@@ -89,16 +92,16 @@ def main() -> int:
     )
     reference = EagerEngine(model, max_seq_len=args.length)
     result: dict[str, Any] = {}
-    for name, (scheme, activations) in SCHEMES.items():
+    for name, (scheme, activations, layers) in SCHEMES.items():
         if args.only and name not in args.only:
             continue
         begin = time.monotonic()
-        recipe = Recipe(name, decoder=scheme)
+        recipe = Recipe(name, decoder=scheme, layers=layers)
         work = args.work / f"integers-{name.partition(',')[0].replace(' ', '-')}"
         if recipe.calibrated:
             calibrate(checkpoint, recipe, samples, work, lambda stage: None)
         candidate = checkpoint.load(dtype=torch.float32)
-        quantize_part(candidate, "decoder", recipe, activations, ready_integers(work))
+        quantize_part(candidate, "decoder", recipe, activations, ready_from(work))
         engine = EagerEngine(candidate, max_seq_len=args.length)
         row = {
             text: measure_text(engine, ids, reference, lambda done, total: None, continued=0)
