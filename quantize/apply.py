@@ -15,7 +15,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.quantize.smooth import smooth_block
+from penguin_edge.quantize.smooth import apply_factors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 DECODERS = {"prefill": "decoder"}
@@ -31,8 +31,8 @@ class Ready:
 
     integers: Callable[[str, Scheme], Integers | None]
     """Of a layer; None where its scheme asks for none."""
-    maxima: Callable[[str], Mapping[str, torch.Tensor]]
-    """Of the inputs of a block, such as `decoder.layers.0`; see `quantize/smooth.py`."""
+    factors: Callable[[str], Mapping[str, torch.Tensor]]
+    """Of a block, such as `prefill.layers.0`; see `quantize/smooth.py`."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def quantize_part(
     for name, linear in linears(model, part).items():
         block = name.split(".self_attn.")[0].split(".mlp.")[0]
         if part in recipe.smooth and block not in (name, smoothed):
-            _smooth(model, part, block, recipe.smooth[part], ready)
+            _smooth(model, part, block, ready)
             smoothed = block
         shape = (linear.out_features, linear.in_features)
         scheme, reason = chosen(recipe, name, linear.in_features)
@@ -150,14 +150,11 @@ def quantize_part(
     return rows
 
 
-def _smooth(model: PenguinModel, part: str, block: str, strength: float, ready: Ready | None) -> None:
+def _smooth(model: PenguinModel, part: str, block: str, ready: Ready | None) -> None:
     """In fp32, one block at a time: in bf16 what a norm is divided by and a weight multiplied by would not be equal."""
     if ready is None:
         raise InputError(f"{block}: smoothing needs calibration data; name some with --calibration")
-    leaf = block.removeprefix(f"{part}.")
-    smooth_block(
-        module_of(model, part).get_submodule(leaf).float(), ready.maxima(f"{DECODERS.get(part, part)}.{leaf}"), strength
-    )
+    apply_factors(module_of(model, part).get_submodule(block.removeprefix(f"{part}.")).float(), ready.factors(block))
 
 
 def _relative_error(weight: torch.Tensor, integers: Integers) -> float:

@@ -38,7 +38,7 @@ from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
 from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
-from penguin_edge.quantize.smooth import READ, smooth_block
+from penguin_edge.quantize.smooth import AWQ, GROUPS, READ, apply_factors, awq_factor, smooth_factor
 from penguin_edge.records import read_records
 from penguin_edge.samples import DataOptions, Sample, SampleBuilder
 
@@ -213,23 +213,21 @@ class _Walk:
         return [run(index) for index in range(count)]
 
     def smooth(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor] | None:
-        """Write the maxima of a block's inputs where a part asks for them, and smooth the block if its own does.
+        """Write a block's factors for every part that asks for them; smooth the block if its own part does.
 
         Returns:
-            What the block computes, if it was run.
+            What the block computed, if it was run.
         """
-        part = prefix.partition(".")[0]
+        part, _, leaf = prefix.partition(".")
         asking = [name for name in self.recipe.smooth if DECODERS.get(name, name) == part]
-        if not asking:
-            return None
-        block, path = self.model.get_submodule(prefix).float(), self._path(f"{prefix}.maxima")
-        out = None
-        if not path.is_file():
-            found: dict[str, Tensor] = {}
+        missing = [name for name in asking if not self._path(f"{name}.{leaf}.factors").is_file()]
+        block, out = self.model.get_submodule(prefix).float(), None
+        if missing:
+            largest: dict[str, Tensor] = {}
 
             def gather(name: str, x: Tensor) -> None:
-                largest = x.abs().flatten(0, -2).amax(0)
-                found[name] = torch.maximum(found[name], largest) if name in found else largest
+                found = x.abs().flatten(0, -2).amax(0)
+                largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
             def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
                 return lambda module, inputs: gather(name, inputs[0])
@@ -240,13 +238,35 @@ class _Walk:
             finally:
                 for handle in hooks:
                     handle.remove()
-            for name, largest in found.items():
-                if not bool(largest.isfinite().all()):
+            for name, found in largest.items():
+                if not bool(found.isfinite().all()):
                     raise InputError(f"{prefix}.{name}: an activation is NaN or infinite; repair the checkpoint first")
-            write_tensors(path, found)
+            hessians: dict[str, Tensor] = {}
+            if AWQ in [self.recipe.smooth[name] for name in missing]:
+                hessians = self._gather({f"{prefix}.{name}" for name in READ}, run, count)
+            for name in missing:
+                self._write_factors(block, f"{name}.{leaf}", prefix, largest, hessians)
+        elif asking and not self.rounds:
+            # Before smoothing, as above: a run that was stopped goes on with the same bits.
+            out = [run(index) for index in range(count)]
         if part in asking:
-            smooth_block(block, load_file(path), self.recipe.smooth[part])
+            apply_factors(block, load_file(self._path(f"{prefix}.factors")))
         return out
+
+    def _write_factors(
+        self, block: nn.Module, name: str, prefix: str, largest: dict[str, Tensor], hessians: dict[str, Tensor]
+    ) -> None:
+        strength, factors = self.recipe.smooth[name.partition(".")[0]], {}
+        for _, readers in GROUPS:
+            weights = [block.get_submodule(reader).get_parameter("weight") for reader in readers]
+            if isinstance(strength, str):
+                schemes = [
+                    chosen(self.recipe, f"{name}.{r}", w.shape[1])[0] for r, w in zip(readers, weights, strict=True)
+                ]
+                factors[readers[0]] = awq_factor(weights, schemes, hessians[f"{prefix}.{readers[0]}"])
+            else:
+                factors[readers[0]] = smooth_factor(weights, largest[readers[0]], strength)
+        write_tensors(self._path(f"{name}.factors"), factors)
 
     def _path(self, name: str) -> Path:
         return self.work / f"{name}.safetensors"
@@ -367,4 +387,4 @@ def ready_from(work: Path) -> Ready:
         path = work / f"{layer}.safetensors"
         return read_integers(path, scheme) if path.is_file() else None
 
-    return Ready(integers, lambda block: load_file(work / f"{block}.maxima.safetensors"))
+    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"))

@@ -10,7 +10,8 @@ A recipe file is JSON. Every field may be left out; null keeps a part (or a laye
 | embedding                             | "int8" (one scale per row), or null                                          |
 | prefill                               | a scheme: a second decoder graph, on the same KV cache, for more than one    |
 |                                       | position at a time; its layers are named `prefill.layers.0…`; null: none     |
-| smooth                                | `{"prefill": 0.5}`: SmoothQuant's strength, for encoder, decoder or prefill  |
+| smooth                                | `{"prefill": 0.5, "decoder": "awq"}`: SmoothQuant's strength, or AWQ, for    |
+|                                       | encoder, decoder or prefill                                                  |
 | layers                                | `{"decoder.layers.0.mlp.down_proj": scheme or null}`: before the part's own; |
 |                                       | `*` stands for anything; a whole name comes first, then the first pattern    |
 """
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 from penguin_edge.errors import InputError
 from penguin_edge.quantize.linear import Scheme
+from penguin_edge.quantize.smooth import AWQ
 
 VERSION = 1
 LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head", "prefill")
@@ -46,7 +48,7 @@ class Recipe:
     lm_head: Scheme | None = None
     embedding: Literal["int8"] | None = None
     prefill: Scheme | None = None
-    smooth: Mapping[str, float] = field(default_factory=dict)
+    smooth: Mapping[str, float | str] = field(default_factory=dict)
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
     lenient: bool = False
     """A layer that the part's group does not divide takes a smaller group, or stays as it is; the table says so."""
@@ -103,11 +105,13 @@ class Recipe:
         smooth = values.get("smooth", {})
         if not isinstance(smooth, dict) or set(smooth) - set(SMOOTHED):
             raise InputError(
-                f"{name}: smooth is {json.dumps(smooth)}, wanted a number for any of {', '.join(SMOOTHED)}"
+                f"{name}: smooth is {json.dumps(smooth)}, wanted a strength for any of {', '.join(SMOOTHED)}"
             )
         for part, strength in smooth.items():
-            if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-                raise InputError(f"{name}: smooth: {part} is {json.dumps(strength)}, wanted a number from 0 to 1")
+            if strength != AWQ and (
+                isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1
+            ):
+                raise InputError(f"{name}: smooth: {part} is {json.dumps(strength)}, wanted 0 to 1, or {AWQ}")
             if values.get(part) is None:
                 raise InputError(
                     f"{name}: smooth: {part} is not quantized; give it a scheme, or leave it out of smooth"

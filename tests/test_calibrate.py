@@ -35,7 +35,7 @@ from penguin_edge.quantize.calibrate import (
 from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, bounds_of, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.quantize.smooth import READ, smooth_block
+from penguin_edge.quantize.smooth import GROUPS, READ, apply_factors, awq_factor, smooth_factor
 from penguin_edge.samples import Sample
 
 SCHEMES = [
@@ -130,13 +130,18 @@ def row_rounded(block: nn.Module) -> nn.Module:
     return block
 
 
+def smooth(block: nn.Module, maxima: dict[str, torch.Tensor], strength: float) -> None:
+    readers = {names[0]: [block.get_submodule(name).get_parameter("weight") for name in names] for _, names in GROUPS}
+    apply_factors(block, {name: smooth_factor(weights, maxima[name], strength) for name, weights in readers.items()})
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_smoothing_changes_nothing_until_activations_are_rounded(strength: float) -> None:
     block, x, maxima = uneven_block()
     wanted = run_block(block, x)
     plain = copy.deepcopy(block)
     values = block.self_attn.v_proj(block.input_layernorm(x)).detach()
-    smooth_block(block, maxima, strength)
+    smooth(block, maxima, strength)
     assert torch.allclose(run_block(block, x), wanted, atol=1e-5 * float(wanted.abs().max()))
     # What is kept in a cache is the same: another graph goes on with it.
     again = block.self_attn.v_proj(block.input_layernorm(x)).detach()
@@ -149,19 +154,41 @@ def test_smoothing_changes_nothing_until_activations_are_rounded(strength: float
 def test_channels_that_are_never_used_stay() -> None:
     block, x, _ = uneven_block()
     wanted = run_block(block, x)
-    smooth_block(block, {name: torch.zeros(width) for name, width in zip(READ, (128, 128, 256), strict=True)}, 0.5)
+    smooth(block, {name: torch.zeros(width) for name, width in zip(READ, (128, 128, 256), strict=True)}, 0.5)
     assert torch.equal(run_block(block, x), wanted)
 
 
-def test_maxima_are_those_of_the_model(tiny: Checkpoint, samples: list[Sample], tmp_path: Path) -> None:
-    recipe = Recipe("r", encoder=Scheme(8), prefill=Scheme(8), smooth={"encoder": 0.5, "prefill": 0.5}, lenient=True)
+def test_awq_finds_columns_that_matter() -> None:
+    weight, x = layer(2)
+    x[:, ::16] *= 30
+    hessian, scheme = x.T @ x, Scheme(4, 64)
+    factor = awq_factor([weight], [scheme], hessian)
+    scaled = quantize_weight(weight * factor, scheme).weight() / factor
+    plain = quantize_weight(weight, scheme).weight()
+
+    def error(rounded: torch.Tensor) -> float:
+        return float((x @ (rounded - weight).T).norm() / (x @ weight.T).norm())
+
+    assert (factor > 0).all() and error(scaled) < 0.95 * error(plain)
+    for nothing in (awq_factor([weight], [None], hessian), awq_factor([weight], [scheme], 0 * hessian)):
+        assert torch.allclose(nothing, torch.ones(128))
+
+
+def test_factors_are_of_what_the_model_reads(tiny: Checkpoint, samples: list[Sample], tmp_path: Path) -> None:
+    recipe = Recipe(
+        "r",
+        encoder=Scheme(8),
+        prefill=Scheme(8),
+        smooth={"encoder": 0.5, "prefill": 0.7, "decoder": "awq"},
+        lenient=True,
+    )
     calibrate(tiny, recipe, samples, tmp_path, lambda stage: None)
     model = tiny.load(dtype=torch.float32)
     seen: dict[str, torch.Tensor] = {}
-    for block in ("encoder.layers.1", "decoder.layers.0"):
+    for block in ("encoder.layers.0", "decoder.layers.0"):
         for name in READ:
 
-            def gather(module: nn.Module, inputs: tuple[torch.Tensor], key: str = f"{block}/{name}") -> None:
+            def gather(module: nn.Module, inputs: tuple[torch.Tensor], key: str = f"{block}.{name}") -> None:
                 largest = inputs[0].abs().flatten(0, -2).amax(0)
                 seen[key] = torch.maximum(seen[key], largest) if key in seen else largest
 
@@ -170,11 +197,18 @@ def test_maxima_are_those_of_the_model(tiny: Checkpoint, samples: list[Sample], 
         for sample in samples:
             model(torch.from_numpy(sample.input_ids)[None], model.visual(sample.visuals))
     ready = ready_from(tmp_path)
-    for key, wanted in seen.items():
-        block, _, name = key.partition("/")
-        assert torch.allclose(ready.maxima(block)[name], wanted, rtol=1e-3), key
-    # A recipe without rounding to data reads nothing twice and leaves no integers.
-    assert all(name.endswith(".maxima.safetensors") for name in contents(tmp_path))
+    for part, block, strength in (("encoder", "encoder", 0.5), ("prefill", "decoder", 0.7)):
+        found = ready.factors(f"{part}.layers.0")
+        for _, names in GROUPS:
+            weights = [model.get_submodule(f"{block}.layers.0.{name}").get_parameter("weight") for name in names]
+            wanted = smooth_factor(weights, seen[f"{block}.layers.0.{names[0]}"], strength)
+            assert torch.allclose(found[names[0]], wanted, rtol=1e-3), (part, names[0])
+    # Nothing is rounded to data in this recipe: no integers are kept.
+    assert all(name.endswith(".factors.safetensors") for name in contents(tmp_path))
+    before = contents(tmp_path)
+    (tmp_path / "prefill.layers.1.factors.safetensors").unlink()
+    calibrate(tiny, recipe, samples, tmp_path, lambda stage: None)
+    assert contents(tmp_path) == before
 
 
 def test_the_smoothed_preset_verifies_against_its_checkpoint(nano_bundle: Callable[[str, str], Path]) -> None:

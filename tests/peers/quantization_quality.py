@@ -36,16 +36,26 @@ FORTUNES = Path("/usr/share/games/fortunes")
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
 CALIBRATION = ("literature", "computers", "politics", "education", "law", "food")
 ROWS = Scheme(8, activations="token")
-SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Scheme | None]]] = {
+SMOOTH: dict[str, float | str] = {"decoder": 0.5}
+AWQ: dict[str, float | str] = {"decoder": "awq"}
+SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Any]]] = {
     "fp32": (None, "float", {}),
     "int8 rtn": (Scheme(8, method="rtn"), "float", {}),
     "int8 mse": (Scheme(8, method="mse"), "float", {}),
     "int8 mse, activations per token": (Scheme(8, method="mse"), "token", {}),
     "int8 mse, activations per block": (Scheme(8, method="mse"), "block", {}),
     "int8 mse, activations per row, symmetric": (ROWS, "block", {}),
-    "the same, down_proj per block": (ROWS, "block", {"*.down_proj": Scheme(8)}),
+    "the same, down_proj per block": (ROWS, "block", {"layers": {"*.down_proj": Scheme(8)}}),
+    "int8 mse, per row, SmoothQuant 0.5": (ROWS, "block", {"smooth": SMOOTH}),
+    "the same, down_proj per block, SmoothQuant 0.5": (
+        ROWS,
+        "block",
+        {"smooth": SMOOTH, "layers": {"*.down_proj": Scheme(8)}},
+    ),
     "int4 g64 rtn": (Scheme(4, 64, method="rtn"), "float", {}),
     "int4 g64 mse": (Scheme(4, 64, method="mse"), "float", {}),
+    "int4 g64 awq": (Scheme(4, 64), "float", {"smooth": AWQ}),
+    "int4 g64 awq and gptq": (Scheme(4, 64, method="gptq"), "float", {"smooth": AWQ}),
     "int4 g64 gptq": (Scheme(4, 64, method="gptq"), "float", {}),
     "int4 g64 gptq, activations per token": (Scheme(4, 64, method="gptq"), "token", {}),
     "int4 g64 asymmetric rtn": (Scheme(4, 64, False, "rtn"), "float", {}),
@@ -53,6 +63,7 @@ SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Scheme | None]]] 
     "int4 g64 asymmetric gptq": (Scheme(4, 64, False, "gptq"), "float", {}),
     "int4 g32 rtn": (Scheme(4, 32, method="rtn"), "float", {}),
     "int4 g32 mse": (Scheme(4, 32, method="mse"), "float", {}),
+    "int4 g32 awq": (Scheme(4, 32), "float", {"smooth": AWQ}),
     "int4 g32 gptq": (Scheme(4, 32, method="gptq"), "float", {}),
 }
 
@@ -92,12 +103,12 @@ def main() -> int:
     )
     reference = EagerEngine(model, max_seq_len=args.length)
     result: dict[str, Any] = {}
-    for name, (scheme, activations, layers) in SCHEMES.items():
+    for name, (scheme, activations, more) in SCHEMES.items():
         if args.only and name not in args.only:
             continue
         begin = time.monotonic()
-        recipe = Recipe(name, decoder=scheme, layers=layers)
-        work = args.work / f"integers-{name.partition(',')[0].replace(' ', '-')}"
+        recipe = Recipe(name, decoder=scheme, **more)
+        work = args.work / f"integers-{name.replace(' ', '-').replace(',', '')}"
         if recipe.calibrated:
             calibrate(checkpoint, recipe, samples, work, lambda stage: None)
         candidate = checkpoint.load(dtype=torch.float32)
