@@ -18,10 +18,9 @@ from penguin_edge.config import PRESETS
 from penguin_edge.nano.tasks import TASKS
 
 FOLDER = EMBEDDED["nano"]
-WANTED = {"naming": 0.95, "lookup": 0.95, "position": 0.95, "counting": 0.8, "reading": 0.8, "motion": 0.9}
+WANTED = {"naming": 0.95, "lookup": 0.95, "position": 0.95, "counting": 0.9, "reading": 0.8, "motion": 0.9}
 WANTED |= {"scene_change": 0.9, "before_cut": 0.95, "order": 0.9}
-"""Accuracy on held-out combinations that penguin-nano is to have, at the least; of counting less than the 0.9 that is
-wanted, see docs/training.md."""
+"""Accuracy on held-out combinations that penguin-nano is to have, at the least."""
 
 
 def test_its_shape_is_small_and_quantizes() -> None:
@@ -91,5 +90,6 @@ def test_quantized_bundles_answer_nearly_as_well(
     target: str, eager: dict[str, Any], heldout: Path, nano_bundle: Callable[[str, str], Path]
 ) -> None:
     # docs/quantization.md has the drop over 2,000 questions; of these 200, a few more may flip.
-    for quant, drop in (("int8", 0.02), ("int4", 0.05)):
+    drops = {"int8": 0.02, "int4": 0.05} | ({"int8-prefill": 0.05} if target == "onnx" else {})
+    for quant, drop in drops.items():
         assert scores(nano_bundle(target, quant), heldout)["average"] >= eager["average"] - drop, quant
