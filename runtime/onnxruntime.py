@@ -22,6 +22,8 @@ from penguin_edge.machine import int8_overflows
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
 
+KEPT_PATCHES = 1024
+"""The encoder keeps the memory of calls up to so many patches: 190 MB at the 2B model's shape."""
 KV_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -87,7 +89,12 @@ class OnnxRuntimeEngine:
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         """[B, P, 588] -> [B, P, C]."""
         check_encode(self.bounds, pixels)
-        return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)})
+        # Without an arena every layer asks the system for its large tensors anew, a fifth of the attention's time; with
+        # one the largest picture's memory would be kept for ever.
+        options = self._runtime.RunOptions()
+        if pixels.shape[0] * pixels.shape[1] > KEPT_PATCHES:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)}, options)
 
     def project(self, features: F32) -> F32:
         """[B, T, M, C] -> [B, T, H]."""
@@ -138,10 +145,10 @@ class OnnxRuntimeEngine:
                 binding.bind_ortvalue_output(names[f"present_{what}"], buffer)
         return binding
 
-    def _call(self, graph: str, inputs: dict[str, Any]) -> F32:
+    def _call(self, graph: str, inputs: dict[str, Any], options: Any = None) -> F32:
         session = self._session(graph)
         try:
-            return session.run(None, inputs)[0]
+            return session.run(None, inputs, options)[0]
         except Exception as error:
             raise self._failed(graph, error) from error
 
@@ -168,12 +175,13 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        # Shapes change from call to call: an arena would keep the largest for ever.
-        options.enable_cpu_mem_arena = graph in ("decoder", "prefill")
+        options.enable_cpu_mem_arena = graph != "projector"
         if int8_overflows():
             # Slower and right: such a processor adds pairs of products in 16 bits.
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.enable_mem_pattern = False
+        # Each graph has threads of its own: those of the one that has just run are not to spin while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
