@@ -12,7 +12,7 @@ positions in place. A graph is `PART.onnx`, its weights `PART.onnx.data`.
 
 A quantized layer is a MatMulNBits node with the layer's own integers: accuracy level 4, which rounds the activations to
 int8 in blocks as large as the weights' groups (128 where a scale is a whole row's; it is then repeated). A scheme with
-`activations: "token"` is a MatMulIntegerToFloat instead, about three times as fast where rows are many. Its kernel
+`activations: "token"` is a MatMulIntegerToFloat instead, two to three times as fast where rows are many. Its kernel
 knows one scale for all activations (DynamicQuantizeMatMul takes it from the whole tensor, which costs as much quality
 as 4 bits); here every row is divided by its own largest value first and multiplied by it afterwards, so that each row
 has its scale, and comes out the same whatever rows are beside it.
