@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,7 +275,8 @@ def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Pro
         job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
         progress.begin(part, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
-            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress)
+            label = (lambda seconds: calibration_stage(part, log_path, seconds)) if part == CALIBRATION else None
+            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, label)
         if not result_path.is_file():
             raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
         result = json.loads(result_path.read_text(encoding="utf-8"))
@@ -309,12 +311,35 @@ def _verify(folder: Path, progress: Progress) -> None:
     progress.done("verify", time.monotonic() - begin, 0)
 
 
-def _watch(module: list[str], out: IO[bytes], log: IO[bytes], part: str, progress: Progress) -> int:
-    """Run a Python module in a session of its own until it ends; it is killed when this process is stopped."""
+def calibration_stage(part: str, log: Path, seconds: float) -> str:
+    """What the worker does by its own last line, `done/all stage`, and how long the rest will take."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = re.fullmatch(r"(\d+)/(\d+) (\S+)", lines[-1]) if lines else None
+    if found is None:
+        return part
+    done, total = int(found[1]), int(found[2])
+    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
+    return f"{part} {done}/{total} {found[3]}{left}"
+
+
+def _watch(
+    module: list[str],
+    out: IO[bytes],
+    log: IO[bytes],
+    part: str,
+    progress: Progress,
+    label: Callable[[float], str] | None = None,
+) -> int:
+    """Run a Python module in a session of its own until it ends; it is killed when this process is stopped.
+
+    Args:
+        label: what it is called after so many seconds, where that is more than `part`.
+    """
     command = [sys.executable, "-m", *module]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True)
     try:
-        _wait(process, lambda seconds, resident: progress.tick(part, seconds, resident), time.monotonic())
+        name = label or (lambda seconds: part)
+        _wait(process, lambda seconds, resident: progress.tick(name(seconds), seconds, resident), time.monotonic())
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

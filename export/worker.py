@@ -6,6 +6,7 @@ there is none, is written to the file that the job names; stdout and stderr belo
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -32,6 +33,7 @@ from penguin_edge.quantize.calibrate import (
     needed_bytes,
     read_calibration,
     ready_from,
+    stage_count,
 )
 from penguin_edge.quantize.recipe import Recipe
 
@@ -79,9 +81,17 @@ def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> d
     samples = read_calibration(options, checkpoint)
     advice = "use fewer --calibration-samples, or a larger machine, or raise --max-ram"
     require_memory(needed_bytes(checkpoint, samples) + TOOLS_BYTES, "calibrating", advice, job["max_ram"])
-    made_for = calibrate(checkpoint, recipe, samples, Path(job["calibrated"]), lambda stage: print(stage, flush=True))
     tokens = sum(len(sample.input_ids) for sample in samples)
     images = sum(len(sample.visuals) for sample in samples)
+    total, done = stage_count(checkpoint, images > 0), itertools.count()
+    # The parent reads the last line.
+    made_for = calibrate(
+        checkpoint,
+        recipe,
+        samples,
+        Path(job["calibrated"]),
+        lambda stage: print(f"{next(done)}/{total} {stage}", flush=True),
+    )
     return {**asdict(options), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
 
 

@@ -121,6 +121,13 @@ def needed_bytes(checkpoint: Checkpoint, samples: Sequence[Sample]) -> int:
     return max(needs)
 
 
+def stage_count(checkpoint: Checkpoint, images: bool) -> int:
+    """How often `calibrate` reports: patch embedding, blocks, projector, head."""
+    vision = checkpoint.config.vision
+    seeing = vision.num_hidden_layers + 2 if images and vision is not None else 0
+    return seeing + checkpoint.config.text.num_hidden_layers + 1
+
+
 def digest(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) -> str:
     """SHA-256 over all that decides the integers."""
     found = hashlib.sha256(checkpoint.fingerprint().encode())

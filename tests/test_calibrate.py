@@ -21,6 +21,7 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import TextConfig
 from penguin_edge.errors import InputError
+from penguin_edge.export.pipeline import calibration_stage
 from penguin_edge.layers import Block, full_attention, rotary_angles
 from penguin_edge.quantize.apply import chosen, quantize_part
 from penguin_edge.quantize.calibrate import (
@@ -30,6 +31,7 @@ from penguin_edge.quantize.calibrate import (
     read_calibration,
     read_integers,
     ready_from,
+    stage_count,
     text_samples,
 )
 from penguin_edge.quantize.gptq import gptq
@@ -182,7 +184,9 @@ def test_factors_are_of_what_the_model_reads(tiny: Checkpoint, samples: list[Sam
         smooth={"encoder": 0.5, "prefill": 0.7, "decoder": "awq"},
         lenient=True,
     )
-    calibrate(tiny, recipe, samples, tmp_path, lambda stage: None)
+    stages: list[str] = []
+    calibrate(tiny, recipe, samples, tmp_path, stages.append)
+    assert len(stages) == stage_count(tiny, images=True)
     model = tiny.load(dtype=torch.float32)
     seen: dict[str, torch.Tensor] = {}
     for block in ("encoder.layers.0", "decoder.layers.0"):
@@ -264,6 +268,7 @@ def test_every_layer_gets_its_integers_and_a_stopped_run_goes_on(
     }  # fmt: skip
     assert set(first) == wanted
     assert stages[0] == "encoder.patch_embedding" and stages[-1] == "decoder.lm_head"
+    assert len(stages) == stage_count(tiny, images=True)
     for name in list(first)[::3]:
         (tmp_path / name).unlink()
     assert calibrate(tiny, RECIPE, samples, tmp_path, lambda stage: None) == made_for
@@ -357,6 +362,18 @@ def test_export_verifies_and_says_what_it_read(data: Path, tmp_path: Path) -> No
         (tmp_path / f"{seed}.png").write_bytes((data / f"{seed}.png").read_bytes())
     done = cli("verify", out, "--against", "nano", "--calibration", tmp_path / "other.jsonl")
     assert done.returncode == 1 and "is not what the bundle was calibrated with" in done.stderr
+
+
+def test_the_terminal_says_how_long_calibration_will_take(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    for text, wanted in (
+        ("", "calibration"),
+        ("0/60 encoder.patch_embedding\n", "calibration 0/60 encoder.patch_embedding"),
+        ("a warning\n20/60 decoder.layers.4\n", "calibration 20/60 decoder.layers.4, about 60 s left"),
+        ("20/60 decoder.layers.4\nTraceback (most recent call last):\n", "calibration"),
+    ):
+        log.write_text(text)
+        assert calibration_stage("calibration", log, 30.0) == wanted
 
 
 def test_bad_calibration_data(tiny: Checkpoint, data: Path, tmp_path: Path) -> None:
