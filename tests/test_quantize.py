@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.export.targets import TARGETS
 from penguin_edge.preprocess import positions
 from penguin_edge.quantize.apply import check_layers, linears, module_of, quantize_part, quantize_rows
+from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, read_calibration, ready_from
 from penguin_edge.quantize.linear import (
     QuantizedLinear,
     Scheme,
@@ -263,13 +265,20 @@ def exported(request: pytest.FixtureRequest, nano_bundle: Callable[[str, str], P
 
 def expected(bundle: Bundle) -> dict[str, QuantizedLinear]:
     """Every quantized layer of every graph, by name, as the recipe makes it for the bundle's engine."""
+    checkpoint, recipe = Checkpoint.open("nano"), PRESETS[bundle.manifest.precision]
+    activations = TARGETS[bundle.manifest.target].activations
     found = {}
-    for part in bundle.manifest.graphs:
-        model = Checkpoint.open("nano").load()
-        quantize_part(model, part, PRESETS[bundle.manifest.precision], TARGETS[bundle.manifest.target].activations)
-        for name, module in module_of(model, part).named_modules():
-            if isinstance(module, QuantizedLinear):
-                found[f"{part}.{name}"] = module
+    with tempfile.TemporaryDirectory() as work:
+        if recipe.calibrated:
+            made = bundle.manifest.quantization["calibration"]
+            options = CalibrationOptions(**{name: made[name] for name in ("source", "samples", "length", "seed")})
+            calibrate(checkpoint, recipe, read_calibration(options, checkpoint), Path(work), lambda stage: None)
+        for part in bundle.manifest.graphs:
+            model = checkpoint.load()
+            quantize_part(model, part, recipe, activations, ready_from(Path(work)))
+            for name, module in module_of(model, part).named_modules():
+                if isinstance(module, QuantizedLinear):
+                    found[f"{part}.{name}"] = module
     return found
 
 
