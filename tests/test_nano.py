@@ -105,6 +105,11 @@ def test_training_never_shows_a_held_out_count_or_text() -> None:
             assert counts[asked] == int(scene.turns[0].answer)
             assert (asked, counts[asked]) not in held.HELD_COUNTS
             assert task == "counting" or asked not in with_held
+    for scene, spy in drawn("count_both", "train"):
+        counts = Counter(item.name for item in spy.painted[0])
+        asked = scene.turns[0].question.removeprefix("How many ").removesuffix(" pictures are there?").split(" and ")
+        assert sum(counts[name] for name in asked) == int(scene.turns[0].answer)
+        assert not {(name, counts[name]) for name in asked} & held.HELD_COUNTS
     for scene, spy in drawn("tally", "train"):
         counts = Counter(item.name for item in spy.painted[0])
         answers = {

@@ -377,6 +377,17 @@ def test_chunks_cover_a_prompt_and_leave_no_single_position(count: int, most: in
     assert all(min(least, count) <= rows.stop - rows.start <= most for rows in pieces if most > least)
 
 
+def test_giving_memory_back_changes_no_number(
+    nano_bundle: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(Bundle.read(nano_bundle("onnx", "int8")))
+    pixels = np.random.default_rng(2).standard_normal((2, 24, 588)).astype(np.float32)
+    rows, cols = positions((4, 6), 1)
+    wanted = engine.encode(pixels, rows, cols)
+    monkeypatch.setattr("penguin_edge.runtime.onnxruntime.KEPT_PATCHES", 47)
+    assert np.array_equal(engine.encode(pixels, rows, cols), wanted)
+
+
 def test_a_processor_without_vnni_computes_the_same(
     nano_bundle: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

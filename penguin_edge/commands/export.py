@@ -20,7 +20,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--random-weights", action="store_true", help="agree that a preset has random weights")
     parser.add_argument("--target", default="onnx", help="onnx or executorch (default: %(default)s)")
     parser.add_argument(
-        "--quant", default="fp32", metavar="NAME|FILE", help="fp32, fp16, int8, int4 or a recipe file (default: fp32)"
+        "--quant",
+        default="fp32",
+        metavar="NAME|FILE",
+        help="fp32, fp16, int8, int4, int8-prefill or a recipe file (default: fp32)",
     )
     parser.add_argument(
         "--calibration",

@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,21 +56,24 @@ FIND = "import importlib.util as u; assert all(map(u.find_spec, ('gguf', 'llama_
 """Fails in an interpreter that lacks a peer."""
 
 
-class Contestant:
+class Contestant(ABC):
     """A decoder with one cache. `prompt` and `step` end with the greedy next token picked."""
 
     weight_bytes = 0
     system = ""
     next = 0
 
+    @abstractmethod
     def rewind(self, length: int) -> None:
-        raise NotImplementedError
+        """Forget all but the first `length` positions."""
 
+    @abstractmethod
     def prompt(self, ids: list[int]) -> None:
-        raise NotImplementedError
+        """Append ids."""
 
+    @abstractmethod
     def logits(self) -> np.ndarray:
-        raise NotImplementedError
+        """[V] after the last position."""
 
     def step(self) -> None:
         self.prompt([self.next])
