@@ -86,7 +86,8 @@ def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
         visual = torch.cat(rows).to(model.dtype)
     with torch.no_grad():
         embeds = model.splice(ids, visual)
-    cache = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device)
+    assert model.decoder is not None
+    cache = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device, model.decoder.kv_form)
     _, logits = continue_greedy(model, cache, embeds, max_new_tokens=1)
     return {
         "embeds": embeds[0].float().numpy(),
@@ -97,9 +98,9 @@ def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
 
 def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
     """An eager greedy answer, from the logits and the cache of `check_prefill` on."""
-    assert model.embedding is not None
+    assert model.decoder is not None and model.embedding is not None
     text, length = model.config.text, len(arrays["embeds"])
-    cache = KVCache(text, length + DECODED, model.dtype, model.device)
+    cache = KVCache(text, length + DECODED, model.dtype, model.device, model.decoder.kv_form)
     for buffer, filled in zip(cache.keys + cache.values, torch.from_numpy(arrays["cache"]), strict=True):
         buffer[:, :, :length] = filled
     cache.length = length

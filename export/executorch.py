@@ -285,6 +285,8 @@ class ExecutorchTarget:
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 2.5 if quantized else {"fp32": 4.8, "fp16": 2.8}[precision]
 
+    kv_dtypes: tuple[str, ...] = ()
+
     def kv_dtype(self, precision: str) -> str:
         """As the graph: XNNPACK's matrix products want one dtype, and conversions run outside it."""
         return precision

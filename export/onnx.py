@@ -40,12 +40,11 @@ from torch.export import Dim
 from torch.nn import functional
 
 from penguin_edge.bundle import Bounds, TensorSpec, kv_names, signature
-from penguin_edge.decoder import Decoder
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
-from penguin_edge.export.methods import EncoderMethod, ProjectorMethod, decoder_logits
+from penguin_edge.export.methods import ProjectorMethod
+from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
 from penguin_edge.export.target import PartFile
 from penguin_edge.model import PenguinModel
-from penguin_edge.quantize.apply import module_of
 from penguin_edge.quantize.linear import SMALLEST, Activations, QuantizedLinear, Scheme
 
 OPSET = 23
@@ -56,41 +55,8 @@ MAX_MERGED = 4
 """Largest M: two by two patches for one visual token."""
 TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
 """Sizes to trace with; none is 0 or 1, which the tracer would take for constants."""
+KV_DTYPES = {"fp16": torch.float16, "int8": torch.int8}
 VERSIONS = "export with the versions of torch, onnx and onnxscript that pyproject.toml names"
-
-
-@torch.library.custom_op("penguin_edge::grouped_query_attention", mutates_args=())
-def grouped_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, last: Tensor, total: Tensor, heads: int, kv: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What com.microsoft GroupQueryAttention computes for one sequence: causal attention over a cache.
-
-    Args:
-        q: [1, S, heads*D]; k, v: [1, S, kv*D], rotary step done.
-        past_k, past_v: [1, kv, max_seq_len, D].
-        last, total: [1] int32, index of the last new position and count of positions, the new ones included.
-    Returns:
-        [1, S, heads*D], and the caches with the new positions written.
-    """
-    end = int(total)
-    start = end - q.shape[1]
-    keys, values = past_k.clone(), past_v.clone()
-    keys[:, :, start:end] = k.unflatten(-1, (kv, -1)).transpose(1, 2)
-    values[:, :, start:end] = v.unflatten(-1, (kv, -1)).transpose(1, 2)
-    columns = torch.arange(end, device=q.device)
-    mask = columns[None, :] <= columns[start:, None]
-    rows = q.unflatten(-1, (heads, -1)).transpose(1, 2)
-    out = functional.scaled_dot_product_attention(
-        rows, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
-    )
-    return out.transpose(1, 2).flatten(2), keys, values
-
-
-@torch.library.custom_op("penguin_edge::multi_head_attention", mutates_args=())
-def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """What com.microsoft MultiHeadAttention computes: every position sees all others. All [B, P, heads*D]."""
-    split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
 @torch.library.custom_op("penguin_edge::matmul_nbits", mutates_args=())
@@ -126,26 +92,18 @@ def _(x, weight, scales):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-@grouped_query_attention.register_fake
-def _(q, k, v, past_k, past_v, last, total, heads, kv):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
-
-
-@multi_head_attention.register_fake
-def _(q, k, v, heads):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q)
-
-
 TYPES = {
     "T": ["tensor(float)", "tensor(float16)"],
     "I": ["tensor(int32)"],
     "U": ["tensor(uint8)"],
     "S": ["tensor(int8)"],
+    "F": ["tensor(float)"],
+    "C": ["tensor(float)", "tensor(float16)", "tensor(int8)"],
 }
 """Letters for tensor types in the schemas below."""
 
 
-def contrib(name: str, inputs: str, outputs: str, attributes: Sequence[str]) -> Any:
+def contrib(name: str, inputs: str, outputs: str, attributes: str) -> Any:
     """An operator of ONNX Runtime's own domain for onnxscript.
 
     The exporter learns the number of outputs from the schema, and onnx does not know this domain, so that the part of
@@ -173,7 +131,10 @@ def contrib(name: str, inputs: str, outputs: str, attributes: Sequence[str]) -> 
         inputs=parameters(inputs),
         outputs=parameters(outputs),
         type_constraints=[(letter, TYPES[letter], "") for letter in letters],
-        attributes=[attribute(x, OpSchema.AttrType.INT, "", required=True) for x in attributes],
+        attributes=[
+            attribute(key, getattr(OpSchema.AttrType, kind), "", required=True)
+            for key, kind in (item.split(":") for item in attributes.split())
+        ],
     )
     return Op(Opset("com.microsoft", 1), name, schema)
 
@@ -184,20 +145,42 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset23 as plain
 
     rows = "query:T key:T value:T"
-    grouped = contrib(
+    inputs = f"{rows} past_key:C past_value:C seqlens_k:I total_sequence_length:I cos_cache:T sin_cache:T"
+    outputs, sizes = "output:T present_key:C present_value:C", "num_heads:INT kv_num_heads:INT do_rotary:INT"
+    grouped = contrib("GroupQueryAttention", inputs, outputs, sizes)
+    small = contrib(
         "GroupQueryAttention",
-        f"{rows} past_key:T past_value:T seqlens_k:I total_sequence_length:I",
-        "output:T present_key:T present_value:T",
-        ("num_heads", "kv_num_heads"),
+        f"{inputs} position_ids?:I attention_bias?:T head_sink?:T k_scale:F v_scale:F",
+        outputs,
+        f"{sizes} kv_cache_bit_width:INT k_quant_type:STRING v_quant_type:STRING",
     )
-    multi = contrib("MultiHeadAttention", rows, "output:T", ("num_heads",))
-    scaled = contrib("MatMulIntegerToFloat", "A:U B:S a_scale:T b_scale:T a_zero_point:U", "Y:T", ())
+    multi = contrib("MultiHeadAttention", rows, "output:T", "num_heads:INT")
+    scaled = contrib("MatMulIntegerToFloat", "A:U B:S a_scale:T b_scale:T a_zero_point:U", "Y:T", "")
     nbits = contrib(
-        "MatMulNBits", "A:T B:U scales:T zero_points?:U", "Y:T", ("K", "N", "bits", "block_size", "accuracy_level")
+        "MatMulNBits",
+        "A:T B:U scales:T zero_points?:U",
+        "Y:T",
+        "K:INT N:INT bits:INT block_size:INT accuracy_level:INT",
+    )
+    added = contrib(
+        "SkipSimplifiedLayerNormalization",
+        "input:T skip:T gamma:T",
+        "output:T mean:T inv_std_var:T input_skip_bias_sum:T",
+        "epsilon:FLOAT",
     )
 
-    def translate_grouped(q, k, v, past_k, past_v, last, total, heads: int, kv: int):  # type: ignore[no-untyped-def]
-        return grouped(q, k, v, past_k, past_v, last, total, num_heads=heads, kv_num_heads=kv)
+    def translate_grouped(  # type: ignore[no-untyped-def]
+        q, k, v, past_k, past_v, last, total, cos, sin, k_scale, v_scale, heads: int, kv: int
+    ):
+        tensors, same = (q, k, v, past_k, past_v, last, total, cos, sin), {"num_heads": heads, "kv_num_heads": kv}
+        if k_scale is None:
+            return grouped(*tensors, do_rotary=1, **same)
+        types = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        return small(*tensors, None, None, None, k_scale, v_scale, do_rotary=1, **same, **types)
+
+    def translate_added(x, more, weight, eps: float):  # type: ignore[no-untyped-def]
+        out, _, _, total = added(x, more, weight, epsilon=eps)
+        return out, total
 
     def translate_multi(q, k, v, heads: int):  # type: ignore[no-untyped-def]
         return multi(q, k, v, num_heads=heads)
@@ -218,43 +201,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.grouped_query_attention.default: translate_grouped,
         ops.multi_head_attention.default: translate_multi,
+        ops.skip_norm.default: translate_added,
         ops.matmul_nbits.default: translate_nbits,
         ops.integer_product.default: translate_integers,
     }
-
-
-def bidirectional(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The encoder's attention.
-
-    The stock Attention operator keeps all scores, [B, heads, P, P]: 17 GB for one image of 16,384 patches, where this
-    one works in tiles at the same speed. It knows no groups, so that keys and values are repeated.
-    """
-    heads = q.shape[1]
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    return multi_head_attention(*(x.transpose(1, 2).flatten(2) for x in (q, k, v)), heads)
-
-
-class DecoderMethod(nn.Module):
-    """The decoder with its KV buffers as arguments: keys and values of layer 0, of layer 1, and so on."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, embeds: Tensor, start: Tensor, logit_index: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        config = self.decoder.config
-        heads, kv = config.num_attention_heads, config.num_key_value_heads
-        total = (start + embeds.shape[1]).to(torch.int32)
-        last = total - 1
-        present: list[Tensor] = []
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
-            out, *both = grouped_query_attention(*rows, *past[2 * layer : 2 * layer + 2], last, total, heads, kv)
-            present.extend(both)
-            return out
-
-        return decoder_logits(self.decoder, embeds, start, logit_index, attend), *present
 
 
 class Product(nn.Module):
@@ -318,6 +268,9 @@ class RowProduct(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+PRODUCTS = (Product, BlockProduct, RowProduct)
+
+
 def packed_bits(levels: Tensor, bits: int) -> Tensor:
     """The last dimension packed into bytes, low bits first; 4-bit values are padded to an even number."""
     if bits == 8:
@@ -327,18 +280,24 @@ def packed_bits(levels: Tensor, bits: int) -> Tensor:
     return levels[..., 0::2] | (levels[..., 1::2] << 4)
 
 
+def product(layer: nn.Module) -> nn.Module:
+    """A linear layer in the form of the operator that computes it."""
+    if isinstance(layer, QuantizedLinear):
+        return RowProduct(layer) if layer.activations == "row" else BlockProduct(layer)
+    assert isinstance(layer, nn.Linear)
+    return Product(layer)
+
+
 def prepare(module: nn.Module) -> nn.Module:
     """Turn linear layers into products and all other parameters into fp32, in place; no float weight is copied."""
+    join(module, product)
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, Product(child))
-        elif isinstance(child, QuantizedLinear):
-            setattr(module, name, RowProduct(child) if child.activations == "row" else BlockProduct(child))
-        else:
+        if isinstance(child, nn.Linear | QuantizedLinear):
+            setattr(module, name, product(child))
+        elif not isinstance(child, PRODUCTS):
             prepare(child)
     for name, parameter in module.named_parameters(recurse=False):
-        if not isinstance(module, Product | BlockProduct | RowProduct):
-            setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+        setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
     return module.eval()
 
 
@@ -377,13 +336,14 @@ class OnnxTarget:
     tools: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")
     shares_kv = True
     activations: Activations = "block"
+    kv_dtypes: tuple[str, ...] = ("fp16", "int8")
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """ONNX Runtime plans nothing from them; they keep one call's time and memory in hand."""
         return Bounds(max_seq_len=max_seq_len, max_chunk=256)
 
     def kv_dtype(self, precision: str) -> str:
-        """fp32 for all: the CPU's attention computes in fp32, and converting fp16 buffers costs 40 % of its speed."""
+        """fp32 for all: the CPU's attention computes in fp32, and fp16 buffers cost much of its speed."""
         return "fp32"
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
@@ -420,36 +380,41 @@ class OnnxTarget:
         specs, results = signature(part, model.config, bounds)
         inputs, shapes = examples(specs, bounds)
         names, output_names = [spec.name for spec in specs], [spec.name for spec in results]
-        quantized = Counter(
-            "MatMulIntegerToFloat" if child.activations == "row" else "MatMulNBits"
-            for child in module_of(model, part).modules()
-            if isinstance(child, QuantizedLinear)
-        )
         method: nn.Module
         if part == "encoder":
             assert model.encoder is not None, "this model was loaded without its encoder"
-            method = EncoderMethod(model.encoder, bidirectional)
-            wanted = {"MultiHeadAttention": len(model.encoder.layers)}
+            method = EncoderMethod(model.encoder)
+            layers = len(model.encoder.layers)
+            wanted = {"MultiHeadAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}
         elif part == "projector":
             assert model.projector is not None, "this model was loaded without its projector"
             method, wanted = ProjectorMethod(model.projector), {}
         else:
             assert model.decoder is not None, "this model was loaded without its decoder"
-            method = DecoderMethod(model.decoder)
+            method = DecoderMethod(model.decoder, bounds.max_seq_len)
             text = model.config.text
-            wanted = {"GroupQueryAttention": text.num_hidden_layers}
+            layers = text.num_hidden_layers
+            wanted = {"GroupQueryAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}
             # Traced without being read, so that no memory ever stands behind them.
             shape = (1, text.num_key_value_heads, bounds.max_seq_len, text.head_dim)
-            past = [torch.empty(shape) for _ in range(2 * text.num_hidden_layers)]
+            form = model.decoder.kv_form
+            dtype = KV_DTYPES[form.dtype] if form else torch.float32
+            past = [torch.empty(shape, dtype=dtype) for _ in range(2 * text.num_hidden_layers)]
             inputs.append(past)
             shapes.append([{} for _ in past])
             for kv in map(kv_names, range(text.num_hidden_layers)):
                 names += kv["past_key"], kv["past_value"]
                 output_names += kv["present_key"], kv["present_value"]
+        prepare(method)
+        quantized = Counter(
+            "MatMulIntegerToFloat" if isinstance(child, RowProduct) else "MatMulNBits"
+            for child in method.modules()
+            if isinstance(child, BlockProduct | RowProduct)
+        )
         try:
             with quiet():
                 program = torch.onnx.export(
-                    prepare(method),
+                    method,
                     tuple(inputs),
                     dynamo=True,
                     opset_version=OPSET,

@@ -38,7 +38,7 @@ from penguin_edge.quantize.recipe import PRESETS, Recipe
 MIN_SEQ_LEN = 128
 """Positions that `verify` needs for its prompt and answer."""
 DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
 class Progress(Protocol):
@@ -106,6 +106,11 @@ def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return total
 
 
+def kv_dtype(target: Target, recipe: Recipe) -> str:
+    """What the KV cache holds."""
+    return recipe.kv or target.kv_dtype(recipe.precision)
+
+
 def kv_bytes(checkpoint: Checkpoint, max_seq_len: int, dtype: str) -> int:
     """Bytes of the KV cache: keys and values of all layers."""
     return checkpoint.config.text.kv_values * max_seq_len * VALUE_BYTES[dtype]
@@ -116,7 +121,7 @@ def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> 
     precision = options.recipe.precision
     factor = target.peak_factor(precision, options.recipe.quantized)
     graphs = [part for part in parts_of(checkpoint, options.recipe) if part != "embedding"]
-    kv = kv_bytes(checkpoint, options.max_seq_len, target.kv_dtype(precision))
+    kv = kv_bytes(checkpoint, options.max_seq_len, kv_dtype(target, options.recipe))
     peak = {
         part: int(factor * checkpoint.parameter_bytes(DECODERS.get(part, part), 2)) + TOOLS_BYTES for part in graphs
     }
@@ -142,6 +147,11 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         raise InputError(
             f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
             "out `prefill`, or take --target onnx"
+        )
+    if recipe.kv and recipe.kv not in target.kv_dtypes:
+        raise InputError(
+            f"{recipe.name}: a KV cache in {recipe.kv}, but {target.name} keeps it in the graph's precision; leave out "
+            "`kv`, or take --target onnx"
         )
     layers = linear_shapes(checkpoint, recipe)
     check_layers(recipe, layers)
@@ -247,7 +257,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
             bounds=bounds,
             graphs=entries,
             embedding_dtype=embedding_dtype,
-            kv_dtype=target.kv_dtype(recipe.precision),
+            kv_dtype=kv_dtype(target, recipe),
             quantization={"recipe": recipe.to_json(), "layers": table, **quantization} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
             tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},

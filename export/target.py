@@ -27,6 +27,8 @@ class Target(Protocol):
     """Distributions whose versions go into the manifest."""
     shares_kv: bool
     """Whether two graphs can work on one KV cache."""
+    kv_dtypes: tuple[str, ...]
+    """What else a KV cache may hold, if a recipe asks for it."""
     activations: Activations
     """How this engine rounds what goes into a quantized product."""
 
@@ -34,7 +36,7 @@ class Target(Protocol):
         """Bounds that this target can plan for."""
 
     def kv_dtype(self, precision: str) -> str:
-        """What the KV buffers hold: "fp32" or "fp16"."""
+        """What the KV buffers hold unless a recipe says otherwise: "fp32" or "fp16"."""
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly.

@@ -10,12 +10,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from penguin_edge.config import TextConfig
 from penguin_edge.layers import Attend, Block, RMSNorm, full_attention, rotary_angles
+
+
+@dataclass(frozen=True)
+class KVForm:
+    """What a cache holds instead of the model's own dtype."""
+
+    dtype: Literal["fp16", "int8"]
+    scales: Tensor | None = None
+    """int8: [2L, kv, 1, D] f32, of every channel of all keys, then of all values."""
+
+    def stored(self, index: int, x: Tensor) -> Tensor:
+        """Keys (`index` is the layer) or values (layer + L), [1, kv, S, D], as they come back out of the cache."""
+        if self.scales is None:
+            return x.half().to(x.dtype)
+        scale = self.scales[index].to(x.dtype)
+        return (x / scale).round().clamp(-128, 127) * scale
 
 
 class Decoder(nn.Module):
@@ -27,6 +46,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.qk_norm) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.kv_form: KVForm | None = None
 
     def forward(self, embeds: Tensor, positions: Tensor, attend: Attend | None = None) -> Tensor:
         """Hidden states after the final norm; without `attend`, causal attention inside this call."""
@@ -50,16 +70,26 @@ class KVCache:
     Truncating to a prefix only lowers `length`: what lies above it is never read.
     """
 
-    def __init__(self, config: TextConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: KVForm | None = None,
+    ) -> None:
         shape = (1, config.num_key_value_heads, max_seq_len, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.max_seq_len = max_seq_len
         self.length = 0
+        self.form = form
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v at `length`, then attend causally over everything up to the last new position."""
         start, end = self.length, self.length + k.shape[2]
+        if self.form is not None:
+            k, v = self.form.stored(layer, k), self.form.stored(layer + len(self.keys), v)
         self.keys[layer][:, :, start:end] = k
         self.values[layer][:, :, start:end] = v
         columns = torch.arange(end, device=q.device)

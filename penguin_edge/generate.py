@@ -37,7 +37,9 @@ def generate(
     Returns:
         The new ids (a stop id is included and ends the answer), and the f32 logits [n, V] that each was chosen from.
     """
-    cache = KVCache(model.config.text, input_ids.shape[1] + max_new_tokens, model.dtype, model.device)
+    assert model.decoder is not None
+    length = input_ids.shape[1] + max_new_tokens
+    cache = KVCache(model.config.text, length, model.dtype, model.device, model.decoder.kv_form)
     return continue_greedy(model, cache, model.splice(input_ids, visual), max_new_tokens=max_new_tokens, stop=stop)
 
 
@@ -72,7 +74,8 @@ class EagerEngine:
         )
         # Kept: the model looks for them among all of its parameters, which takes longer than a step of a small one.
         self._dtype, self._device = model.dtype, model.device
-        self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device)
+        form = model.decoder.kv_form if model.decoder is not None else None
+        self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device, form)
 
     @property
     def kv_len(self) -> int:

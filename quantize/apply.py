@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.decoder import KVForm
 from penguin_edge.errors import InputError
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
@@ -20,6 +21,8 @@ from penguin_edge.quantize.smooth import apply_factors
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 DECODERS = {"prefill": "decoder"}
 """Graphs that are one module of the model under other schemes."""
+KEPT = "kept by the recipe"
+"""Why a layer is not quantized: its user, or a preset, wants so."""
 SLAB = 8192
 SMALLER = (32, 16)
 """Groups that a lenient recipe tries where its own does not divide a layer."""
@@ -33,6 +36,8 @@ class Ready:
     """Of a layer; None where its scheme asks for none."""
     factors: Callable[[str], Mapping[str, torch.Tensor]]
     """Of a block, such as `prefill.layers.0`; see `quantize/smooth.py`."""
+    kv_scales: Callable[[int], torch.Tensor]
+    """Of so many layers' int8 caches; see `KVForm`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def chosen(recipe: Recipe, layer: str, inputs: int) -> tuple[Scheme | None, str]
     """
     scheme = recipe.scheme_of(layer)
     if scheme is None:
-        return None, "kept by the recipe"
+        return None, KEPT
     blocked = scheme.group is not None or any(inputs % size == 0 for size in SMALLER)
     if scheme.fits(inputs) and blocked:
         return scheme, ""
@@ -191,10 +196,25 @@ def load_quantized(
     if model.embedding is not None and recipe.embedding == "int8":
         levels, scales = quantize_rows(model.embedding.weight)
         model.embedding.weight = nn.Parameter(levels * scales[:, None], requires_grad=False)
+    if model.decoder is not None:
+        model.decoder.kv_form = kv_form(recipe, len(model.decoder.layers), ready)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     return model, rows
+
+
+def kv_form(recipe: Recipe, layers: int, ready: Ready | None) -> KVForm | None:
+    """How the recipe stores the KV cache.
+
+    Raises:
+        InputError: int8 without calibration.
+    """
+    if recipe.kv != "int8":
+        return KVForm("fp16") if recipe.kv else None
+    if ready is None:
+        raise InputError("kv: int8 needs calibration data; name some with --calibration")
+    return KVForm("int8", ready.kv_scales(layers))
 
 
 def quantize_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

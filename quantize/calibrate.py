@@ -36,7 +36,7 @@ from penguin_edge.preprocess import Patches
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
 from penguin_edge.quantize.gptq import gptq
-from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, quantize_weight
+from penguin_edge.quantize.linear import SMALLEST, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
 from penguin_edge.quantize.smooth import AWQ, GROUPS, READ, apply_factors, awq_factor, smooth_factor
 from penguin_edge.records import read_records
@@ -203,16 +203,16 @@ class _Walk:
                 scheme, _ = chosen(self.recipe, name, child.in_features)
                 if scheme is not None:
                     schemes[name] = scheme
-        gathered = {name for name, s in schemes.items() if s.calibrated and not self._path(name).is_file()}
+        gathered = {name for name, s in schemes.items() if s.calibrated and not self.path(name).is_file()}
         hessians = self._gather(gathered, run, count)
         for name, scheme in schemes.items():
             linear = self.model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            if self._path(name).is_file():
-                integers = read_integers(self._path(name), scheme)
+            if self.path(name).is_file():
+                integers = read_integers(self.path(name), scheme)
             elif name in hessians:
                 integers = gptq(linear.weight, hessians[name], scheme, name)
-                write_integers(self._path(name), integers)
+                write_integers(self.path(name), integers)
             else:
                 integers = quantize_weight(linear.weight, scheme, name)
             parent, _, attribute = name.rpartition(".")
@@ -227,7 +227,7 @@ class _Walk:
         """
         part, _, leaf = prefix.partition(".")
         asking = [name for name in self.recipe.smooth if DECODERS.get(name, name) == part]
-        missing = [name for name in asking if not self._path(f"{name}.{leaf}.factors").is_file()]
+        missing = [name for name in asking if not self.path(f"{name}.{leaf}.factors").is_file()]
         block, out = self.model.get_submodule(prefix).float(), None
         if missing:
             largest: dict[str, Tensor] = {}
@@ -257,7 +257,7 @@ class _Walk:
             # Before smoothing, as above: a run that was stopped goes on with the same bits.
             out = [run(index) for index in range(count)]
         if part in asking:
-            apply_factors(block, load_file(self._path(f"{prefix}.factors")))
+            apply_factors(block, load_file(self.path(f"{prefix}.factors")))
         return out
 
     def _write_factors(
@@ -273,9 +273,9 @@ class _Walk:
                 factors[readers[0]] = awq_factor(weights, schemes, hessians[f"{prefix}.{readers[0]}"])
             else:
                 factors[readers[0]] = smooth_factor(weights, largest[readers[0]], strength)
-        write_tensors(self._path(f"{name}.factors"), factors)
+        write_tensors(self.path(f"{name}.factors"), factors)
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
         return self.work / f"{name}.safetensors"
 
     def _gather(self, names: set[str], run: Callable[[int], Tensor], count: int) -> dict[str, Tensor]:
@@ -344,9 +344,23 @@ def _decode(walk: _Walk, samples: Sequence[Sample], features: list[Tensor]) -> N
         angles = torch.cat((angles, angles), dim=-1)
         turns.append((angles.cos(), angles.sin()))
     states = [x.float() for x in states]
-    attend = full_attention(causal=True)
+    causal, peaks = full_attention(causal=True), dict[int, Tensor]()
+
+    def attend(sample: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps the largest key and value of each channel, [2, kv, D], of the last time that a sample was read."""
+        peaks[sample] = torch.stack((k, v)).abs().amax((1, 3))
+        return causal(sample, q, k, v)
+
     for index in range(len(decoder.layers)):
         states = _block(walk, f"decoder.layers.{index}", states, turns, attend)
+        if walk.recipe.kv == "int8":
+            largest = torch.stack(list(peaks.values())).amax(0)
+            if not bool(largest.isfinite().all()):
+                raise InputError(
+                    f"decoder.layers.{index}: a key or value is NaN or infinite; repair the checkpoint first"
+                )
+            scales = (largest / 127).clamp(min=SMALLEST)
+            write_tensors(walk.path(f"decoder.layers.{index}.kv"), {"scales": scales})
     norm = decoder.norm.float()
     states = [norm(x) for x in states]
     # Nothing reads the logits: one number each is kept.
@@ -359,7 +373,8 @@ def _block(
     block = walk.model.get_submodule(prefix)
 
     def run(index: int) -> Tensor:
-        out: Tensor = block(states[index], *turns[index], 0, attend)
+        # The sample's number, where a cache would want the layer's.
+        out: Tensor = block(states[index], *turns[index], index, attend)
         return out
 
     out = walk.smooth(prefix, run, len(states))
@@ -394,4 +409,9 @@ def ready_from(work: Path) -> Ready:
         path = work / f"{layer}.safetensors"
         return read_integers(path, scheme) if path.is_file() else None
 
-    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"))
+    def kv_scales(layers: int) -> Tensor:
+        """[2L, kv, 1, D]: all keys', then all values'."""
+        files = [load_file(work / f"decoder.layers.{index}.kv.safetensors")["scales"] for index in range(layers)]
+        return torch.stack(files, 1).flatten(0, 1)[:, :, None]
+
+    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"), kv_scales)

@@ -217,6 +217,11 @@ class QuantizedLinear(nn.Module):
         return Integers(self.levels, self.scales, self.zeros, self.scheme)
 
     @property
+    def form(self) -> tuple[int | str | bool | None, ...]:
+        """Layers of one form can be computed as one, if they read the same input."""
+        return self.scheme.bits, self.scheme.group, self.scheme.symmetric, self.activations, self.levels.shape[1]
+
+    @property
     def block(self) -> int:
         """Inputs per scale where a target wants blocks: the group, or the largest size up to 128 that divides a row."""
         inputs = self.levels.shape[1]

@@ -8,6 +8,7 @@ A recipe file is JSON. Every field may be left out; null keeps a part (or a laye
 | precision                             | "fp32" or "fp16": of what is not quantized                                   |
 | encoder, projector, decoder, lm_head  | a scheme: `{"bits": 4, "group": 64, "symmetric": true, "method": "mse"}`     |
 | embedding                             | "int8" (one scale per row), or null                                          |
+| kv                                    | "fp16" or "int8" (a scale per channel): the KV cache; null: the target's own |
 | prefill                               | a scheme: a second decoder graph, on the same KV cache, for more than one    |
 |                                       | position at a time; its layers are named `prefill.layers.0…`; null: none     |
 | smooth                                | `{"prefill": 0.5, "decoder": "awq"}`: SmoothQuant's strength, or AWQ, for    |
@@ -47,6 +48,7 @@ class Recipe:
     decoder: Scheme | None = None
     lm_head: Scheme | None = None
     embedding: Literal["int8"] | None = None
+    kv: Literal["fp16", "int8"] | None = None
     prefill: Scheme | None = None
     smooth: Mapping[str, float | str] = field(default_factory=dict)
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
@@ -56,13 +58,17 @@ class Recipe:
     @property
     def quantized(self) -> bool:
         schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
-        return self.embedding is not None or any(scheme is not None for scheme in schemes)
+        return (self.embedding or self.kv) is not None or any(scheme is not None for scheme in schemes)
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration data."""
         schemes = [getattr(self, part) for part in LINEAR_PARTS] + list(self.layers.values())
-        return bool(self.smooth) or any(scheme is not None and scheme.calibrated for scheme in schemes)
+        return (
+            bool(self.smooth)
+            or self.kv == "int8"
+            or any(scheme is not None and scheme.calibrated for scheme in schemes)
+        )
 
     def scheme_of(self, layer: str) -> Scheme | None:
         """The scheme of a linear layer by our name, such as `decoder.layers.0.mlp.up_proj`."""
@@ -99,6 +105,8 @@ class Recipe:
             raise InputError(f"{name}: precision {values['precision']!r}, wanted fp32 or fp16")
         if values.get("embedding") not in (None, "int8"):
             raise InputError(f"{name}: embedding {values['embedding']!r}, wanted int8 or null")
+        if values.get("kv") not in (None, "fp16", "int8"):
+            raise InputError(f"{name}: kv {values['kv']!r}, wanted fp16, int8 or null")
         for part in LINEAR_PARTS:
             if part in values:
                 values[part] = _scheme(values[part], f"{name}: {part}")

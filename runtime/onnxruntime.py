@@ -24,7 +24,7 @@ from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, c
 
 KEPT_PATCHES = 1024
 """The encoder keeps the memory of calls up to so many patches: 190 MB at the 2B model's shape."""
-KV_DTYPES = {"fp32": np.float32, "fp16": np.float16}
+KV_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 class OnnxRuntimeEngine:

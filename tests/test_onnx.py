@@ -268,14 +268,16 @@ def test_graphs_hold_the_fast_operators(bundles: dict[str, Bundle]) -> None:
         decoder, encoder = nodes(bundle, "decoder"), nodes(bundle, "encoder")
         assert decoder["GroupQueryAttention"] == 3
         assert encoder["MultiHeadAttention"] == 2
-        # Two per block, two in its attention, one at the end.
-        assert (decoder["RMSNormalization"], encoder["RMSNormalization"]) == (13, 9)
-        # No weight is transposed in the graph: what is left are the heads of q and k, before and after the rotary step.
-        assert decoder["Transpose"] == 3 * 4
+        # Two per block are one with an addition; two in its attention are left, and the first of all.
+        assert (decoder["RMSNormalization"], encoder["RMSNormalization"]) == (7, 5)
+        assert (decoder["SkipSimplifiedLayerNormalization"], encoder["SkipSimplifiedLayerNormalization"]) == (6, 4)
+        # Neither weights nor heads are transposed, and the decoder's rotary step is the attention's own.
+        assert decoder["Transpose"] == encoder["Transpose"] == 0
+        assert decoder["Cos"] == decoder["Sin"] == 0
 
 
 def test_a_graph_without_them_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(export, "bidirectional", None)
+    monkeypatch.setattr("penguin_edge.export.onnx_blocks.multi_head_attention", lambda q, k, v, heads: q + k + v)
     target = export.OnnxTarget()
     with pytest.raises(PenguinError, match="0 MultiHeadAttention nodes, wanted 2"):
         target.export_part("encoder", tiny(torch.float32, ("encoder",)), target.bounds(MAX_SEQ_LEN), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -301,12 +302,18 @@ def test_the_file_holds_the_same_integers(exported: Bundle) -> None:
     if exported.manifest.target == "onnx":
         for part in exported.manifest.graphs:
             found = stored_integers(exported, part)
+            products: dict[str, list[QuantizedLinear]] = {}
             for name, layer in layers.items():
                 if name.startswith(f"{part}."):
-                    op, scales = found.pop(layer.levels.numpy().tobytes())
-                    assert op == ("MatMulIntegerToFloat" if layer.activations == "row" else "MatMulNBits"), name
-                    repeats = scales.shape[1] // layer.scales.shape[1]
-                    assert np.array_equal(scales, layer.scales.repeat_interleave(repeats, 1).numpy()), name
+                    # Layers that read the same input lie one after another in one product.
+                    joined = re.sub("(gate|up)_proj$", "gate_up", re.sub("[qkv]_proj$", "qkv", name))
+                    products.setdefault(joined, []).append(layer)
+            for name, parts in products.items():
+                op, scales = found.pop(torch.cat([layer.levels for layer in parts]).numpy().tobytes())
+                assert op == ("MatMulIntegerToFloat" if parts[0].activations == "row" else "MatMulNBits"), name
+                wanted = torch.cat([layer.scales for layer in parts])
+                repeats = scales.shape[1] // wanted.shape[1]
+                assert np.array_equal(scales, wanted.repeat_interleave(repeats, 1).numpy()), name
             assert not found
         return
     blobs = {part: exported.path(f"{part}.pte").read_bytes() for part in exported.manifest.graphs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from penguin_edge.commands.common import byte_count, emit, positive, require_torch, say
@@ -24,6 +25,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default="fp32",
         metavar="NAME|FILE",
         help="fp32, fp16, int8, int4, int8-prefill or a recipe file (default: fp32)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["fp16", "int8"], help="store keys and values in less (default: the target's own)"
     )
     parser.add_argument(
         "--calibration",
@@ -75,6 +79,7 @@ class Lines:
 
 def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
     """Layers by scheme, and by name those that did not get the scheme of their part."""
+    from penguin_edge.quantize.apply import KEPT
     from penguin_edge.quantize.linear import Scheme
 
     counts: dict[str, list[float]] = {}
@@ -82,7 +87,7 @@ def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         label = Scheme(**row["scheme"]).label if row["scheme"] else "not quantized"
         counts.setdefault(label, []).append(row["error"])
-        if row["reason"]:
+        if row["reason"] and row["reason"] != KEPT:
             lines.append(f"  {row['layer']} {row['shape']}: {label} ({row['reason']})")
     return [
         f"{len(errors)} layers {label}" + (f", weights off by {max(errors):.2%} at most" if max(errors) else "")
@@ -106,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
         )
     recipe = find_recipe(args.quant)
+    if args.kv_cache_dtype:
+        recipe = replace(recipe, kv=args.kv_cache_dtype)
     data = None
     if args.calibration or recipe.calibrated:
         source = args.calibration or BUILTIN

@@ -32,7 +32,7 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         verified = None
     if verified and verified.get("manifest_sha256") != manifest.to_json()["sha256"]:
         verified = None
-    value = 4 if manifest.kv_dtype == "fp32" else 2
+    value = {"fp32": 4, "fp16": 2, "int8": 1}[manifest.kv_dtype]
     data = manifest.to_json()
     return {
         "kind": "bundle",
