@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
-from penguin_edge.bundle import Bounds, TensorSpec, kv_names, signature
+from penguin_edge.bundle import Bounds, TablePlace, TensorSpec, kv_names, signature
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
@@ -328,6 +328,24 @@ def examples(specs: Sequence[TensorSpec], bounds: Bounds) -> tuple[list[Any], li
     return inputs, [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs]
 
 
+def head_place(method: nn.Module, path: Path) -> TablePlace | None:
+    """Where the weights of a graph's 4-bit head lie."""
+    import onnx
+
+    head = getattr(getattr(method, "decoder", None), "lm_head", None)
+    if not isinstance(head, BlockProduct) or head.bits != 4 or head.zeros is not None:
+        return None
+    found = {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        name = tensor.name.removeprefix("decoder.lm_head.")
+        if name in ("packed", "scales") and name != tensor.name:
+            found[name] = {entry.key: entry.value for entry in tensor.external_data}
+    if len(found) != 2 or not all(found.values()):
+        return None
+    levels, scales = (int(found[name].get("offset", 0)) for name in ("packed", "scales"))
+    return TablePlace(found["packed"]["location"], levels, scales, head.block)
+
+
 class OnnxTarget:
     """Encoder, projector and decoder as ONNX graphs; see the top of this file."""
 
@@ -435,4 +453,4 @@ class OnnxTarget:
             if found[op] != count:
                 raise PenguinError(f"{part}: the graph has {found[op]} {op} nodes, wanted {count}; {VERSIONS}")
         program.save(folder / f"{part}.onnx", external_data=True)
-        return PartFile(f"{part}.onnx")
+        return PartFile(f"{part}.onnx", head_place(method, folder / f"{part}.onnx"))

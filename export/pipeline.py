@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from penguin_edge import bundle as contract
-from penguin_edge.bundle import Bundle, GraphEntry, Manifest, signature
+from penguin_edge.bundle import Bundle, GraphEntry, Manifest, TablePlace, signature
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.target import Target
@@ -31,7 +31,7 @@ from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import CALIBRATION, TOOLS_BYTES
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
-from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, linears
+from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
@@ -103,7 +103,17 @@ def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
             total += 4 * outputs * inputs // (scheme.group or inputs)
     if recipe.embedding == "int8":
         total -= checkpoint.parameter_bytes("embedding", width - 1)
+    elif recipe.embedding == "int4":
+        # A table that the head shares is known when it is exported: this is the most.
+        total -= checkpoint.parameter_bytes("embedding", width) - checkpoint.parameter_bytes("embedding", 1) * 10 // 16
     return total
+
+
+def shares_table(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether the embedding's int4 rows are the head's: one tensor in the checkpoint, under one scheme."""
+    head, _ = chosen(recipe, "decoder.lm_head", checkpoint.config.text.hidden_size)
+    tied = checkpoint.config.text.tie_word_embeddings
+    return recipe.embedding == "int4" and tied and head is not None and shareable(head)
 
 
 def kv_dtype(target: Target, recipe: Recipe) -> str:
@@ -155,6 +165,8 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         )
     layers = linear_shapes(checkpoint, recipe)
     check_layers(recipe, layers)
+    if recipe.embedding == "int4":
+        embedding_scheme(recipe, checkpoint.config.text.hidden_size)
     for layer, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
@@ -227,6 +239,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
         quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
     with contract.writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
+        place: TablePlace | None = None
         for part in parts_of(checkpoint, recipe):
             job = {
                 **common,
@@ -235,7 +248,13 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
                 "bounds": asdict(bounds),
                 "folder": str(folder),
             }
+            if part == "embedding" and place is not None:
+                continue
             result = _run_part(part, job, need.peak_bytes.get(part, 0), progress)
+            if part == "embedding" and "place" in result:
+                place = TablePlace(**result["place"])
+            elif result.get("head") and shares_table(checkpoint, recipe):
+                place = TablePlace(**result["head"])
             table += result.get("layers", [])
             if part != "embedding":
                 inputs, outputs = signature(part, config, bounds)
@@ -258,6 +277,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
             graphs=entries,
             embedding_dtype=embedding_dtype,
             kv_dtype=kv_dtype(target, recipe),
+            embedding=place,
             quantization={"recipe": recipe.to_json(), "layers": table, **quantization} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
             tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from penguin_edge.bundle import Bounds
+from penguin_edge.bundle import Bounds, TablePlace
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Scheme
 
@@ -16,6 +16,8 @@ class PartFile:
     """What compiling one part left behind: its main file (others lie beside it), relative to the folder."""
 
     file: str
+    head: TablePlace | None = None
+    """Where an int4 head lies, if the embedding can be read from it."""
 
 
 class Target(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from penguin_edge.bundle import EMBEDDING, Bounds, write_json
+from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace, write_json
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
@@ -26,7 +26,7 @@ from penguin_edge.export.targets import TARGETS
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.quantize.apply import DECODERS, load_quantized, quantize_rows
+from penguin_edge.quantize.apply import DECODERS, embedding_scheme, load_quantized, quantize_rows
 from penguin_edge.quantize.calibrate import (
     CalibrationOptions,
     calibrate,
@@ -35,6 +35,7 @@ from penguin_edge.quantize.calibrate import (
     ready_from,
     stage_count,
 )
+from penguin_edge.quantize.linear import quantize_weight
 from penguin_edge.quantize.recipe import Recipe
 
 CALIBRATION = "calibration"
@@ -59,7 +60,7 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
         return {"calibration": report, "peak_mb": peak_mb(), "baseline_mb": baseline}
     folder = Path(job["folder"])
     if part == "embedding":
-        return _write_embedding(checkpoint, folder, job["embedding_dtype"]) | {
+        return _write_embedding(checkpoint, folder, job["embedding_dtype"], recipe) | {
             "peak_mb": peak_mb(),
             "baseline_mb": baseline,
         }
@@ -72,7 +73,8 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
     done = target.export_part(part, model, bounds, folder)
     layers = [asdict(row) for row in rows]
-    return {"file": done.file, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
+    head = asdict(done.head) if done.head else None
+    return {"file": done.file, "head": head, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
 
 
 def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
 
 
-def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[str, Any]:
+def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str, recipe: Recipe) -> dict[str, Any]:
     text = checkpoint.config.text
     shape = (text.vocab_size, text.hidden_size)
     if dtype == "int8":
@@ -127,6 +129,14 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str) -> dict[s
             levels.numpy().tofile(stream)
             scales.numpy().tofile(stream)
         return {"file": EMBEDDING}
+    if dtype == "int4":
+        table = checkpoint.tensor("embedding.weight", shape, torch.float32)
+        integers = quantize_weight(table, embedding_scheme(recipe, text.hidden_size), "embedding")
+        with (folder / EMBEDDING).open("wb") as stream:
+            (integers.levels[:, 0::2] | (integers.levels[:, 1::2] << 4)).numpy().tofile(stream)
+            integers.scales.numpy().tofile(stream)
+        group = text.hidden_size // integers.scales.shape[1]
+        return {"place": asdict(TablePlace(EMBEDDING, 0, text.vocab_size * text.hidden_size // 2, group))}
     table = checkpoint.tensor("embedding.weight", shape, TORCH_DTYPES[dtype])
     raw = table.view(torch.int16) if table.element_size() == 2 else table
     with (folder / EMBEDDING).open("wb") as stream:

@@ -123,6 +123,16 @@ class GraphEntry:
 
 
 @dataclass(frozen=True)
+class TablePlace:
+    """Where an int4 embedding table lies: byte offsets of its levels and of its scales, and weights per scale."""
+
+    file: str
+    levels: int
+    scales: int
+    group: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`bundle.json` as it is; see docs/bundle.md for each field."""
 
@@ -139,6 +149,8 @@ class Manifest:
     generation: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     """The recipe, and what became of each linear layer; empty when nothing is quantized."""
+    embedding: TablePlace | None = None
+    """Of an int4 table; every other one is all of `embedding.bin`."""
     verified: bool = False
     """Whether the export ended with a comparison to its check data, which then had passed."""
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -166,6 +178,8 @@ class Manifest:
             key: data[key]
             for key in ("source", "target", "precision", "embedding_dtype", "kv_dtype", "chat", "tools", "generation")
         }
+        place = data.get("embedding")
+        plain |= {"embedding": TablePlace(**place) if place else None}
         plain |= {"quantization": data.get("quantization", {}), "verified": data.get("verified", False)}
         model = PenguinConfig.from_json(data["model"])
         return cls(model=model, bounds=bounds, graphs=graphs, files=files, schema=data["schema"], **plain)

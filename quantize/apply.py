@@ -196,12 +196,40 @@ def load_quantized(
     if model.embedding is not None and recipe.embedding == "int8":
         levels, scales = quantize_rows(model.embedding.weight)
         model.embedding.weight = nn.Parameter(levels * scales[:, None], requires_grad=False)
+    elif model.embedding is not None and recipe.embedding == "int4":
+        table, head = model.embedding.weight, getattr(model.decoder, "lm_head", None)
+        scheme = embedding_scheme(recipe, table.shape[1])
+        if model.config.text.tie_word_embeddings and isinstance(head, QuantizedLinear) and head.scheme == scheme:
+            integers = head.integers
+        else:
+            integers = quantize_weight(table, scheme, "embedding")
+        model.embedding.weight = nn.Parameter(integers.weight(), requires_grad=False)
     if model.decoder is not None:
         model.decoder.kv_form = kv_form(recipe, len(model.decoder.layers), ready)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     return model, rows
+
+
+def embedding_scheme(recipe: Recipe, width: int) -> Scheme:
+    """Of an int4 table: that of a 4-bit head, whose numbers a tied table then shares, else groups of 64.
+
+    Raises:
+        InputError: no group divides a row.
+    """
+    head, _ = chosen(recipe, "decoder.lm_head", width)
+    if head is not None and shareable(head):
+        return head
+    group = next((size for size in (64, *SMALLER) if width % size == 0), None)
+    if group is None:
+        raise InputError(f"{recipe.name}: embedding: rows of {width} are not divisible by 16; take int8")
+    return Scheme(4, group)
+
+
+def shareable(head: Scheme) -> bool:
+    """Whether a head's levels can be an embedding table's, too."""
+    return (head.bits, head.symmetric, head.calibrated) == (4, True, False) and head.group is not None
 
 
 def kv_form(recipe: Recipe, layers: int, ready: Ready | None) -> KVForm | None:

@@ -7,7 +7,8 @@ A recipe file is JSON. Every field may be left out; null keeps a part (or a laye
 | version                               | 1                                                                            |
 | precision                             | "fp32" or "fp16": of what is not quantized                                   |
 | encoder, projector, decoder, lm_head  | a scheme: `{"bits": 4, "group": 64, "symmetric": true, "method": "mse"}`     |
-| embedding                             | "int8" (one scale per row), or null                                          |
+| embedding                             | "int8" (one scale per row), "int4" (as a 4-bit head, else groups of 64; a    |
+|                                       | table that is the head, too, is then stored once on ONNX Runtime), or null   |
 | kv                                    | "fp16" or "int8" (a scale per channel): the KV cache; null: the target's own |
 | prefill                               | a scheme: a second decoder graph, on the same KV cache, for more than one    |
 |                                       | position at a time; its layers are named `prefill.layers.0…`; null: none     |
@@ -47,7 +48,7 @@ class Recipe:
     projector: Scheme | None = None
     decoder: Scheme | None = None
     lm_head: Scheme | None = None
-    embedding: Literal["int8"] | None = None
+    embedding: Literal["int8", "int4"] | None = None
     kv: Literal["fp16", "int8"] | None = None
     prefill: Scheme | None = None
     smooth: Mapping[str, float | str] = field(default_factory=dict)
@@ -103,8 +104,8 @@ class Recipe:
         values = {key: value for key, value in data.items() if key in known}
         if values.get("precision", "fp32") not in ("fp32", "fp16"):
             raise InputError(f"{name}: precision {values['precision']!r}, wanted fp32 or fp16")
-        if values.get("embedding") not in (None, "int8"):
-            raise InputError(f"{name}: embedding {values['embedding']!r}, wanted int8 or null")
+        if values.get("embedding") not in (None, "int8", "int4"):
+            raise InputError(f"{name}: embedding {values['embedding']!r}, wanted int8, int4 or null")
         if values.get("kv") not in (None, "fp16", "int8"):
             raise InputError(f"{name}: kv {values['kv']!r}, wanted fp16, int8 or null")
         for part in LINEAR_PARTS:

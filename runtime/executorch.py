@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import EMBEDDING, Bundle
+from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError, InputError, TargetUnavailable
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
@@ -48,10 +48,7 @@ class ExecutorchEngine:
         self._bundle = bundle
         self._library = library
         self._torch = torch
-        text = self.config.text
-        self._table = EmbeddingTable.open(
-            bundle.path(EMBEDDING), text.vocab_size, text.hidden_size, bundle.manifest.embedding_dtype
-        )
+        self._table = EmbeddingTable.of(bundle)
         self._methods: dict[str, Any] = {}
         self._positions = np.arange(self.bounds.max_seq_len, dtype=np.int64)
         self._kv_len = 0

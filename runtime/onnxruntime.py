@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import EMBEDDING, Bundle, kv_names
+from penguin_edge.bundle import Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import int8_overflows
 from penguin_edge.runtime.embedding import EmbeddingTable
@@ -39,10 +39,7 @@ class OnnxRuntimeEngine:
         self._bundle = bundle
         self._runtime = runtime
         self._threads = threads
-        text = self.config.text
-        self._table = EmbeddingTable.open(
-            bundle.path(EMBEDDING), text.vocab_size, text.hidden_size, bundle.manifest.embedding_dtype
-        )
+        self._table = EmbeddingTable.of(bundle)
         self._sessions: dict[str, Any] = {}
         self._start = np.zeros(1, dtype=np.int64)
         self._bindings: dict[str, Any] = {}
