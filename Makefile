@@ -2,6 +2,7 @@
 # make demo        export penguin-nano for two engines, verify both, ask both about clips, draw the plan
 # make nano        train penguin-nano from nothing and put it into the package; continues where it was stopped
 # make test        the test suite without its slow tests; `make test PYTEST_ARGS=` runs them all
+# make peers       our bundles beside llama.cpp and onnxruntime-genai: makes models and packages once, then measures
 # make lint        ruff, rules and format
 # make typecheck   mypy
 #
@@ -25,7 +26,7 @@ PINS := .ci/constraints.txt
 # Read from torch/version.py: it can be run before the packages that torch needs are there.
 TORCH_BUILD = $(BIN)/python -c 'import importlib.util as u, runpy; v = runpy.run_path(u.find_spec("torch").submodule_search_locations[0] + "/version.py"); print(v["__version__"], "CUDA", v["cuda"])'
 
-.PHONY: help install demo demo-onnx demo-executorch nano test lint typecheck
+.PHONY: help install demo demo-onnx demo-executorch nano peers test lint typecheck
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -129,6 +130,13 @@ nano: $(NANO_SETS)
 	        $(NANO)/clips=0.35 $(NANO)/large-clips=0.4 $(NANO)/cuts=0.1 \
 	    --tight-share 0.15 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3500
 	cp $(NANO)/10/model/* penguin_edge/data/nano/
+
+# PEERS_ARGS: what tests/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
+PEERS := build/peers
+PEERS_ARGS ?=
+
+peers: $(STAMP)
+	@$(BIN)/python tests/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

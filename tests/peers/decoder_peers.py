@@ -1,330 +1,86 @@
-"""Prefill and decode speed of our bundles beside llama.cpp and onnxruntime-genai, on the decoder shape of Qwen3-0.6B.
+"""Prefill and decode speed of our bundles beside llama.cpp and onnxruntime-genai, in 4 bits, on two decoder shapes.
 
-    python -m venv peers && peers/bin/pip install …                      # what INSTALL below names
-    python tests/peers/decoder_peers.py --make DIR --peer-python peers/bin/python
-    penguin-edge export --model DIR/hf --target onnx --quant int4 --max-seq-len 4352 --no-verify -o out/int4
-    python tests/peers/decoder_peers.py --models DIR --bundle out/int4 --peer-python peers/bin/python [--repeat 5]
+    make peers
+    python tests/peers/decoder_peers.py --work build/peers [--shape 0.6b 1.7b] [--threads 1 2] [--repeat 5]
 
-All contestants have the same random weights. `--make` writes them as a Hugging Face folder (`hf`), as llama.cpp's own
-quantizer stores Q4_0 (`q4_0.gguf`: the head, which is the embedding too, in Q6_K), and as onnxruntime-genai's builder
-makes int4 for the CPU (`genai`: blocks of 32, accuracy level 4, the head likewise, logits of the last position only).
-llama.cpp takes part twice: choosing flash attention itself, and without it (`plain`). It must be built for the
-processor it runs on, as pip does from source; `system` in the JSON tells.
+Contestants: our bundles `int4` and `int8-prefill` for ONNX Runtime and `int4` for ExecuTorch; llama.cpp in Q4_0,
+choosing flash attention itself and without it (`plain`); onnxruntime-genai in int4. All have the same random weights;
+`models.py` says how each was made, and makes what is missing. Without --threads the 0.6B shape runs with 1 and 2
+threads, the 1.7B shape with 2.
 
 A prompt is timed from its ids to its first greedy token, from an empty cache, with logits of the last position alone; a
-decoding step from one id to the next greedy one. Every contestant lives in a process of its own, and waits while
-another is measured: `idle CPU` is the share of a core that it used meanwhile, and should be nothing. Rounds go through
-all contestants in turn at every length, each round beginning with the next one, so that a change of the machine's mood
-meets them all; the first round warms up and is not counted.
+decoding step from one id to the next greedy one. Every contestant lives in a process of its own (`contestants.py`), and
+waits while another is measured: `idle CPU` is the share of a core that it used meanwhile, and should be nothing. Rounds
+go through all contestants in turn at every length, each round beginning with the next one, so that a change of the
+machine's mood meets them all; the first round of a phase warms up and is not counted.
 
-A ratio is ours over the best peer of that length: the median over rounds of one round's speeds, its 95 % interval a
-bootstrap over rounds. `MB/token` is what a step reads of the weights, and GB/s that times the speed; the cache, which a
-step reads too, is not in it. `cosine` compares the logits after the shortest prompt with the first bundle's: random
-weights suffer more from 4 bits than trained ones, so it only tells that all compute the same model. The last line is
-JSON with every sample.
+`comparison.py` says what a phase is, and how ratios, their 95 % intervals and the geometric means come of the samples.
+`bits` is stored bits for each weight, the head counted once (in brackets: of the weights that prompts use instead);
+`GB/s` what steps read of the weights, without the cache, which they read too. Resident memory is with full caches, and
+ExecuTorch's with torch, which its Python binding imports. `cosine` compares the logits after the
+shortest prompt with the first bundle's: random weights suffer more from 4 bits than trained ones, so it only tells that
+all compute the same model. The ceilings are measured in every round: the bandwidth at which threads read an array, and
+2*M*N*K/s of ONNX Runtime's product of a u8 matrix with a constant s8 one.
+
+The last line of stdout is JSON (`comparison.summary`); every sample goes to a file in WORK, which stderr names.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.metadata
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison import PEERS, Run, Speeds, bits_per_weight, geomeans, phases, rows, summary
+from contestants import WARM
+from models import BUNDLES, CAPACITY, PEER_FILES, bundle_folder, note, peer_python, prepare
+from shapes import SHAPES
 
-VOCAB, LAYERS, CONTEXT = 151_936, 28, 40_960
-FILL = 512
-"""Positions at once where the cache is filled without being timed."""
-WARM = 2
-"""Steps before those that are timed: threads wake up."""
-INSTALL = (
-    "pip install torch==2.13.0 transformers==5.23.0 onnx==1.23.2 onnx-ir==1.1.0 onnxruntime==1.31.1 "
-    "onnxruntime-genai==0.18.0 gguf==0.19.0 llama-cpp-python==0.3.36"
-)
-FIND = "import importlib.util as u; assert all(map(u.find_spec, ('gguf', 'llama_cpp', 'onnxruntime_genai')))"
-"""Fails in an interpreter that lacks a peer."""
-
-
-class Contestant(ABC):
-    """A decoder with one cache. `prompt` and `step` end with the greedy next token picked."""
-
-    weight_bytes = 0
-    system = ""
-    next = 0
-
-    @abstractmethod
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` positions."""
-
-    @abstractmethod
-    def prompt(self, ids: list[int]) -> None:
-        """Append ids."""
-
-    @abstractmethod
-    def logits(self) -> np.ndarray:
-        """[V] after the last position."""
-
-    def step(self) -> None:
-        self.prompt([self.next])
-
-
-class Bundled(Contestant):
-    """A bundle of ours."""
-
-    def __init__(self, path: Path, threads: int, capacity: int) -> None:
-        from penguin_edge.bundle import Bundle
-        from penguin_edge.runtime.engine import chunks
-        from penguin_edge.runtime.engines import open_engine
-
-        bundle = Bundle.read(path)
-        self.engine, self.chunks = open_engine(bundle, threads=threads), chunks
-        if self.engine.bounds.max_seq_len < capacity:
-            raise SystemExit(f"{path}: holds {self.engine.bounds.max_seq_len} positions, wanted {capacity}")
-        graph = Path(bundle.manifest.graphs["decoder"].file).stem + "."
-        self.weight_bytes = sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(graph))
-        self.system = f"{self.engine.name}, cache {bundle.manifest.kv_dtype}"
-
-    def rewind(self, length: int) -> None:
-        self.engine.truncate(length)
-
-    def prompt(self, ids: list[int]) -> None:
-        embeds = self.engine.embed(np.array(ids, np.int64))
-        for rows in self.chunks(len(ids), self.engine.bounds):
-            self.last = self.engine.forward(embeds[rows], np.full(int(rows.stop == len(ids)), -1, np.int64))
-        self.next = int(self.last[0].argmax())
-
-    def logits(self) -> np.ndarray:
-        return self.last[0]
-
-
-class LlamaCpp(Contestant):
-    """A GGUF file in llama.cpp."""
-
-    flash = True
-
-    def __init__(self, path: Path, threads: int, capacity: int) -> None:
-        import llama_cpp
-
-        self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx = options.n_batch = capacity  # one batch: logits are of its last position alone
-        options.n_ubatch = 512
-        options.n_threads = options.n_threads_batch = threads
-        if not self.flash:
-            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = llama_cpp.llama_init_from_model(model, options) if model else None
-        if not self.context:
-            raise SystemExit(f"{path}: llama.cpp cannot load it")
-        self.memory = llama_cpp.llama_get_memory(self.context)
-        self.weight_bytes = llama_cpp.llama_model_size(model)
-        self.system = llama_cpp.llama_print_system_info().decode().strip()
-
-    def rewind(self, length: int) -> None:
-        self.api.llama_memory_seq_rm(self.memory, 0, length, -1)
-
-    def prompt(self, ids: list[int]) -> None:
-        tokens = (self.api.llama_token * len(ids))(*ids)
-        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids)))
-        if status:
-            raise RuntimeError(f"llama_decode returned {status}")
-        self.next = int(self.logits().argmax())
-
-    def logits(self) -> np.ndarray:
-        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), shape=(VOCAB,))
-
-
-class LlamaCppPlain(LlamaCpp):
-    """The same without flash attention."""
-
-    flash = False
-
-
-class GenAI(Contestant):
-    """A model folder in onnxruntime-genai."""
-
-    def __init__(self, path: Path, threads: int, capacity: int) -> None:
-        import onnxruntime_genai as og
-
-        config = og.Config(str(path))
-        options = {"intra_op_num_threads": threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        model = og.Model(config)
-        settings = og.GeneratorParams(model)
-        settings.set_search_options(max_length=capacity, do_sample=False)
-        self.generator = og.Generator(model, settings)
-        tables = 2 * 4 * CONTEXT * 64  # of the rotary embedding, of which a step reads one row
-        self.weight_bytes = (path / "model.onnx.data").stat().st_size - tables
-        self.system = (path / "genai_config.json").read_text(encoding="utf-8")
-
-    def rewind(self, length: int) -> None:
-        self.generator.rewind_to(length)
-
-    def prompt(self, ids: list[int]) -> None:
-        self.generator.append_tokens(ids)
-        self.step()  # the logits are there: this picks a token, and runs nothing
-
-    def step(self) -> None:
-        if self.generator.is_done():
-            raise RuntimeError("onnxruntime-genai met an end token, and would compute nothing more")
-        self.generator.generate_next_token()
-
-    def logits(self) -> np.ndarray:
-        return np.asarray(self.generator.get_output("logits"), np.float32).reshape(-1, VOCAB)[-1]
-
-
-KINDS: dict[str, Callable[[Path, int, int], Contestant]] = {
-    "bundle": Bundled, "llama.cpp": LlamaCpp, "llama.cpp plain": LlamaCppPlain, "genai": GenAI,
-}  # fmt: skip
-PEERS = {"llama.cpp": "q4_0.gguf", "llama.cpp plain": "q4_0.gguf", "genai": "genai"}
-"""And what `--make` writes for them."""
-
-
-def resident() -> dict[str, float]:
-    """Resident memory of this process in MB: all of it, and without pages of mapped files."""
-    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return {name: int(found[key].split()[0]) * 1024 / 1e6 for name, key in (("all", "VmRSS"), ("own", "RssAnon"))}
-
-
-def serve(kind: str, path: Path, threads: int, capacity: int) -> None:
-    """Be one contestant: obey orders from stdin, a line of JSON each, and answer in the same way."""
-    before = resident()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints
-    contestant = KINDS[kind](path, threads, capacity)
-    ids = np.random.default_rng(0).integers(1000, VOCAB, capacity).tolist()
-    held, idle_cpu, idle_wall = 0, 0.0, 0.0
-
-    def prefill(count: int) -> list[float]:
-        nonlocal held
-        contestant.rewind(0)
-        begin = time.perf_counter()
-        contestant.prompt(ids[:count])
-        held = count
-        return [time.perf_counter() - begin]
-
-    def decode(past: int, count: int) -> list[float]:
-        nonlocal held
-        held = min(held, past - WARM - 1)
-        contestant.rewind(held)
-        while held < past - WARM:
-            more = ids[held : min(held + FILL, past - WARM)]
-            contestant.prompt(more)
-            held += len(more)
-        times = []
-        for _ in range(WARM + count):
-            begin = time.perf_counter()
-            contestant.step()
-            times.append(time.perf_counter() - begin)
-        held += len(times)
-        return times[WARM:]
-
-    def report(probe: int) -> dict[str, Any]:
-        prefill(probe)
-        installed = [(d.name.lower().replace("_", "-"), d.version) for d in importlib.metadata.distributions()]
-        return {
-            "resident_mb": {name: value - before[name] for name, value in resident().items()},
-            "idle_cpu": idle_cpu / idle_wall,
-            "weight_bytes": contestant.weight_bytes,
-            "system": contestant.system,
-            "packages": {name: version for name, version in installed if f"{name}==" in INSTALL},
-            "logits": contestant.logits().tolist(),
-        }
-
-    orders: dict[str, Callable[..., Any]] = {"prefill": prefill, "decode": decode, "report": report}
-    answer: Any = None
-    while True:
-        cpu, wall = time.process_time(), time.perf_counter()
-        print(json.dumps(answer), file=answers, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        idle_cpu, idle_wall = idle_cpu + time.process_time() - cpu, idle_wall + time.perf_counter() - wall
-        name, *values = json.loads(line)
-        answer = orders[name](*values)
+RUNS = [("0.6b", 2), ("1.7b", 2), ("0.6b", 1)]
+"""Shape and threads, when nothing else is asked for."""
+SIDE = 2048
+"""Of the square matrices whose product gives `int8_gop_s`."""
 
 
 class Remote:
     """A contestant in its own process."""
 
-    def __init__(self, name: str, command: list[str | Path]) -> None:
+    def __init__(self, name: str, python: str, kind: str, path: Path, threads: int, capacity: int) -> None:
         self.name = name
+        script = Path(__file__).with_name("contestants.py")
+        command = [python, script, kind, path, str(threads), str(capacity)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()
 
     def ask(self, *order: str | int) -> Any:
         assert self.process.stdin
-        print(json.dumps(order), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps(order), file=self.process.stdin, flush=True)
         return self._answer()
+
+    def close(self) -> None:
+        """End the process, so that the next ones have its memory."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
 
     def _answer(self) -> Any:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name}: its process ended with status {self.process.wait()}")
+            raise SystemExit(f"{self.name}: its process ended with status {self.process.wait()}, its words are above")
         return json.loads(line)
-
-
-def write_gguf(folder: Path) -> None:
-    """`hf` as GGUF in bf16 without a vocabulary, then as Q4_0 by llama.cpp's quantizer."""
-    import gguf
-    import llama_cpp
-    import torch
-    from safetensors import safe_open
-
-    middle = folder / "bf16.gguf"
-    writer = gguf.GGUFWriter(middle, "qwen3")
-    writer.add_tokenizer_model("no_vocab")
-    numbers = {"vocab_size": VOCAB, "context_length": CONTEXT, "embedding_length": 1024, "block_count": LAYERS,
-               "feed_forward_length": 3072, "head_count": 16, "head_count_kv": 8, "key_length": 128,
-               "value_length": 128, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e6}  # fmt: skip
-    for name, value in numbers.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
-    with safe_open(folder / "hf" / "model.safetensors", "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118, it is no dict
-            tensor, known = stored.get_tensor(name), names.get_name(name, (".weight",))
-            if tensor.ndim == 1:
-                writer.add_tensor(known, tensor.float().numpy())
-            else:
-                writer.add_tensor(known, tensor.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-    if llama_cpp.llama_model_quantize(str(middle).encode(), str(folder / "q4_0.gguf").encode(), ctypes.byref(options)):
-        raise SystemExit(f"{middle}: llama.cpp cannot quantize it")
-    middle.unlink()
-
-
-def make(folder: Path, peer_python: str) -> None:
-    """The checkpoint, and the peers' models from it."""
-    from decoder_speed import make as make_checkpoint
-
-    make_checkpoint(folder / "hf")
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}  # the builder copies a tokenizer; none is used
-    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps(kind), encoding="utf-8")
-    subprocess.run([peer_python, __file__, "--gguf", folder], check=True)
-    builder = [peer_python, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-    builder += ["-i", f"{folder}/hf", "-o", f"{folder}/genai", "-c", f"{folder}/cache"]
-    builder += ["--extra_options", "accuracy_level=4", "block_size=32", "prune_lm_head=true"]
-    subprocess.run(builder, check=True)
 
 
 def bandwidth(values: np.ndarray, threads: int) -> float:
@@ -338,107 +94,165 @@ def bandwidth(values: np.ndarray, threads: int) -> float:
     return values.nbytes / min(seconds) / 1e9
 
 
-def ratio(ours: list[list[float]], peers: list[list[float]]) -> tuple[float, float, float]:
-    """Geometric mean over lengths of medians over rounds, and its 95 % interval; both are [lengths, rounds]."""
-    each = np.log(np.array(ours) / np.array(peers))
-    draws = np.random.default_rng(0).integers(0, each.shape[1], (2000, each.shape[1]))
-    low, high = np.quantile(np.median(each[:, draws], axis=2).mean(0), (0.025, 0.975))
-    return float(np.exp(np.median(each, axis=1).mean())), float(np.exp(low)), float(np.exp(high))
+def int8_rate(threads: int) -> Callable[[], float]:
+    """A function that measures a u8*s8 product in ONNX Runtime: GOP/s (a multiply-add is two), the best of five."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    left = random.integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+    right = random.integers(-127, 128, (SIDE, SIDE), dtype=np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["left", "right"], ["product"])], "int8",
+        [helper.make_tensor_value_info("left", TensorProto.UINT8, left.shape)],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, left.shape)],
+        [numpy_helper.from_array(right, "right")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it waits while others are measured
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def measure() -> float:
+        seconds = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            session.run(None, {"left": left})
+            seconds.append(time.perf_counter() - begin)
+        return 2 * SIDE**3 / min(seconds) / 1e9
+
+    return measure
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Rounds through all contestants, then the tables and the JSON."""
-    from penguin_edge.machine import describe
+def measure(args: argparse.Namespace, shape: str, threads: int, python: str) -> tuple[Run, dict[str, Any]]:
+    """All phases of one shape at one number of threads: the run, and everything that was seen, for the file."""
+    folder: Path = args.work / shape
+    begin = time.monotonic()
+    labels = [("prefill", n) for n in sorted(set(args.prefill))] + [("decode", n) for n in sorted(set(args.decode))]
+    seconds: dict[str, dict[str, list[list[float]]]] = {}
+    speeds: Speeds = {}
+    array, product = np.ones(64 << 20), int8_rate(threads)
+    read, products = [], []
+    with contextlib.ExitStack() as stack:
+        rivals: list[Remote] = []
 
-    options = ["--threads", str(args.threads), "--capacity", str(args.capacity)]
-    ours = [str(path) for path in args.bundle]
-    rivals = [Remote(path, [sys.executable, __file__, *options, "--serve", "bundle", path]) for path in ours]
-    for kind, file in PEERS.items():
-        rivals.append(Remote(kind, [args.peer_python, __file__, *options, "--serve", kind, args.models / file]))
-    orders: list[tuple[Any, ...]] = [("prefill", count) for count in sorted(args.prefill)]
-    orders += [("decode", past, args.tokens) for past in sorted(args.decode)]
-    seconds: dict[str, dict[str, list[list[float]]]] = {rival.name: {} for rival in rivals}
-    speeds: dict[str, dict[str, list[float]]] = {rival.name: {} for rival in rivals}
-    array, read = np.ones(64 << 20), []
-    for round_ in range(-1, args.repeat):
-        read.append(bandwidth(array, args.threads))
-        first = (round_ + 1) % len(rivals)
-        for order in orders:
-            what, length = order[:2]
-            for rival in rivals[first:] + rivals[:first]:
-                times = rival.ask(*order)
-                if round_ >= 0:
-                    seconds[rival.name].setdefault(f"{what} {length}", []).append(times)
-                    tokens = length if what == "prefill" else 1
-                    speeds[rival.name].setdefault(f"{what} {length}", []).append(tokens / statistics.median(times))
-        print(f"round {round_}", file=sys.stderr)
-    reports = {rival.name: rival.ask("report", min(args.prefill)) for rival in rivals}
-    medians = {name: {at: statistics.median(x) for at, x in found.items()} for name, found in speeds.items()}
+        def enter(name: str, with_python: str, kind: str, path: Path) -> None:
+            rivals.append(Remote(name, with_python, kind, path, threads, args.capacity))
+            stack.callback(rivals[-1].close)
+            seconds[name] = {f"{what} {length}": [] for what, length in labels}
+            speeds[name] = {label: [] for label in labels}
 
-    labels = list(medians[ours[0]])
-    wide = max(len(name) for name in medians)
-    print("tokens/s".ljust(wide), *(f"{label:>12}" for label in labels))
+        for name in BUNDLES:
+            enter(name, sys.executable, "bundle", bundle_folder(folder, name))
+        for path in args.bundle:
+            enter(str(path), sys.executable, "bundle", path)
+        for name, file in PEER_FILES.items():
+            enter(name, python, name, folder / file)
+        for number, orders in enumerate(phases(args.prefill, args.decode, args.tokens)):
+            for round_ in range(-1, args.repeat):
+                read.append(bandwidth(array, threads))
+                products.append(product())
+                first = (round_ + 1) % len(rivals)
+                for order in orders:
+                    for rival in rivals[first:] + rivals[:first]:
+                        times = rival.ask(*order)
+                        if round_ >= 0:
+                            tokens = order[1] if order[0] == "prefill" else 1
+                            seconds[rival.name][f"{order[0]} {order[1]}"].append(times)
+                            speeds[rival.name][order[0], order[1]].append(tokens / statistics.median(times))
+                spent = time.monotonic() - begin
+                note(f"{shape}, {threads} threads, phase {number}, round {round_}: {spent:.0f} s since its begin")
+        reports = {rival.name: rival.ask("report", min(args.prefill)) for rival in rivals}
+    run = Run(shape, threads, speeds, statistics.median(read), statistics.median(products))
+    reference = np.array(reports[next(iter(reports))]["logits"])
+    for report in reports.values():
+        other = np.array(report.pop("logits"))
+        report["cosine"] = float(other @ reference / np.linalg.norm(other) / np.linalg.norm(reference))
+        for what in ("weight", "prompt"):
+            bytes_ = report[f"{what}_bytes"]
+            report[f"{what}_bits"] = bits_per_weight(bytes_, SHAPES[shape].parameters) if bytes_ else None
+    return run, {"shape": shape, "threads": threads, "capacity": args.capacity, "contestants": reports,
+                 "geomean": geomeans(run), "read_gb_per_s": read, "int8_gop_per_s": products,
+                 "samples_s": seconds}  # fmt: skip
+
+
+def show(run: Run, seen: dict[str, Any]) -> None:
+    """One run as tables."""
+    labels = list(next(iter(run.speeds.values())))
+    wide = max(len(name) for name in run.speeds)
+    medians = {name: {at: statistics.median(x) for at, x in found.items()} for name, found in run.speeds.items()}
+    print(f"\nQwen3-{run.shape.upper()} shape, {run.threads} threads: reads {run.bandwidth_gb_s:.1f} GB/s, multiplies "
+          f"{run.int8_gop_s:.0f} GOP/s in int8\n")  # fmt: skip
+    print("tokens/s".ljust(wide), *(f"{what} {length}".rjust(12) for what, length in labels))
     for name, found in medians.items():
         print(name.ljust(wide), *(f"{value:12.1f}" for value in found.values()))
-    heads = [f"GB/s {label}" for label in labels if label.startswith("decode")]
-    print(f"\n{'':{wide}} {'MB/token':>10}", *heads, f"{'MB resident':>12} {'of them own':>12}  idle CPU   cosine")
-    reference = np.array(reports[ours[0]]["logits"])
-    for name, found in reports.items():
-        other = np.array(found.pop("logits"))
-        found["cosine"] = float(other @ reference / np.linalg.norm(other) / np.linalg.norm(reference))
-        bytes_ = found["weight_bytes"]
-        found["gb_per_s"] = {at: bytes_ * x / 1e9 for at, x in medians[name].items() if at.startswith("decode")}
-        rates = (f"{x:{len(head)}.1f}" for head, x in zip(heads, found["gb_per_s"].values(), strict=True))
-        all_, own = found["resident_mb"].values()
-        print(f"{name:{wide}} {bytes_ / 1e6:10.1f}", *rates, f"{all_:12.0f} {own:12.0f} {found['idle_cpu']:9.4f}   "
-              f"{found['cosine']:.4f}")  # fmt: skip
-    print(f"read bandwidth {statistics.median(read):.1f} GB/s")
-
-    best = {at: max(PEERS, key=lambda peer: medians[peer][at]) for at in labels}
-    groups = {at: [at] for at in labels} | {
-        f"{what}, all": [at for at in labels if at.startswith(what)] for what in ("prefill", "decode")
-    }
-    ratios: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in ours}
-    for name in ours:
-        print(f"\n{name} over the best peer")
-        for group, members in groups.items():
-            times = ratio([speeds[name][at] for at in members], [speeds[best[at]][at] for at in members])
-            ratios[name][group] = times
-            print(f"  {group:12} {'{:.3f} ({:.3f} to {:.3f})'.format(*times)}  {best.get(group, 'geometric mean')}")
-    print(json.dumps({"threads": args.threads, "capacity": args.capacity, "median_tokens_per_s": medians,
-                      "best_peer": best, "ratios": ratios, "contestants": reports, "read_gb_per_s": read,
-                      "samples_s": seconds, "machine": describe()}))  # fmt: skip
+    ratios = {(row["engine"], row["what"], row["length"]): row for row in rows(run)}
+    print("\n" + "over the best".ljust(wide), *(f"{what} {length}".rjust(20) for what, length in labels))
+    for name in run.speeds:
+        cells = (ratios[name, *at] for at in labels)
+        print(name.ljust(wide), *("{ratio_to_best_peer:.2f} ({ci95[0]:.2f} to {ci95[1]:.2f})".format(**cell).rjust(20)
+                                  for cell in cells))  # fmt: skip
+    heads = [f"GB/s at {length}" for what, length in labels if what == "decode"]
+    print(f"\n{'':{wide}} {'bits':>12}", *heads, f"{'MB resident':>12} {'of them own':>12}  idle CPU   cosine")
+    for name, report in seen["contestants"].items():
+        prompts = f" ({report['prompt_bits']:.2f})" if report["prompt_bits"] else ""
+        rates = (report["weight_bytes"] * medians[name][at] / 1e9 for at in labels if at[0] == "decode")
+        cells = (f"{rate:{len(head)}.1f}" for head, rate in zip(heads, rates, strict=True))
+        all_, own = report["resident_mb"].values()
+        print(f"{name:{wide}} {report['weight_bits']:.2f}{prompts}".ljust(wide + 13), *cells,
+              f"{all_:12.0f} {own:12.0f} {report['idle_cpu']:9.4f}   {report['cosine']:.4f}")  # fmt: skip
+    print()
+    for name, mean in geomeans(run).items():
+        said = "{ratio:.3f} ({ci95[0]:.3f} to {ci95[1]:.3f}), {engine}".format(**mean) if mean else "not measured"
+        print(f"{name:12} over the best peer of each length, geometric mean: {said}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", type=Path, metavar="DIR")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="what --make wrote")
-    parser.add_argument("--bundle", action="append", default=[], type=Path, metavar="DIR")
-    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers (default: this)")
+    parser.add_argument("--work", type=Path, default=Path("build/peers"), metavar="DIR", help="default: build/peers")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and 2 for 0.6b, 2 for 1.7b")
+    parser.add_argument("--make", action="store_true", help="make what is missing, and measure nothing")
+    parser.add_argument("--bundle", action="append", default=[], type=Path, metavar="DIR", help="one more contestant")
+    parser.add_argument("--peer-python", help="interpreter that has the peers (default: one is made in --work)")
+    parser.add_argument("--torch-index", default="", help="where the peers' torch comes from")
     parser.add_argument("--prefill", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--decode", type=int, nargs="+", default=[64, 256, 1024, 4096], help="past positions")
     parser.add_argument("--tokens", type=int, default=16, help="timed steps of each decode")
-    parser.add_argument("--capacity", type=int, default=4352, help="positions in every cache")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--gguf", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="positions in every cache")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds that are counted")
     args = parser.parse_args()
-    if args.serve:
-        serve(args.serve[0], Path(args.serve[1]), args.threads, args.capacity)
-    elif args.gguf:
-        write_gguf(args.gguf)
-    elif subprocess.run([args.peer_python, "-c", FIND], stderr=subprocess.DEVNULL).returncode:
-        parser.error(f"{args.peer_python} lacks a peer; there: {INSTALL}")
-    elif args.make:
-        make(args.make, args.peer_python)
-    elif args.models and args.bundle:
-        measure(args)
-    else:
-        parser.error("wanted --make, or --models and --bundle")
+    if min(args.prefill) < 1 or min(args.decode) <= WARM or min(args.tokens, args.repeat, *(args.threads or [1])) < 1:
+        parser.error(f"wanted lengths, tokens, threads and rounds of at least 1, and pasts above {WARM}")
+    need = max(*args.prefill, max(args.decode) + args.tokens + 1)
+    if not need <= args.capacity <= CAPACITY:
+        parser.error(f"--capacity {args.capacity}: the lengths need {need}, and the bundles hold {CAPACITY}")
+    runs = [(shape, n) for shape in args.shape for n in args.threads] if args.threads else RUNS
+    runs = [(shape, threads) for shape, threads in runs if shape in args.shape]
+    python = peer_python(args.work, args.peer_python, args.torch_index)
+    for shape in dict.fromkeys(shape for shape, _ in runs):
+        prepare(args.work, shape, python)
+    if args.make:
+        return 0
+
+    from penguin_edge.machine import describe
+
+    file = args.work / time.strftime("samples-%Y%m%d-%H%M%S.json")
+    found: list[tuple[Run, dict[str, Any]]] = []
+    for shape, threads in runs:
+        found.append(measure(args, shape, threads, python))
+        show(*found[-1])
+        document = {"machine": describe(), "runs": [seen for _, seen in found]}
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(document), encoding="utf-8")
+        os.replace(part, file)
+    note(f"{file}: every sample")
+    print(json.dumps(summary([run for run, _ in found])))
     return 0
 
+
+assert set(PEER_FILES) == set(PEERS)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -3,10 +3,9 @@ round.
 
     python tests/peers/decoder_speed.py --bundle out/06b-onnx --bundle out/06b-executorch --repeat 5
 
-`--make DIR` writes a text-only checkpoint of the Qwen3-0.6B shape (28 layers, width 1024, vocabulary 151936, tied
-head) with
-random weights, to be exported first. Rounds go through all bundles in turn, so that a change of the machine's mood
-meets them all. The last line is JSON with every sample.
+`--make DIR` writes a text-only checkpoint with random weights, to be exported first: `--shape` 0.6b or 1.7b, those of
+Qwen3 (28 layers, width 1024 or 2048, vocabulary 151936, tied head). Rounds go through all bundles in turn, so that a
+change of the machine's mood meets them all. The last line is JSON with every sample.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shapes import SHAPES, VOCAB
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.machine import describe, peak_mb
@@ -29,16 +29,17 @@ from penguin_edge.runtime.engines import open_engine
 POSITIONS = (64, 256, 1024)
 
 
-def make(folder: Path) -> None:
-    """The checkpoint, in bf16."""
+def make(folder: Path, name: str) -> None:
+    """The checkpoint of a shape, in bf16."""
     import torch
 
     from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint, save
     from penguin_edge.config import PenguinConfig, TextConfig
 
-    text = TextConfig(151_936, 1024, 3072, 28, 16, 8, 128)
+    of = SHAPES[name]
+    text = TextConfig(VOCAB, of.width, of.feed_forward, of.layers, of.heads, of.kv_heads, of.head_dim)
     config = PenguinConfig(vision=None, text=text, image_token_id=-1, eos_token_ids=(600,), pad_token_id=601)
-    source = Checkpoint("qwen3-0.6b-shape", config, DEFAULT_TOKENIZER)
+    source = Checkpoint(f"qwen3-{name}-shape", config, DEFAULT_TOKENIZER)
     save(source.load(("embedding", "decoder"), dtype=torch.bfloat16), folder, DEFAULT_TOKENIZER)
 
 
@@ -65,13 +66,14 @@ def decode(engine: Engine, embeds: np.ndarray, past: int, count: int) -> list[fl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, metavar="DIR")
+    parser.add_argument("--shape", choices=SHAPES, default="0.6b", help="of --make")
     parser.add_argument("--bundle", action="append", default=[], metavar="DIR")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     if args.make:
-        make(args.make)
+        make(args.make, args.shape)
         return 0
     engines = {path: open_engine(Bundle.read(path), threads=args.threads) for path in args.bundle}
     samples: dict[str, dict[str, list[float]]] = {path: {} for path in engines}
