@@ -277,6 +277,11 @@ class ExecutorchTarget:
         grouped = scheme.group is not None and scheme.group >= 32
         if not scheme.symmetric or grouped != (scheme.bits == 4):
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK takes int{scheme.bits} with {wanted}")
+        if scheme.activations == "static":
+            raise InputError(
+                f"{layer}: {scheme.label}, but XNNPACK rounds activations per token; leave out `activations`, or take "
+                "--target onnx"
+            )
         if scheme.activations == "block":
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK rounds activations per token")
         if precision != "fp32":

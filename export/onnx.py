@@ -15,7 +15,9 @@ int8 in blocks as large as the weights' groups (128 where a scale is a whole row
 `activations: "token"` is a MatMulIntegerToFloat instead, two to three times as fast where rows are many. Its kernel
 knows one scale for all activations (DynamicQuantizeMatMul takes it from the whole tensor, which costs as much quality
 as 4 bits); here every row is divided by its own largest value first and multiplied by it afterwards, so that each row
-has its scale, and comes out the same whatever rows are beside it.
+has its scale, and comes out the same whatever rows are beside it. One with `activations: "static"` is a MatMul of two
+DequantizeLinear, one of the int8 weight and one behind a QuantizeLinear with a constant scale: plain ONNX, in the
+explicit form that TensorRT wants. ONNX Runtime makes a MatMulIntegerToFloat of it at load.
 
 fp16 is a matter of storage: linear weights are fp16 in the file, and each has a Cast to fp32 in the graph that ONNX
 Runtime folds at load. Its CPU kernels compute in fp32 anyway: an all-fp16 graph runs no faster, takes as much memory,
@@ -43,6 +45,7 @@ from penguin_edge.bundle import Bounds, TablePlace, TensorSpec, kv_names, signat
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
+from penguin_edge.export.onnx_static import StaticProduct, translate_static
 from penguin_edge.export.target import PartFile
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import SMALLEST, Activations, QuantizedLinear, Scheme
@@ -204,6 +207,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.skip_norm.default: translate_added,
         ops.matmul_nbits.default: translate_nbits,
         ops.integer_product.default: translate_integers,
+        ops.static_product.default: translate_static,
     }
 
 
@@ -268,7 +272,13 @@ class RowProduct(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-PRODUCTS = (Product, BlockProduct, RowProduct)
+PRODUCTS = (Product, BlockProduct, RowProduct, StaticProduct)
+NODES = {
+    BlockProduct: ["MatMulNBits"],
+    RowProduct: ["MatMulIntegerToFloat"],
+    StaticProduct: ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"],
+}
+"""What makes a quantized product fast."""
 
 
 def packed_bits(levels: Tensor, bits: int) -> Tensor:
@@ -283,7 +293,8 @@ def packed_bits(levels: Tensor, bits: int) -> Tensor:
 def product(layer: nn.Module) -> nn.Module:
     """A linear layer in the form of the operator that computes it."""
     if isinstance(layer, QuantizedLinear):
-        return RowProduct(layer) if layer.activations == "row" else BlockProduct(layer)
+        forms: dict[str, Callable[[QuantizedLinear], nn.Module]] = {"row": RowProduct, "static": StaticProduct}
+        return forms.get(layer.activations, BlockProduct)(layer)
     assert isinstance(layer, nn.Linear)
     return Product(layer)
 
@@ -424,11 +435,10 @@ class OnnxTarget:
                 names += kv["past_key"], kv["past_value"]
                 output_names += kv["present_key"], kv["present_value"]
         prepare(method)
-        quantized = Counter(
-            "MatMulIntegerToFloat" if isinstance(child, RowProduct) else "MatMulNBits"
-            for child in method.modules()
-            if isinstance(child, BlockProduct | RowProduct)
-        )
+        quantized = Counter(node for child in method.modules() for node in NODES.get(type(child), ()))
+        if quantized["DequantizeLinear"]:
+            # Others have QuantizeLinear nodes, too.
+            del quantized["QuantizeLinear"]
         try:
             with quiet():
                 program = torch.onnx.export(

@@ -15,7 +15,6 @@ quantized layers that read the same input are one product. This also saves readi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -83,25 +82,36 @@ TENSORS = ("levels", "scales", "zeros")
 
 
 class Joined(nn.Module):
-    """Layers that read the same input: one product where all are quantized alike, else one each."""
+    """Layers that read the same input: one product for those that are quantized alike, one each for others."""
 
     def __init__(self, layers: Sequence[nn.Module], product: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
-        self.sizes: list[int] | None = None
-        alike = [layer for layer in layers if isinstance(layer, QuantizedLinear) and layer.bias is None]
-        if len(alike) == len(layers) and all(one.form == other.form for one, other in pairwise(alike)):
-            self.sizes = [len(layer.levels) for layer in alike]
-            levels, scales, zeros = (torch.cat([getattr(x, name) for x in alike]) for name in TENSORS)
-            integers = Integers(levels, scales, zeros, alike[0].scheme)
-            self.product = product(QuantizedLinear(integers, None, alike[0].activations))
-        else:
-            self.products = nn.ModuleList(map(product, layers))
+        groups: dict[object, list[int]] = {}
+        for index, layer in enumerate(layers):
+            alike = isinstance(layer, QuantizedLinear) and layer.bias is None
+            groups.setdefault(layer.form if alike else index, []).append(index)
+        self.members = list(groups.values())
+        self.sizes = [
+            [layers[index].get_buffer("levels").shape[0] for index in group] if len(group) > 1 else []
+            for group in self.members
+        ]
+        self.products = nn.ModuleList(product(together([layers[index] for index in group])) for group in self.members)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
-        if self.sizes is None:
-            return [product(x) for product in self.products]
-        out: Tensor = self.product(x)
-        return out.split(self.sizes, dim=-1)
+        out: dict[int, Tensor] = {}
+        for group, sizes, product in zip(self.members, self.sizes, self.products, strict=True):
+            y = product(x)
+            out |= zip(group, y.split(sizes, dim=-1) if sizes else [y], strict=True)
+        return [out[index] for index in sorted(out)]
+
+
+def together(layers: Sequence[nn.Module]) -> nn.Module:
+    """Layers of one form as one with all their outputs."""
+    first = layers[0]
+    if len(layers) == 1 or not isinstance(first, QuantizedLinear):
+        return first
+    levels, scales, zeros = (torch.cat([layer.get_buffer(name) for layer in layers]) for name in TENSORS)
+    return QuantizedLinear(Integers(levels, scales, zeros, first.scheme), None, first.activations, first.input_scale)
 
 
 def join(module: nn.Module, product: Callable[[nn.Module], nn.Module]) -> None:

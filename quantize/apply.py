@@ -38,6 +38,8 @@ class Ready:
     """Of a block, such as `prefill.layers.0`; see `quantize/smooth.py`."""
     kv_scales: Callable[[int], torch.Tensor]
     """Of so many layers' int8 caches; see `KVForm`."""
+    input_scale: Callable[[str], torch.Tensor | None] = lambda layer: None
+    """Of a layer with static activations; see `quantize/static.py`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ def chosen(recipe: Recipe, layer: str, inputs: int) -> tuple[Scheme | None, str]
     scheme = recipe.scheme_of(layer)
     if scheme is None:
         return None, KEPT
-    blocked = scheme.group is not None or any(inputs % size == 0 for size in SMALLER)
+    blocked = (
+        scheme.group is not None
+        or scheme.activations == "static"  # No target packs it into blocks.
+        or any(inputs % size == 0 for size in SMALLER)
+    )
     if scheme.fits(inputs) and blocked:
         return scheme, ""
     if not recipe.lenient:
@@ -101,7 +107,8 @@ def check_layers(recipe: Recipe, layers: dict[str, tuple[int, int]]) -> None:
     for name, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, name, inputs)
         if scheme is not None and scheme.calibrated and name.startswith("prefill.layers."):
-            raise InputError(f"{recipe.name}: {name}: {scheme.label} is made for the decoder alone; take rtn or mse")
+            other = "activations per token" if scheme.activations == "static" else "rtn or mse"
+            raise InputError(f"{recipe.name}: {name}: {scheme.label} is made for the decoder alone; take {other}")
 
 
 def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
@@ -111,7 +118,9 @@ def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
 
 def rounding(activations: Activations, scheme: Scheme) -> Activations:
     """What an engine does to the inputs of a layer, from its own way and the scheme's wish."""
-    return "row" if activations == "block" and scheme.activations == "token" else activations
+    if activations != "block":
+        return activations
+    return {"token": "row", "static": "static"}.get(scheme.activations or "", activations)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -143,15 +152,17 @@ def quantize_part(
         # Both decoder graphs have the same head.
         ready_name = "decoder.lm_head" if name == "prefill.lm_head" else name
         integers = ready.integers(ready_name, scheme) if ready is not None else None
+        rounded = rounding(activations, scheme)
+        input_scale = ready.input_scale(ready_name) if ready is not None and rounded == "static" else None
+        if (integers is None and scheme.method == "gptq") or (input_scale is None and rounded == "static"):
+            raise InputError(f"{name}: {scheme.label} needs calibration data; name some with --calibration")
         if integers is None:
-            if scheme.calibrated:
-                raise InputError(f"{name}: {scheme.label} needs calibration data; name some with --calibration")
             integers = quantize_weight(linear.weight, scheme, name)
         error = _relative_error(linear.weight, integers)
         rows.append(Row(name, shape, scheme, reason, error))
         parent, _, attribute = name.removeprefix(f"{part}.").rpartition(".")
         owner = module_of(model, part).get_submodule(parent)
-        setattr(owner, attribute, QuantizedLinear(integers, linear.bias, rounding(activations, scheme)))
+        setattr(owner, attribute, QuantizedLinear(integers, linear.bias, rounded, input_scale))
     return rows
 
 

@@ -10,7 +10,8 @@ memory: 4 bytes times tokens times width.
 | x         | [1, S, H] | f32  | what a stage reads, one tensor per frame or sample         |
 | hessian   | [K, K]    | f32   | sum of outer products of a layer's inputs, over all tokens |
 
-Integers lie in one file per layer, so that a run that was stopped goes on with the next.
+Integers lie in one file per layer, and so do factors and scales of inputs, so that a run that was stopped goes on with
+the next.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import SMALLEST, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
 from penguin_edge.quantize.smooth import AWQ, GROUPS, READ, apply_factors, awq_factor, smooth_factor
+from penguin_edge.quantize.static import measure
 from penguin_edge.records import read_records
 from penguin_edge.samples import DataOptions, Sample, SampleBuilder
 
@@ -187,15 +189,15 @@ class _Walk:
     def __init__(self, model: PenguinModel, recipe: Recipe, work: Path, progress: Progress) -> None:
         self.model, self.recipe, self.work, self.progress = model, recipe, work, progress
         schemes = [getattr(recipe, part) for part in LINEAR_PARTS] + list(recipe.layers.values())
-        self.rounds = any(scheme is not None and scheme.calibrated for scheme in schemes)
+        self.rounds = any(scheme is not None and scheme.method == "gptq" for scheme in schemes)
         """Whether any integers depend on what is read; otherwise the model stays as it is while it is walked."""
+        self.measures = any(scheme is not None and scheme.activations == "static" for scheme in schemes)
+        """Whether any layer's inputs get a constant scale: that of what the smoothed block computes."""
 
     def through(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
         """Quantize the linear layers under `prefix`; what the stage then computes for each of `count` inputs."""
         self.progress(prefix)
         module = self.model.get_submodule(prefix).float()
-        if not self.rounds:
-            return [run(index) for index in range(count)]
         schemes: dict[str, Scheme] = {}
         for leaf, child in module.named_modules():
             if isinstance(child, nn.Linear):
@@ -203,7 +205,10 @@ class _Walk:
                 scheme, _ = chosen(self.recipe, name, child.in_features)
                 if scheme is not None:
                     schemes[name] = scheme
-        gathered = {name for name, s in schemes.items() if s.calibrated and not self.path(name).is_file()}
+        out = self._measure(schemes, run, count)
+        if not self.rounds:
+            return out or [run(index) for index in range(count)]
+        gathered = {name for name, s in schemes.items() if s.method == "gptq" and not self.path(name).is_file()}
         hessians = self._gather(gathered, run, count)
         for name, scheme in schemes.items():
             linear = self.model.get_submodule(name)
@@ -218,6 +223,17 @@ class _Walk:
             parent, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(parent), attribute, QuantizedLinear(integers, linear.bias, "float"))
         return [run(index) for index in range(count)]
+
+    def _measure(self, schemes: dict[str, Scheme], run: Callable[[int], Tensor], count: int) -> list[Tensor]:
+        """Write the constant scale of each layer that asks for one; what was computed meanwhile, nothing if not run."""
+        static = [name for name, scheme in schemes.items() if scheme.activations == "static"]
+        missing = [name for name in static if not self.path(f"{name}.input").is_file()]
+        if not missing:
+            return []
+        spreads, out = measure({name: self.model.get_submodule(name) for name in missing}, run, count)
+        for name, spread in spreads.items():
+            write_tensors(self.path(f"{name}.input"), {"scale": spread.scale(schemes[name].method != "rtn")})
+        return out
 
     def smooth(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor] | None:
         """Write a block's factors for every part that asks for them; smooth the block if its own part does.
@@ -253,7 +269,7 @@ class _Walk:
                 hessians = self._gather({f"{prefix}.{name}" for name in READ}, run, count)
             for name in missing:
                 self._write_factors(block, f"{name}.{leaf}", prefix, largest, hessians)
-        elif asking and not self.rounds:
+        elif asking and not (self.rounds or self.measures):
             # Before smoothing, as above: a run that was stopped goes on with the same bits.
             out = [run(index) for index in range(count)]
         if part in asking:
@@ -378,7 +394,7 @@ def _block(
         return out
 
     out = walk.smooth(prefix, run, len(states))
-    if out is None or walk.rounds:
+    if out is None or walk.rounds or walk.measures:
         out = walk.through(prefix, run, len(states))
     else:
         walk.progress(prefix)
@@ -414,4 +430,8 @@ def ready_from(work: Path) -> Ready:
         files = [load_file(work / f"decoder.layers.{index}.kv.safetensors")["scales"] for index in range(layers)]
         return torch.stack(files, 1).flatten(0, 1)[:, :, None]
 
-    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"), kv_scales)
+    def input_scale(layer: str) -> Tensor | None:
+        path = work / f"{layer}.input.safetensors"
+        return load_file(path)["scale"] if path.is_file() else None
+
+    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"), kv_scales, input_scale)

@@ -28,10 +28,11 @@ from penguin_edge.errors import InputError
 
 Method = Literal["rtn", "mse", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "mse", "gptq")
-Activations = Literal["float", "block", "token", "row"]
+Activations = Literal["float", "block", "token", "row", "static"]
 """How an engine rounds what goes into a product: not at all; to int8 with one scale per row and `block` inputs (ONNX
 Runtime's MatMulNBits at accuracy level 4); to int8 with scale and zero per row (XNNPACK); to int8 with one scale per
-row (ONNX Runtime's MatMulIntegerToFloat between rows that are scaled to one range)."""
+row (ONNX Runtime's MatMulIntegerToFloat between rows that are scaled to one range); to int8 with one constant scale
+for all (QuantizeLinear and DequantizeLinear, as TensorRT wants them)."""
 BITS = (4, 8)
 SMALLEST = 1e-30
 """Takes the place of the largest activation of a row of zeros."""
@@ -45,16 +46,17 @@ class Scheme:
 
     `group` None is one scale per row. `rtn` rounds to the nearest level of the full range; `mse` also tries narrower
     ranges and takes the one with the smallest squared error of the weights; `gptq` takes its scales and chooses the
-    levels for what goes into the layer (`quantize/gptq.py`), which needs calibration data.
+    levels for what goes into the layer (`quantize/gptq.py`), which needs calibration data. The scale of static
+    activations goes by the same words: `rtn` that of the largest value, otherwise the smallest squared error.
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = True
     method: Method = "mse"
-    activations: Literal["block", "token"] | None = None
+    activations: Literal["block", "token", "static"] | None = None
     """Scales of the activations: one per row and block of inputs, or one per row, which computes many rows faster where
-    an engine has both. None: the engine's own way."""
+    an engine has both, or one constant from calibration (`quantize/static.py`). None: the engine's own way."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -63,19 +65,23 @@ class Scheme:
             raise InputError(f"a group of {self.group} weights, wanted a power of two from 16 on")
         if self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
-        if self.activations not in (None, "block", "token"):
-            raise InputError(f"unknown activations {self.activations!r}; known: block, token")
+        if self.activations not in (None, "block", "token", "static"):
+            raise InputError(f"unknown activations {self.activations!r}; known: block, token, static")
+        if self.activations == "static" and (self.bits, self.group, self.symmetric) != (8, None, True):
+            raise InputError(f"{self.label}, wanted 8 bits, symmetric, with one scale per row (a group of null)")
 
     @property
     def label(self) -> str:
         group = "per row" if self.group is None else f"group {self.group}"
         inputs = f", activations per {self.activations}" if self.activations else ""
+        if self.activations == "static":
+            inputs = ", static activations"
         return f"int{self.bits} {group}{'' if self.symmetric else ' asymmetric'} {self.method}{inputs}"
 
     @property
     def calibrated(self) -> bool:
-        """Whether the integers depend on data that the model reads."""
-        return self.method == "gptq"
+        """Whether the integers, or the scale of the activations, depend on data that the model reads."""
+        return self.method == "gptq" or self.activations == "static"
 
     def fits(self, inputs: int) -> bool:
         """Whether the group divides a layer of this many inputs."""
@@ -195,21 +201,31 @@ def rounded_symmetric_rows(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
+def rounded_static(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` as int8 with one scale for all, and back: ONNX's QuantizeLinear, halves to even, what is beyond cut off."""
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer [.., K] -> [.., N] with quantized weights; the weight is made anew for each call.
 
-    Computes in fp32 and gives back the dtype of `x`.
+    Computes in fp32 and gives back the dtype of `x`. `input_scale` [] f32 is that of static activations.
     """
 
     levels: Tensor
     scales: Tensor
     zeros: Tensor
+    input_scale: Tensor | None
 
-    def __init__(self, integers: Integers, bias: Tensor | None, activations: Activations) -> None:
+    def __init__(
+        self, integers: Integers, bias: Tensor | None, activations: Activations, input_scale: Tensor | None = None
+    ) -> None:
         super().__init__()
+        assert (input_scale is not None) == (activations == "static"), "static activations come with their scale"
         self.scheme, self.activations = integers.scheme, activations
         for name in ("levels", "scales", "zeros"):
             self.register_buffer(name, getattr(integers, name))
+        self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     @property
@@ -217,9 +233,11 @@ class QuantizedLinear(nn.Module):
         return Integers(self.levels, self.scales, self.zeros, self.scheme)
 
     @property
-    def form(self) -> tuple[int | str | bool | None, ...]:
+    def form(self) -> tuple[float | str | None, ...]:
         """Layers of one form can be computed as one, if they read the same input."""
-        return self.scheme.bits, self.scheme.group, self.scheme.symmetric, self.activations, self.levels.shape[1]
+        scheme, scale = self.scheme, self.input_scale
+        inputs = self.activations, self.levels.shape[1], None if scale is None else float(scale)
+        return scheme.bits, scheme.group, scheme.symmetric, *inputs
 
     @property
     def block(self) -> int:
@@ -235,4 +253,6 @@ class QuantizedLinear(nn.Module):
             y = rounded_rows(y)
         elif self.activations == "row":
             y = rounded_symmetric_rows(y)
+        elif self.input_scale is not None:
+            y = rounded_static(y, self.input_scale)
         return functional.linear(y, self.integers.weight(), self.bias).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from penguin_edge.config import PenguinConfig
 from penguin_edge.generate import EagerEngine
 from penguin_edge.model import PenguinModel
 from penguin_edge.prompt import Tokenizer
+from penguin_edge.quantize.linear import QuantizedLinear
 from penguin_edge.runtime.engine import F32, I64, Engine
 
 TESTS = Path(__file__).parent
@@ -35,6 +37,16 @@ def picture(seed: int, height: int = 84, width: int = 112) -> NDArray[np.uint8]:
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (-(-height // 14), -(-width // 14), 3), dtype=np.uint8)
     return np.kron(blocks, np.ones((14, 14, 1), np.uint8))[:height, :width]
+
+
+def products_of(layers: dict[str, QuantizedLinear]) -> dict[str, list[QuantizedLinear]]:
+    """Layers that are quantized alike, by the name of their product in an ONNX file: those that read the same input
+    lie in it one after another."""
+    out: dict[str, list[QuantizedLinear]] = {}
+    for name, layer in layers.items():
+        joined = re.sub("(gate|up)_proj$", "gate_up", re.sub("[qkv]_proj$", "qkv", name))
+        out.setdefault(joined, []).append(layer)
+    return out
 
 
 class CountingEngine:

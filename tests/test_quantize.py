@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import products_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -302,12 +302,7 @@ def test_the_file_holds_the_same_integers(exported: Bundle) -> None:
     if exported.manifest.target == "onnx":
         for part in exported.manifest.graphs:
             found = stored_integers(exported, part)
-            products: dict[str, list[QuantizedLinear]] = {}
-            for name, layer in layers.items():
-                if name.startswith(f"{part}."):
-                    # Layers that read the same input lie one after another in one product.
-                    joined = re.sub("(gate|up)_proj$", "gate_up", re.sub("[qkv]_proj$", "qkv", name))
-                    products.setdefault(joined, []).append(layer)
+            products = products_of({name: layer for name, layer in layers.items() if name.startswith(f"{part}.")})
             for name, parts in products.items():
                 op, scales = found.pop(torch.cat([layer.levels for layer in parts]).numpy().tobytes())
                 assert op == ("MatMulIntegerToFloat" if parts[0].activations == "row" else "MatMulNBits"), name

@@ -36,6 +36,7 @@ FORTUNES = Path("/usr/share/games/fortunes")
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
 CALIBRATION = ("literature", "computers", "politics", "education", "law", "food")
 ROWS = Scheme(8, activations="token")
+STATIC, LARGEST = Scheme(8, activations="static"), Scheme(8, method="rtn", activations="static")
 SMOOTH: dict[str, float | str] = {"decoder": 0.5}
 AWQ: dict[str, float | str] = {"decoder": "awq"}
 SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Any]]] = {
@@ -49,6 +50,14 @@ SCHEMES: dict[str, tuple[Scheme | None, Activations, dict[str, Any]]] = {
     "int8 mse, per row, SmoothQuant 0.5": (ROWS, "block", {"smooth": SMOOTH}),
     "the same, down_proj per block, SmoothQuant 0.5": (
         ROWS,
+        "block",
+        {"smooth": SMOOTH, "layers": {"*.down_proj": Scheme(8)}},
+    ),
+    "int8 mse, static": (STATIC, "block", {}),
+    "int8 mse, static, SmoothQuant 0.5": (STATIC, "block", {"smooth": SMOOTH}),
+    "int8 mse, static, scale of the largest, SmoothQuant 0.5": (LARGEST, "block", {"smooth": SMOOTH}),
+    "the same, static, down_proj per block, SmoothQuant 0.5": (
+        STATIC,
         "block",
         {"smooth": SMOOTH, "layers": {"*.down_proj": Scheme(8)}},
     ),
