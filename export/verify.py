@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.quantize.apply import Ready
+    from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
 
 
@@ -82,8 +84,29 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
     """
     if checkpoint is None:
         return load_file(bundle.path(CHECK))
-    from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DTYPES, load_quantized
+
+    with integers_again(bundle, checkpoint, calibration) as (recipe, activations, ready):
+
+        def load(*parts: str) -> Any:
+            return load_quantized(checkpoint, parts, recipe, activations, ready)[0]
+
+        return _computed(bundle, checkpoint, DTYPES[recipe.precision], load)
+
+
+@contextlib.contextmanager
+def integers_again(
+    bundle: Bundle, checkpoint: Checkpoint, calibration: str | None = None
+) -> Iterator[tuple[Recipe, Activations, Ready | None]]:
+    """A bundle's recipe, how its engine rounds activations, and what calibration leaves, made again.
+
+    Args:
+        calibration: what a calibrated bundle was made with.
+    Raises:
+        BundleError: the bundle was made from a model of another shape, or with other data.
+        InputError: the bundle was calibrated, and no data is named.
+    """
+    from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.calibrate import ready_from
     from penguin_edge.quantize.recipe import PRESETS, Recipe
 
@@ -97,18 +120,13 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
     stored = bundle.manifest.quantization.get("recipe")
     recipe = Recipe.from_json(stored, bundle.manifest.precision) if stored else PRESETS[bundle.manifest.precision]
     activations = find_target(bundle.manifest.target).activations
-
     with contextlib.ExitStack() as stack:
         ready = None
         if recipe.calibrated:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penguin-edge-")))
             _calibrate_again(bundle, checkpoint, recipe, calibration, work)
             ready = ready_from(work)
-
-        def load(*parts: str) -> Any:
-            return load_quantized(checkpoint, parts, recipe, activations, ready)[0]
-
-        return _computed(bundle, checkpoint, DTYPES[recipe.precision], load)
+        yield recipe, activations, ready
 
 
 def _calibrate_again(

@@ -139,8 +139,8 @@ def measure_text(
         result |= {
             "kl_mean": float(kl.mean()),
             "kl_p99": float(np.quantile(kl, 0.99)),
-            "top1": float(np.concatenate([piece.top1 for piece in found]).mean()),
-            "top5": float(np.concatenate([piece.top5 for piece in found]).mean()),
+            "top1_agreement": float(np.concatenate([piece.top1 for piece in found]).mean()),
+            "top5_agreement": float(np.concatenate([piece.top5 for piece in found]).mean()),
         }
     if same:
         result |= {

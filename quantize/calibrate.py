@@ -36,6 +36,7 @@ from penguin_edge.model import PenguinModel
 from penguin_edge.preprocess import Patches
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
+from penguin_edge.quantize.builtin import builtin_pictures, builtin_text
 from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import SMALLEST, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
@@ -48,7 +49,7 @@ DIGEST = "digest.txt"
 Progress = Callable[[str], None]
 """Called with the name of each stage before its work begins."""
 BUILTIN = "builtin"
-"""A text that every Python brings: the topics of its help. Other versions of Python have other ones."""
+"""A text that every Python brings, and photographs of this package for models that see; see `quantize/builtin.py`."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,10 @@ def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> lis
         build = SampleBuilder(config, tokenizer, DataOptions(model_max_length=options.length))
         return [build(records[i]) for i in sorted(rng.permutation(len(records))[: options.samples].tolist())]
     if options.source == BUILTIN:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics))
-        ids = tokenizer.encode(text)
-        return text_samples(ids, samples=options.samples, length=options.length, rng=rng, name=BUILTIN)
+        seen = (options.samples + 1) // 2 if config.vision is not None else 0
+        ids, length = tokenizer.encode(builtin_text()), options.length
+        texts = text_samples(ids, samples=options.samples - seen, length=length, rng=rng, name=BUILTIN)
+        return texts + builtin_pictures(config, tokenizer, count=seen, length=length, rng=rng)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -157,7 +157,7 @@ def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample],
         if "encoder" in recipe.smooth:
             raise InputError(
                 "encoder: smoothing reads images, and the calibration data has none; name a data folder in the "
-                "training format"
+                "training format, or leave out --calibration for the built-in pictures"
             )
         for part in ("encoder", "projector"):
             for name, linear in linears(meta_model(checkpoint.config, (part,)), part).items():
@@ -165,7 +165,7 @@ def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample],
                 if scheme is not None and scheme.calibrated:
                     raise InputError(
                         f"{name}: {scheme.label} reads images, and the calibration data has none; name a data folder "
-                        "in the training format"
+                        "in the training format, or leave out --calibration for the built-in pictures"
                     )
     made_for, mark = digest(checkpoint, recipe, samples), work / DIGEST
     if not mark.is_file() or mark.read_text(encoding="utf-8") != made_for:

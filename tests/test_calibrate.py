@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from PIL import Image
 from torch import nn
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
 from penguin_edge.config import TextConfig
 from penguin_edge.errors import InputError
 from penguin_edge.export.pipeline import calibration_stage
 from penguin_edge.layers import Block, full_attention, rotary_angles
 from penguin_edge.quantize.apply import chosen, quantize_part
+from penguin_edge.quantize.builtin import PHOTOS
 from penguin_edge.quantize.calibrate import (
     CalibrationOptions,
     calibrate,
@@ -38,7 +40,7 @@ from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, bounds_of, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
 from penguin_edge.quantize.smooth import GROUPS, READ, apply_factors, awq_factor, smooth_factor
-from penguin_edge.samples import Sample
+from penguin_edge.samples import NO_TARGET, Sample
 
 SCHEMES = [
     Scheme(4, 64, method="gptq"),
@@ -47,6 +49,7 @@ SCHEMES = [
     Scheme(4, 16, method="gptq"),
 ]
 GPTQ = Scheme(4, 64, method="gptq")
+PICTURES = DEFAULT_TOKENIZER.parent / "pictures"
 
 
 def layer(seed: int, rows: int = 48, inputs: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,7 +221,8 @@ def test_factors_are_of_what_the_model_reads(tiny: Checkpoint, samples: list[Sam
 def test_the_smoothed_preset_verifies_against_its_checkpoint(nano_bundle: Callable[[str, str], Path]) -> None:
     folder = nano_bundle("onnx", "int8-prefill")
     made = Bundle.read(folder).manifest.quantization["calibration"]
-    assert made["source"] == "builtin" and made["images"] == 0 and made["tokens"] == made["samples"] * made["length"]
+    assert made["source"] == "builtin" and made["samples"] == 64 and made["images"] == 32
+    assert 32 * 512 < made["tokens"] < 64 * 512
     done = cli("verify", folder, "--against", "nano")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -327,6 +331,45 @@ def test_pieces_of_text_are_drawn_by_the_seed() -> None:
     assert len(draw(0, 99)) == 20
 
 
+def test_the_builtin_set_has_pictures_for_models_that_see(tiny: Checkpoint) -> None:
+    def read(seed: int = 0, checkpoint: Checkpoint = tiny, **more: int) -> list[Sample]:
+        return read_calibration(
+            CalibrationOptions("builtin", seed=seed, **{"samples": 15, "length": 192, **more}), checkpoint
+        )
+
+    found = read()
+    pictures = [sample for sample in found if sample.visuals]
+    assert len(found) == 15 and len(pictures) == 8
+    assert digest(tiny, RECIPE, found) == digest(tiny, RECIPE, read()) != digest(tiny, RECIPE, read(seed=1))
+    # Six photographs in turn, each a crop of its own at its own size.
+    assert (
+        {sample.id.split(":")[1] for sample in pictures}
+        == set(PHOTOS)
+        == {path.stem for path in PICTURES.glob("*.jpg")}
+    )
+    assert len({sample.visuals[0].grid for sample in pictures}) > 3
+    for sample in pictures:
+        [visual] = sample.visuals
+        assert 64 * 0.8 <= visual.tokens <= len(sample.input_ids) <= 192
+        assert int((sample.input_ids == tiny.config.image_token_id).sum()) == visual.tokens
+        assert (sample.labels != NO_TARGET).sum() > 8
+    blind = copy.copy(tiny)
+    blind.config = dataclasses.replace(tiny.config, vision=None)
+    texts = read(checkpoint=blind)
+    assert len(texts) == 15 and not any(sample.visuals for sample in texts)
+    assert {tuple(sample.input_ids) for sample in found if not sample.visuals} <= {tuple(s.input_ids) for s in texts}
+    with pytest.raises(InputError, match="40 tokens a sample leave 0 for a picture"):
+        read(length=40)
+
+
+def test_the_builtin_pictures_calibrate_an_encoder(tiny: Checkpoint, tmp_path: Path) -> None:
+    found = read_calibration(CalibrationOptions("builtin", samples=4, length=192), tiny)
+    recipe = Recipe("r", encoder=GPTQ, projector=GPTQ, smooth={"encoder": 0.5}, lenient=True)
+    calibrate(tiny, recipe, found, tmp_path, lambda stage: None)
+    assert "encoder.layers.0.mlp.up_proj.safetensors" in contents(tmp_path)
+    assert "encoder.layers.0.factors.safetensors" in contents(tmp_path)
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -407,16 +450,17 @@ def test_text_alone_cannot_calibrate_an_encoder(tiny: Checkpoint, tmp_path: Path
 def test_refused_calibrations_leave_nothing(data: Path, tmp_path: Path) -> None:
     scheme = {"bits": 4, "group": 64, "method": "gptq"}
     recipe = recipe_file(tmp_path, decoder=scheme)
-    smooth, seeing = tmp_path / "smooth.json", tmp_path / "seeing.json"
+    smooth, seeing, text = tmp_path / "smooth.json", tmp_path / "seeing.json", tmp_path / "text.txt"
+    text.write_text("a text without any picture " * 300)
     blind = {"encoder.patch_embedding": None}
     smooth.write_text(json.dumps({"encoder": {"bits": 8}, "smooth": {"encoder": 0.5}, "layers": blind}))
     seeing.write_text(json.dumps({"encoder": scheme, "layers": blind}))
     for more, says in (
-        (("--quant", seeing), "gptq reads images, and the calibration data has none"),
-        (("--quant", smooth), "smoothing reads images, and the calibration data has none"),
+        (("--quant", seeing, "--calibration", text), "leave out --calibration for the built-in pictures"),
+        (("--quant", smooth, "--calibration", text), "smoothing reads images, and the calibration data has none"),
         (("--quant", recipe, "--calibration", tmp_path / "none.txt"), "cannot be read"),
         (("--quant", "int4", "--calibration", data), "none of its schemes reads calibration data"),
     ):
         done = cli("export", "--model", "nano", "-o", tmp_path / "out", *more)
         assert done.returncode == 1 and "Traceback" not in done.stderr and says in done.stderr, done.stderr
-        assert set(tmp_path.iterdir()) == {recipe, smooth, seeing}
+        assert set(tmp_path.iterdir()) == {recipe, smooth, seeing, text}

@@ -46,13 +46,21 @@ NETWORK = {"layers", "encoder", "projector", "decoder"}
 STORED = {"hf_config", "tensorfile", "checkpoint"}
 MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
 TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
-TRAINING |= {"text_quality"}
+TRAINING |= {"text_quality", "layer_study"}
 LEARNING = {"records", "samples", "packing", "losses", "schedule", "sampler", "feed"}  # what `train` is made of …
 LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
 EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
 EVERYTHING |= {"quantize", "export", "runtime"}
 
-TORCHLESS = {"plan_report", "records", "samples", "evaluate", "budget_study", "text_quality"}  # beside DEVICE
+TORCHLESS = {
+    "plan_report",
+    "records",
+    "samples",
+    "evaluate",
+    "budget_study",
+    "text_quality",
+    "layer_study",
+}  # beside DEVICE
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -96,8 +104,11 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": DEVICE | {"records"},
     "budget_study": DEVICE | {"evaluate"},
     "text_quality": DEVICE | {"runtime"},
+    "layer_study": DEVICE | {"runtime"},
     "quantize": MODEL | {"eager"},
     "quantize.calibrate": MODEL | {"quantize", "records", "samples"},  # reads data as training does
+    "quantize.builtin": MODEL | {"quantize", "records", "samples"},
+    "quantize.layer_errors": MODEL | {"quantize", "samples"},
     "export": MODEL | {"eager", "quantize"},
     "export.verify": MODEL | {"eager", "quantize", "export", "runtime"},  # the one place where export meets runtime
     "runtime": DEVICE,

@@ -51,7 +51,7 @@ def test_a_model_is_no_distance_from_itself() -> None:
     engine, reference = (EagerEngine(tiny_model(), max_seq_len=200) for _ in range(2))
     calls: list[tuple[int, int]] = []
     found = measure_text(engine, IDS, reference, lambda done, total: calls.append((done, total)))
-    assert found["kl_mean"] == found["kl_p99"] == 0 and found["top1"] == found["top5"] == 1
+    assert found["kl_mean"] == found["kl_p99"] == 0 and found["top1_agreement"] == found["top5_agreement"] == 1
     assert found["greedy_texts_equal"] == 1 and found["greedy_tokens_equal"] == 64
     assert found["tokens"] == IDS.size and calls[-1] == (3, 3)
     assert "kl_mean" not in measure_text(engine, IDS, None, lambda done, total: None)

@@ -1,4 +1,4 @@
-"""`penguin-edge eval MODEL`: accuracy per task beside its baselines, or perplexity and KL on a text."""
+"""`penguin-edge eval MODEL`: accuracy per task beside its baselines, perplexity and KL on a text, or layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from penguin_edge.budget_study import Ask, Reply, draw_study, study
 from penguin_edge.commands.common import emit, open_model, positive, say, table
+from penguin_edge.commands.eval_layers import run_layers
 from penguin_edge.errors import InputError
 from penguin_edge.evaluate import (
     Answer,
@@ -34,16 +35,28 @@ from penguin_edge.runtime.session import Session
 from penguin_edge.text_quality import measure_text
 from penguin_edge.tra import Policy
 
+LENGTH = 256
+"""Tokens of a piece of text."""
+
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("eval", help="how many questions are answered right, or what is made of a text")
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT|PRESET")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DIR", help="folder with annotations.jsonl, or such a file")
-    source.add_argument("--text", metavar="FILE", help="plain text: perplexity, and with --against what was lost")
-    parser.add_argument("--against", metavar="BUNDLE|CHECKPOINT", help="with --text: the unquantized model")
-    parser.add_argument("--pieces", type=positive, default=4, help="with --text: how many (default: %(default)s)")
-    parser.add_argument("--length", type=positive, default=256, help="with --text: tokens each (default: %(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="folder with annotations.jsonl, or such a file")
+    parser.add_argument("--text", metavar="FILE", help="plain text: perplexity, and with --against what was lost")
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="cosine and SNR of every layer, and of the encoder's features, on --data, --text or a built-in set",
+    )
+    parser.add_argument("--against", metavar="BUNDLE|CHECKPOINT", help="with --text or --layers: the unquantized model")
+    parser.add_argument("--quant", metavar="NAME|FILE", help="with --layers: try a recipe on a checkpoint")
+    parser.add_argument("--calibration", metavar="DIR|FILE", help="with --layers: the data for a calibrated recipe")
+    parser.add_argument(
+        "--pieces", type=positive, default=4, help="with --text or --layers: how many (default: %(default)s)"
+    )
+    parser.add_argument("--length", type=positive, help="tokens of each (default: 256 with --text, 512 with --layers)")
+    parser.add_argument("--seed", type=int, default=0, help="with --layers: of what is drawn (default: %(default)s)")
     parser.add_argument("--answers", metavar="FILE", help="write every answer, one JSON object per line")
     parser.add_argument("--over", metavar="FILE", help="compare with the --answers of another model")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
@@ -54,9 +67,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--budget-study", action="store_true", help="accuracy against budget for TRA, dropping and shrinking frames"
     )
-    parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study")
+    parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study or the layers")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage=parser.error)
 
 
 class Progress:
@@ -120,6 +133,15 @@ def asker(session: Session) -> Ask:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.layers:
+        return run_layers(args, Progress)
+    if not args.data and not args.text:
+        args.usage("one of the arguments --data --text --layers is required")
+    if args.data and args.text:
+        args.usage("argument --text: not allowed with argument --data")
+    for name in ("quant", "calibration"):
+        if getattr(args, name):
+            raise InputError(f"--{name} is about layers; use it with --layers")
     if args.text:
         return run_text(args)
     if args.against:
@@ -174,12 +196,13 @@ def run_text(args: argparse.Namespace) -> int:
         raise InputError(f"{args.text}: is not UTF-8 text ({error.reason}); name a text file") from error
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
     ids = tokenizer.encode(text)
-    count = min(args.pieces, len(ids) // args.length)
-    if not count or args.length < 2:
+    length = args.length or LENGTH
+    count = min(args.pieces, len(ids) // length)
+    if not count or length < 2:
         raise InputError(
-            f"{args.text}: {len(ids)} tokens in pieces of {args.length}; wanted at least one piece of two or more"
+            f"{args.text}: {len(ids)} tokens in pieces of {length}; wanted at least one piece of two or more"
         )
-    pieces = np.array(ids[: count * args.length], np.int64).reshape(count, args.length)
+    pieces = np.array(ids[: count * length], np.int64).reshape(count, length)
     reference = None
     if args.against:
         reference, other = open_model(args.against, threads=args.threads, max_seq_len=args.max_seq_len)
@@ -193,7 +216,7 @@ def run_text(args: argparse.Namespace) -> int:
         against = {"against": args.against} if args.against else {}
         emit({"model": args.model, "text": args.text, "engine": engine.name, **against, **result, **speed})
         return 0
-    rows: list[tuple[str, ...]] = [(f"{count} pieces of {args.length} tokens", "")]
+    rows: list[tuple[str, ...]] = [(f"{count} pieces of {length} tokens", "")]
     rows += [(key.replace("_", " "), f"{result[key]:.4f}") for key in result if key not in ("pieces", "tokens")]
     print(table(rows, indent=""))
     return 0

@@ -32,8 +32,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DIR|FILE",
-        help="for gptq, smoothing and static activations: a data folder, or a text file (default: builtin, a text that "
-        "Python brings)",
+        help="for gptq, smoothing, static activations, int8 caches: a data folder, or a text file (default: builtin, a "
+        "text and a few photographs)",
     )
     parser.add_argument("--calibration-samples", type=positive, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument(

@@ -128,7 +128,7 @@ def main() -> int:
             for text, ids in pieces.items()
         }
         result[name] = row
-        cells = "  ".join(f"{r['perplexity']:.2f}/{r['kl_mean']:.4f}/{r['top1']:.3f}" for r in row.values())
+        cells = "  ".join(f"{r['perplexity']:.2f}/{r['kl_mean']:.4f}/{r['top1_agreement']:.3f}" for r in row.values())
         print(f"{name:40} {cells}  ({time.monotonic() - begin:.0f} s)", flush=True)
     print(json.dumps(result))
     return 0
