@@ -267,7 +267,9 @@ class RowProduct(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / 127
+        # The largest magnitude without writing all magnitudes.
+        reach = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+        scale = reach.clamp(min=SMALLEST) / 127
         out = integer_product(x / scale, self.weight, self.scales) * scale
         return out if self.bias is None else out + self.bias
 

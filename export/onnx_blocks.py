@@ -88,7 +88,8 @@ class Joined(nn.Module):
         super().__init__()
         groups: dict[object, list[int]] = {}
         for index, layer in enumerate(layers):
-            alike = isinstance(layer, QuantizedLinear) and layer.bias is None
+            # The runtime joins equal nodes, so that rows are rounded once; one product would have to be split.
+            alike = isinstance(layer, QuantizedLinear) and layer.bias is None and layer.activations != "row"
             groups.setdefault(layer.form if alike else index, []).append(index)
         self.members = list(groups.values())
         self.sizes = [

@@ -41,10 +41,12 @@ def picture(seed: int, height: int = 84, width: int = 112) -> NDArray[np.uint8]:
 
 def products_of(layers: dict[str, QuantizedLinear]) -> dict[str, list[QuantizedLinear]]:
     """Layers that are quantized alike, by the name of their product in an ONNX file: those that read the same input
-    lie in it one after another."""
+    lie in it one after another, unless their rows are rounded one by one."""
     out: dict[str, list[QuantizedLinear]] = {}
     for name, layer in layers.items():
-        joined = re.sub("(gate|up)_proj$", "gate_up", re.sub("[qkv]_proj$", "qkv", name))
+        joined = name
+        if layer.activations != "row":
+            joined = re.sub("(gate|up)_proj$", "gate_up", re.sub("[qkv]_proj$", "qkv", name))
         out.setdefault(joined, []).append(layer)
     return out
 
