@@ -26,12 +26,14 @@ from penguin_edge import bundle as contract
 from penguin_edge.bundle import Bundle, GraphEntry, Manifest, TablePlace, signature
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
+from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
-from penguin_edge.export.worker import CALIBRATION, TOOLS_BYTES
+from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
+from penguin_edge.quantize.auto import STAND_IN, AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
@@ -63,6 +65,8 @@ class ExportOptions:
     """Run the finished bundle against its check data before it gets its name."""
     calibration: CalibrationOptions | None = None
     """What the model reads for a recipe that needs data."""
+    auto: dict[str, Any] | None = None
+    """What `choose_recipe` said of the recipe: for the manifest, and for the size that the bundle must not exceed."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,41 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
         )
 
 
+def choose_recipe(
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, auto: AutoOptions, progress: Progress
+) -> ExportOptions:
+    """`options` with the recipe that measurements lead to. They are kept beside `out` until the bundle is there.
+
+    Raises:
+        PenguinError: a limit that cannot be kept, an export that would be refused, or data that cannot be read.
+    """
+    target = find_target(options.target)
+    target.check_installed()
+    stand_in = replace(options, recipe=STAND_IN)
+    check_options(checkpoint, target, stand_in)
+    check_room(estimate(checkpoint, target, stand_in), options, Path(out))
+    if Path(out).exists() and not options.overwrite:
+        raise BundleError(f"{out} exists already; choose another folder or pass --overwrite")
+    job = {
+        "part": AUTO,
+        "source": checkpoint.source,
+        "seed": checkpoint.seed,
+        "random_weights": checkpoint.stored is None,
+        "target": options.target,
+        "recipe": STAND_IN.to_json(),
+        **asdict(auto),
+        "kept": str(_measurements(out)),
+        "max_ram": options.max_ram,
+    }
+    result = _run_part(AUTO, job, 0, progress)
+    recipe = Recipe.from_json(result["recipe"], result["recipe"]["name"])
+    return replace(options, recipe=recipe, auto=result["report"])
+
+
+def _measurements(out: str | Path) -> Path:
+    return Path(out).absolute().with_name(f".{Path(out).name}.auto.json")
+
+
 def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress) -> Bundle:
     """Export every part and write the bundle.
 
@@ -223,7 +262,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     recipe = options.recipe
     embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
     table: list[dict[str, Any]] = []
-    quantization: dict[str, Any] = {}
+    quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
     # Beside the bundle and kept when the export fails: the next one goes on with the layer that was not done.
     work = Path(out).absolute().with_name(f".{Path(out).name}.calibration") if recipe.calibrated else None
     common = {
@@ -285,10 +324,18 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
             verified=options.verify,
         )
         finished = contract.finish(folder, manifest)
+        most, got = (options.auto or {}).get("max_size"), bundle_bytes(folder)
+        if most is not None and got > most:
+            raise BundleError(
+                f"the bundle takes {got} bytes, {got - most} more than --max-size; no bundle was written: ask for "
+                f"{human_bytes(2 * most - got)}, which leaves room for what was not foreseen"
+            )
         if options.verify:
             _verify(folder, progress)
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
+    if options.auto:
+        _measurements(out).unlink(missing_ok=True)
     return Bundle(Path(out), finished.manifest)
 
 
@@ -305,7 +352,9 @@ def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Pro
         job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
         progress.begin(part, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
-            label = (lambda seconds: calibration_stage(part, log_path, seconds)) if part == CALIBRATION else None
+            label = (
+                (lambda seconds: calibration_stage(part, log_path, seconds)) if part in (CALIBRATION, AUTO) else None
+            )
             code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, label)
         if not result_path.is_file():
             raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")

@@ -22,11 +22,13 @@ from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace, write_json
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
+from penguin_edge.export.auto import choose
 from penguin_edge.export.targets import TARGETS
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, embedding_scheme, load_quantized, quantize_rows
+from penguin_edge.quantize.auto import AutoOptions
 from penguin_edge.quantize.calibrate import (
     CalibrationOptions,
     calibrate,
@@ -40,6 +42,8 @@ from penguin_edge.quantize.recipe import Recipe
 
 CALIBRATION = "calibration"
 """The job that makes integers for all parts, before any is exported."""
+AUTO = "auto"
+"""The job that measures layers and chooses a recipe, before anything else."""
 TOOLS_BYTES = 1_500_000_000
 """Resident memory of importing torch and an exporter, on top of what a part takes."""
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,6 +59,10 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
         job["source"], random_weights=job["random_weights"], seed=job["seed"], note=lambda line: None
     )
     recipe = Recipe.from_json(job["recipe"], job["recipe"]["name"])
+    if part == AUTO:
+        options = AutoOptions(CalibrationOptions(**job["data"]), job["max_size"], job["max_kl"], job["max_seq_len"])
+        recipe, report = choose(checkpoint, target, options, Path(job["kept"]), job["max_ram"], _say)
+        return {"recipe": recipe.to_json(), "report": report, "peak_mb": peak_mb(), "baseline_mb": baseline}
     if part == CALIBRATION:
         report = _calibrate(checkpoint, recipe, job)
         return {"calibration": report, "peak_mb": peak_mb(), "baseline_mb": baseline}
@@ -77,6 +85,11 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
     return {"file": done.file, "head": head, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
 
 
+def _say(done: int, total: int, stage: str) -> None:
+    """The parent reads the last line."""
+    print(f"{done}/{total} {stage}", flush=True)
+
+
 def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> dict[str, Any]:
     """Make the integers, or the rest of them."""
     options = CalibrationOptions(**job["calibration"])
@@ -86,13 +99,12 @@ def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> d
     tokens = sum(len(sample.input_ids) for sample in samples)
     images = sum(len(sample.visuals) for sample in samples)
     total, done = stage_count(checkpoint, images > 0), itertools.count()
-    # The parent reads the last line.
     made_for = calibrate(
         checkpoint,
         recipe,
         samples,
         Path(job["calibrated"]),
-        lambda stage: print(f"{next(done)}/{total} {stage}", flush=True),
+        lambda stage: _say(next(done), total, stage),
     )
     return {**asdict(options), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
 
@@ -146,7 +158,7 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str, recipe: R
 
 def main(path: str) -> int:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    assert job["part"] in (*PARTS, *DECODERS, CALIBRATION)
+    assert job["part"] in (*PARTS, *DECODERS, CALIBRATION, AUTO)
     begin = time.monotonic()
     try:
         result = export_part(job)

@@ -109,6 +109,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantize.calibrate": MODEL | {"quantize", "records", "samples"},  # reads data as training does
     "quantize.builtin": MODEL | {"quantize", "records", "samples"},
     "quantize.layer_errors": MODEL | {"quantize", "samples"},
+    "quantize.sensitivity": MODEL | {"quantize", "samples"},
     "export": MODEL | {"eager", "quantize"},
     "export.verify": MODEL | {"eager", "quantize", "export", "runtime"},  # the one place where export meets runtime
     "runtime": DEVICE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def byte_count(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; wanted something like 12GB or 16GiB")
     return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def nats(text: str) -> float:
+    """argparse type: a KL, a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a KL; wanted nats per position, such as 0.05")
+    return value
 
 
 def is_bundle(source: str) -> bool:

@@ -8,9 +8,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from penguin_edge.commands.common import byte_count, emit, positive, require_torch, say
+from penguin_edge.commands.common import byte_count, emit, nats, positive, require_torch, say, table
 from penguin_edge.errors import InputError
 from penguin_edge.machine import human_bytes
+
+AUTO = "auto"
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +26,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--quant",
         default="fp32",
         metavar="NAME|FILE",
-        help="fp32, fp16, int8, int4, int8-prefill or a recipe file (default: fp32)",
+        help="fp32, fp16, int8, int4, int8-prefill, a recipe file, or auto: measured, layer by layer (default: fp32)",
+    )
+    parser.add_argument(
+        "--max-size", type=byte_count, metavar="SIZE", help="for auto: most bytes of the bundle, such as 1.2GB"
+    )
+    parser.add_argument(
+        "--max-kl", type=nats, metavar="KL", help="for auto: most nats per position to the unquantized model"
     )
     parser.add_argument(
         "--kv-cache-dtype", choices=["fp16", "int8"], help="store keys and values in less (default: the target's own)"
@@ -32,12 +40,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DIR|FILE",
-        help="for gptq, smoothing, static activations, int8 caches: a data folder, or a text file (default: builtin, a "
-        "text and a few photographs)",
+        help="for gptq, smoothing, static activations, auto, int8 caches: a data folder, or a text file (default: "
+        "builtin, a text and a few photographs)",
     )
-    parser.add_argument("--calibration-samples", type=positive, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--calibration-samples", type=positive, metavar="N", help="default: 64; for auto 4")
     parser.add_argument(
-        "--calibration-length", type=positive, default=512, metavar="N", help="most tokens of each (default: 512)"
+        "--calibration-length", type=positive, metavar="N", help="most tokens of each (default: 512; for auto 128)"
     )
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="KV positions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and calibration (default: 0)")
@@ -48,7 +56,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not compare the bundle with the eager model")
     parser.add_argument("-o", "--out", required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, refuse=parser.error)
 
 
 class Lines:
@@ -96,12 +104,54 @@ def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
     ] + lines
 
 
+def auto_summary(report: dict[str, Any]) -> list[str]:
+    """What was decided, and from what: of each measured layer the KL of every candidate and the one that was chosen."""
+
+    def short(label: str) -> str:
+        return label.replace(" mse", "").replace("asymmetric", "asym").replace(", activations per ", "/")
+
+    measured = [row for row in report["layers"] if not row["reason"]]
+    labels = list(dict.fromkeys(c["label"] for row in measured for c in row["candidates"]))
+    rows: list[tuple[str, ...]] = [("nats when this layer alone is", *map(short, labels), "chosen")]
+    for row in measured:
+        kls = {c["label"]: f"{c['kl']:.1e}" for c in row["candidates"]}
+        rows.append((row["layer"], *(kls.get(label, "") for label in labels), short(row["chosen"])))
+    rows.append(("embedding", *("" for _ in labels), f"int8 ({report['embedding_kl']:.1e})"))
+    others: dict[str, list[str]] = {}
+    for row in report["layers"]:
+        if row["reason"]:
+            others.setdefault(f"{short(row['chosen'])}, {row['reason']}", []).append(row["layer"])
+    data = report["data"]
+    return [
+        *table(rows).splitlines(),
+        *(f"  {len(names)} layers {what}: {names[0]}{' …' if names[1:] else ''}" for what, names in others.items()),
+        f"KL {report['predicted_kl']:.4g} by the sum, {report['measured_kl']:.4g} measured, nats per position over "
+        f"{data['tokens']} tokens and {data['images']} pictures of {data['source']}; the bundle will take at most "
+        f"{human_bytes(report['bytes'])}",
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
+    limits = [name for name in ("--max-size", "--max-kl") if getattr(args, name[2:].replace("-", "_")) is not None]
+    if args.quant == AUTO and len(limits) != 1:
+        args.refuse(f"--quant auto wants one of --max-size and --max-kl, got {' and '.join(limits) or 'none'}")
+    if args.quant == AUTO and args.kv_cache_dtype:
+        args.refuse("--quant auto chooses layers, not caches; leave out --kv-cache-dtype")
+    if args.quant != AUTO and limits:
+        args.refuse(f"{limits[0]} is for --quant auto alone, got --quant {args.quant}")
     require_torch()
     from penguin_edge.checkpoint import Checkpoint
-    from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, export_bundle, parts_of
+    from penguin_edge.export.pipeline import (
+        ExportOptions,
+        check_options,
+        choose_recipe,
+        estimate,
+        export_bundle,
+        parts_of,
+    )
     from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DECODERS
+    from penguin_edge.quantize.auto import STAND_IN, AutoOptions
     from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions
     from penguin_edge.quantize.recipe import find_recipe
 
@@ -111,13 +161,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"{args.model} is a preset, which has no trained weights; pass --random-weights or name a checkpoint"
         )
-    recipe = find_recipe(args.quant)
+    automatic = args.quant == AUTO
+    recipe = STAND_IN if automatic else find_recipe(args.quant)
     if args.kv_cache_dtype:
         recipe = replace(recipe, kv=args.kv_cache_dtype)
-    data = None
-    if args.calibration or recipe.calibrated:
-        source = args.calibration or BUILTIN
-        data = CalibrationOptions(source, args.calibration_samples, args.calibration_length, args.seed)
+    samples, length = args.calibration_samples or (4 if automatic else 64), args.calibration_length
+    read = CalibrationOptions(args.calibration or BUILTIN, samples, length or (128 if automatic else 512), args.seed)
+    data = read if not automatic and (args.calibration or recipe.calibrated) else None
     options = ExportOptions(
         args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify, data
     )
@@ -129,9 +179,13 @@ def run(args: argparse.Namespace) -> int:
         f"{human_bytes(need.disk_bytes)} of disk"
     )
     begin = time.monotonic()
-    bundle = export_bundle(
-        checkpoint, args.out, options, Lines(len(parts_of(checkpoint, recipe)) + options.verify + recipe.calibrated)
-    )
+    lines = Lines(len(parts_of(checkpoint, recipe)) + options.verify + recipe.calibrated + automatic)
+    if automatic:
+        auto = AutoOptions(read, args.max_size, args.max_kl, args.max_seq_len)
+        options = choose_recipe(checkpoint, args.out, options, auto, lines)
+        for line in auto_summary(options.auto or {}):
+            say(line)
+    bundle = export_bundle(checkpoint, args.out, options, lines)
     total = sum(entry.bytes for entry in bundle.manifest.files.values())
     result = {
         "bundle": str(bundle.folder),
@@ -149,6 +203,8 @@ def run(args: argparse.Namespace) -> int:
             for name, graph in bundle.manifest.graphs.items()
         },
     }
+    if options.auto:
+        result["auto"] = options.auto
     for line in layer_summary(bundle.manifest.quantization.get("layers", [])):
         say(line)
     checked = "verified" if bundle.manifest.verified else "not verified"
