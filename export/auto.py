@@ -1,7 +1,7 @@
 """The automatic recipe: what a bundle's files will take, and the job that measures and chooses.
 
 Bytes of weights are counted as the targets pack them. Graphs, manifest and check data are bounded from above, so that
-a bundle is never larger than what was asked for: on penguin-nano, whose weights are 2 MB, the bound is off by 5 to 10 %.
+a bundle is never larger than what was asked for: on penguin-nano, with 2 MB of weights, the bound is off by 5 to 10 %.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ PRESETS = {
     "fp32": Recipe("fp32"),
     "fp16": Recipe("fp16", precision="fp16"),
     "int8": Recipe("int8", "fp32", INT8_ROWS, INT8_ROWS, INT8, INT8, "int8", lenient=True),
-    "int4": Recipe("int4", "fp32", INT4, INT4, INT4, INT4, "int8", lenient=True),
+    "int4": Recipe("int4", "fp32", INT4, INT4, INT4, INT4, "int4", lenient=True),
     "int8-prefill": Recipe(
         "int8-prefill",
         "fp32",
