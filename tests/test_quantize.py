@@ -147,7 +147,7 @@ def test_activations_are_rounded_as_the_engines_do() -> None:
         {part: st.one_of(st.none(), SCHEMES) for part in ("encoder", "projector", "decoder", "lm_head")}
     ),
     layers=st.dictionaries(st.sampled_from(("decoder.layers.0.mlp.up_proj", "x")), st.one_of(st.none(), SCHEMES)),
-    embedding=st.sampled_from((None, "int8")),
+    embedding=st.sampled_from((None, "int8", "int4")),
 )
 def test_a_recipe_survives_its_file(parts: dict[str, Any], layers: dict[str, Any], embedding: Any) -> None:
     recipe = Recipe("r", embedding=embedding, layers=layers, **parts)
@@ -175,7 +175,7 @@ def test_a_recipe_survives_its_file(parts: dict[str, Any], layers: dict[str, Any
         ({"smooth": {"lm_head": 0.5}}, "wanted a strength for any of encoder, decoder, prefill"),
         ({"prefill": {"bits": 8}, "smooth": {"prefill": 2}}, "wanted 0 to 1, or awq"),
         ({"smooth": {"prefill": 0.5}}, "smooth: prefill is not quantized"),
-        ({"embedding": "int2"}, "wanted int8 or null"),
+        ({"embedding": "int2"}, "wanted int8, int4 or null"),
         ({"layers": ["a"]}, "layers is list"),
         ({"layers": {"a": 4}}, "r.json: a: got 4"),
     ],
