@@ -140,6 +140,10 @@ def test_candidates_are_what_the_target_takes() -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+TEXT = str(Path(__file__).parents[1] / "LICENSE")
+"""Says nothing of pictures, as the built-in set would."""
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Checkpoint:
     return Checkpoint.open("tiny", note=lambda line: None)
@@ -161,7 +165,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def samples(data: Path, tiny: Checkpoint) -> list[Sample]:
     pictures = read_calibration(CalibrationOptions(str(data), samples=2, length=200), tiny)
-    return pictures + read_calibration(CalibrationOptions("builtin", samples=1, length=24), tiny)
+    return pictures + read_calibration(CalibrationOptions(TEXT, samples=1, length=24), tiny)
 
 
 def direct_kl(got: PenguinModel, samples: list[Sample]) -> float:
@@ -278,7 +282,7 @@ def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
 
 def job(tiny: Checkpoint, folder: Path, target: str = "onnx", **limit: Any) -> tuple[Recipe, dict[str, Any], list[str]]:
     stages: list[str] = []
-    data = CalibrationOptions("builtin", samples=2, length=32)
+    data = CalibrationOptions(TEXT, samples=2, length=32)
     recipe, report = choose(
         tiny, TARGETS[target], AutoOptions(data, **limit), folder / "kept.json", None, lambda *at: stages.append(at[2])
     )
@@ -312,7 +316,7 @@ def test_limits_that_cannot_be_kept(tiny: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--max-kl 1e-07 cannot be reached: .* measures [\d.e-]+ nats"):
         job(tiny, tmp_path, max_kl=1e-7)
     with pytest.raises(MemoryLimitError, match="measuring needs about"):
-        data = CalibrationOptions("builtin", samples=2, length=32)
+        data = CalibrationOptions(TEXT, samples=2, length=32)
         options = AutoOptions(data, max_kl=1.0)
         choose(tiny, TARGETS["onnx"], options, tmp_path / "kept.json", 1000, lambda *at: None)
 
@@ -336,7 +340,7 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-FEW = ("--calibration-samples", 2, "--calibration-length", 48, "--max-seq-len", 512)
+FEW = ("--calibration", TEXT, "--calibration-samples", 2, "--calibration-length", 48, "--max-seq-len", 512)
 
 
 def test_a_bundle_within_a_size(tmp_path: Path) -> None:
@@ -373,7 +377,7 @@ def test_a_bundle_within_a_kl(tmp_path: Path) -> None:
     assert report["max_kl"] == 0.02 and 0 < report["measured_kl"] <= 0.02
     # The eager model of the bundle's recipe says the same.
     checkpoint = Checkpoint.open("nano", note=lambda line: None)
-    samples = read_calibration(CalibrationOptions("builtin", 2, 48), checkpoint)
+    samples = read_calibration(CalibrationOptions(TEXT, 2, 48), checkpoint)
     recipe = Recipe.from_json(manifest.quantization["recipe"], "auto")
     walk = Walk(checkpoint.load(parts_read(samples)), samples, "block")
     assert walk.whole(recipe.layers, lambda stage: None) == pytest.approx(report["measured_kl"], rel=1e-3)

@@ -395,7 +395,9 @@ def test_the_runtime_makes_integer_products(exported: Bundle, part: str, tmp_pat
     after = Counter(node.op_type for node in graph.node)
     assert after["MatMulIntegerToFloat"] == before["MatMul"] > 0
     assert after["MatMul"] == after["DequantizeLinear"] == 0
-    widths = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 2}
+    tables = ("cos", "sin")  # of the rotary step
+    weights = [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) > 2 and t.name not in tables]
+    widths = {tensor.data_type for tensor in weights}
     assert widths == {onnx.TensorProto.INT8}
 
 
