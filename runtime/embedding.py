@@ -96,8 +96,9 @@ class EmbeddingTable:
         if self.dtype == "bf16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
         if self.scales is not None and self.dtype == "int4":
-            levels = np.stack((rows & 15, rows >> 4), -1).reshape(len(ids), self.scales.shape[1], -1)
-            return ((levels.astype(np.float32) - 8) * self.scales[ids][:, :, None]).reshape(len(ids), -1)
+            groups, width = self.scales.shape[1], 2 * self.table.shape[1]
+            levels = np.stack((rows & 15, rows >> 4), -1).reshape(len(ids), groups, width // groups)
+            return ((levels.astype(np.float32) - 8) * self.scales[ids][:, :, None]).reshape(len(ids), width)
         if self.scales is not None:
             return rows.astype(np.float32) * self.scales[ids][:, None]
         return rows.astype(np.float32)
