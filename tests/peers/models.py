@@ -5,7 +5,7 @@
 | hf                                          | a Hugging Face folder, random weights in bf16: all others come of it |
 | q4_0.gguf                                   | llama.cpp's own quantizer: Q4_0; the head, also the embedding, Q6_K  |
 | genai                                       | onnxruntime-genai's own builder: int4 for the CPU, see GENAI         |
-| onnx-int4 onnx-int8-prefill executorch-int4 | `penguin-edge export`                                                |
+| onnx-int4 onnx-int4-kv8 onnx-int8-prefill executorch-int4 | `penguin-edge export`                                  |
 
 WORK/venv has the peers, in the versions of INSTALL. What is there is used as it is: remove it to make it again. A piece
 gets its name when it is complete.
@@ -34,12 +34,15 @@ GENAI = ("accuracy_level=4", "block_size=32", "prune_lm_head=true")
 """8-bit activations, blocks of 32 (the head likewise), logits of the last position only."""
 CAPACITY = 4352
 """Positions that our bundles hold."""
-BUNDLES = {
+FEW = ("--calibration-samples", "2", "--calibration-length", "64")
+"""Random weights need no more."""
+BUNDLES: dict[str, tuple[str, ...]] = {
     "onnx int4": ("onnx", "int4"),
-    "onnx int8-prefill": ("onnx", "int8-prefill"),
+    "onnx int4 kv8": ("onnx", "int4", "--kv-cache-dtype", "int8", *FEW),
+    "onnx int8-prefill": ("onnx", "int8-prefill", *FEW),
     "executorch int4": ("executorch", "int4"),
 }
-"""Contestant -> target and precision."""
+"""Contestant -> target, precision and more options of `penguin-edge export`."""
 PEER_FILES = {"llama.cpp": "q4_0.gguf", "llama.cpp plain": "q4_0.gguf", "genai": "genai"}
 
 
@@ -88,13 +91,13 @@ def prepare(work: Path, name: str, python: str) -> None:
         run(command, f"{folder}/genai cannot be made")
         shutil.rmtree(cache, ignore_errors=True)
         part.rename(folder / "genai")
-    for bundle, (target, precision) in BUNDLES.items():
+    for bundle, (target, precision, *more) in BUNDLES.items():
         out = bundle_folder(folder, bundle)
         if not out.exists():
             begin = time.monotonic()
             note(f"{out}")
             command = [sys.executable, "-m", "penguin_edge", "export", "--model", hf, "--target", target]
-            command += ["--quant", precision, "--max-seq-len", str(CAPACITY), "--no-verify", "-o", out]
+            command += ["--quant", precision, "--max-seq-len", str(CAPACITY), "--no-verify", *more, "-o", out]
             run(command, f"{out} cannot be exported")
             note(f"{out}: {time.monotonic() - begin:.0f} s")
 
