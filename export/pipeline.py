@@ -139,6 +139,10 @@ def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> 
     peak = {
         part: int(factor * checkpoint.parameter_bytes(DECODERS.get(part, part), 2)) + TOOLS_BYTES for part in graphs
     }
+    if options.recipe.quantized:
+        # A part that is to be quantized is loaded as stored: random weights in fp32.
+        for part in peak:
+            peak[part] += checkpoint.parameter_bytes(DECODERS.get(part, part), checkpoint.dtype.itemsize - 2)
     for part in set(peak) & {"decoder", "prefill"}:
         peak[part] += kv
     disk = disk_bytes(checkpoint, options.recipe) + 64_000_000
