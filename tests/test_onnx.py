@@ -21,7 +21,9 @@ from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish,
 from penguin_edge.config import PRESETS  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export import onnx as export  # noqa: E402
+from penguin_edge.export.onnx_blocks import Joined  # noqa: E402
 from penguin_edge.model import PenguinModel  # noqa: E402
+from penguin_edge.quantize.linear import QuantizedLinear, Scheme, quantize_weight  # noqa: E402
 from penguin_edge.runtime.embedding import EmbeddingTable  # noqa: E402
 from penguin_edge.runtime.engine import F32  # noqa: E402
 from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine  # noqa: E402
@@ -347,3 +349,27 @@ def test_a_missing_library_is_named(bundles: dict[str, Bundle], monkeypatch: pyt
 def test_threads_must_be_positive(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(InputError, match="0 threads"):
         OnnxRuntimeEngine.open(bundles["fp32"], threads=0)
+
+
+def test_layers_of_one_form_become_one_product() -> None:
+    """Whatever lies between them, and each keeps its own output."""
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    four, eight = Scheme(4, 32), Scheme(8)
+
+    def layer(seed: int, rows: int, scheme: Scheme | None, bias: bool = False) -> torch.nn.Module:
+        linear = torch.nn.Linear(64, rows, bias=bias)
+        torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(seed))
+        if scheme is None:
+            return linear
+        return QuantizedLinear(quantize_weight(linear.weight, scheme), linear.bias, "block")
+
+    for schemes, products in (
+        ((four, four, four), 1), ((four, eight, four), 2), ((four, None, four), 2), ((None, None, None), 3),
+    ):  # fmt: skip
+        layers = [layer(i, 8 * (i + 1), scheme) for i, scheme in enumerate(schemes)]
+        joined = Joined(layers, lambda one: one)
+        assert len(joined.products) == products
+        with torch.no_grad():
+            for got, one in zip(joined(x), layers, strict=True):
+                torch.testing.assert_close(got, one(x), rtol=1e-6, atol=1e-6)
+    assert len(Joined([layer(0, 8, four), layer(1, 8, four, bias=True)], lambda one: one).products) == 2
