@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import PenguinConfig
@@ -37,6 +39,17 @@ def picture(seed: int, height: int = 84, width: int = 112) -> NDArray[np.uint8]:
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (-(-height // 14), -(-width // 14), 3), dtype=np.uint8)
     return np.kron(blocks, np.ones((14, 14, 1), np.uint8))[:height, :width]
+
+
+def asked_pictures(folder: Path, count: int) -> Path:
+    """Pictures with questions, in the training format, of two sizes by turns; the folder."""
+    lines = []
+    for seed in range(count):
+        Image.fromarray(picture(seed, 84, 84 + 28 * (seed % 2))).save(folder / f"{seed}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
+        lines.append(json.dumps({"id": str(seed), "image": [f"{seed}.png"], "conversations": turns}))
+    (folder / "annotations.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def products_of(layers: dict[str, QuantizedLinear]) -> dict[str, list[QuantizedLinear]]:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import picture, tiny_model
+from helpers import asked_pictures, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import nn
 
 from penguin_edge.bundle import Bundle
@@ -152,14 +151,7 @@ def tiny() -> Checkpoint:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pictures with questions, in the training format."""
-    folder = tmp_path_factory.mktemp("auto")
-    lines = []
-    for seed in range(2):
-        Image.fromarray(picture(seed)).save(folder / f"{seed}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
-        lines.append(json.dumps({"id": str(seed), "image": [f"{seed}.png"], "conversations": turns}))
-    (folder / "annotations.jsonl").write_text("\n".join(lines))
-    return folder
+    return asked_pictures(tmp_path_factory.mktemp("auto"), 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import picture, tiny_model
-from PIL import Image
+from helpers import asked_pictures, tiny_model
 from torch import nn
 
 from penguin_edge.bundle import Bundle
@@ -235,14 +234,7 @@ RECIPE = Recipe("r", encoder=GPTQ, projector=GPTQ, decoder=GPTQ, lm_head=Scheme(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight pictures with questions, in the training format."""
-    folder = tmp_path_factory.mktemp("calibration")
-    lines = []
-    for seed in range(8):
-        Image.fromarray(picture(seed, 84, 84 + 28 * (seed % 2))).save(folder / f"{seed}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
-        lines.append(json.dumps({"id": str(seed), "image": [f"{seed}.png"], "conversations": turns}))
-    (folder / "annotations.jsonl").write_text("\n".join(lines))
-    return folder
+    return asked_pictures(tmp_path_factory.mktemp("calibration"), 8)
 
 
 @pytest.fixture(scope="module")

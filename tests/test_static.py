@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import picture, products_of
-from PIL import Image
+from helpers import asked_pictures, products_of
 from torch import nn
 
 from penguin_edge.bundle import Bundle
@@ -188,14 +187,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pictures with questions, in the training format."""
-    folder = tmp_path_factory.mktemp("calibration")
-    lines = []
-    for seed in range(4):
-        Image.fromarray(picture(seed, 84, 84 + 28 * (seed % 2))).save(folder / f"{seed}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A picture."}]
-        lines.append(json.dumps({"id": str(seed), "image": [f"{seed}.png"], "conversations": turns}))
-    (folder / "annotations.jsonl").write_text("\n".join(lines))
-    return folder
+    return asked_pictures(tmp_path_factory.mktemp("calibration"), 4)
 
 
 @pytest.fixture(scope="module")
