@@ -5,7 +5,8 @@
 | encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64        | features [B,P,C] f32                    |
 | projector | features [B,T,M,C] f32                                  | visual [B,T,H] f32                      |
 | decoder,  | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, | logits [1,K,V] f32,                     |
-| prefill   | past_key_i, past_value_i [1,kv,max_seq_len,D] f32       | present_key_i, present_value_i, as past |
+| prefill   | past_key_i, past_value_i [1,kv,max_seq_len,D] f32, or   | present_key_i, present_value_i, as past |
+|           | f16 or i8 if the recipe's `kv` says so                  |                                         |
 
 The caller binds one buffer as `past_key_i` and `present_key_i`, and one for the values: the kernel then writes the new
 positions in place. A graph is `PART.onnx`, its weights `PART.onnx.data`.

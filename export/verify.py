@@ -53,20 +53,11 @@ TOLERANCES = {
 QUANTIZED = Tolerance(
     5e-2, 0.999, 0.96, "activations at the border of two levels round either way, each time by a whole level"
 )
-UNTRAINED = Tolerance(
-    1e-1,
-    0.995,
-    0.9,
-    "as for other quantized bundles, and random weights pass every rounding on undamped, block after block",
-)
-"""28 random blocks in 4 bits: a cosine of 0.9987, where nothing but the order of sums differs."""
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
     """What a bundle's arithmetic may differ from the eager model's, which has the same integers."""
-    if not manifest.quantization:
-        return TOLERANCES[manifest.precision]
-    return UNTRAINED if manifest.source.get("random") else QUANTIZED
+    return QUANTIZED if manifest.quantization else TOLERANCES[manifest.precision]
 
 
 @dataclass(frozen=True)
