@@ -375,7 +375,7 @@ class OnnxTarget:
         return Bounds(max_seq_len=max_seq_len, max_chunk=256)
 
     def kv_dtype(self, precision: str) -> str:
-        """fp32 for all: the CPU's attention computes in fp32, and fp16 buffers cost much of its speed."""
+        """fp32 for all: nothing is rounded that a recipe does not name."""
         return "fp32"
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
