@@ -15,6 +15,8 @@
 | cache               | [2L,kv,S,D] | f32   | keys and values of every layer after the prompt; not stored              |
 | decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone            |
 | decode_top          | [32]        | i64   | greedy choice after each token of the answer                             |
+| noise_features_{c}, | [2]         | f64   | where activations are rounded: relative error and cosine of the eager    |
+| noise_prefill       |             |       | result to itself, inputs moved by `MOVED`                                |
 """
 
 from __future__ import annotations
@@ -22,14 +24,28 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import KVCache
-from penguin_edge.export.cases import CASES, DECODED, QUESTION, STORED_LOGITS, Arrays, check_image
+from penguin_edge.export.cases import CASES, DECODED, MOVED, QUESTION, STORED_LOGITS, Arrays, check_image, distance
 from penguin_edge.generate import continue_greedy
 from penguin_edge.model import PenguinModel
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer, render
+from penguin_edge.quantize.linear import QuantizedLinear
+
+
+def rounds(module: nn.Module | None) -> bool:
+    """Whether a part rounds its activations."""
+    found = module.modules() if module is not None else ()
+    return any(isinstance(child, QuantizedLinear) and child.activations != "float" for child in found)
+
+
+def moved(x: Tensor) -> Tensor:
+    """`x` with every value changed in its last digits, always in the same way."""
+    step = max(MOVED, torch.finfo(x.dtype).eps)
+    return (x.float() * (1 + step * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))).to(x.dtype)
 
 
 def check_patches(config: PenguinConfig) -> Arrays:
@@ -51,9 +67,11 @@ def check_encoder(model: PenguinModel, arrays: Arrays) -> Arrays:
         rows, cols = positions((height // 14, width // 14), merge)
         pixels = torch.from_numpy(arrays[f"patches_{case}"]).to(model.dtype)
         with torch.no_grad():
-            out[f"features_{case}"] = (
-                model.encode(pixels, torch.from_numpy(rows), torch.from_numpy(cols)).float().numpy()
-            )
+            places = torch.from_numpy(rows), torch.from_numpy(cols)
+            out[f"features_{case}"] = model.encode(pixels, *places).float().numpy()
+            if rounds(model.encoder):
+                again = model.encode(moved(pixels), *places).float().numpy()
+                out[f"noise_features_{case}"] = np.array(distance(again, out[f"features_{case}"])[1:])
     return out
 
 
@@ -89,11 +107,16 @@ def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
     assert model.decoder is not None
     cache = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device, model.decoder.kv_form)
     _, logits = continue_greedy(model, cache, embeds, max_new_tokens=1)
-    return {
+    out = {
         "embeds": embeds[0].float().numpy(),
         "prefill": logits.numpy(),
         "cache": torch.cat(cache.keys + cache.values).float().numpy(),
     }
+    if rounds(model.decoder):
+        other = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device, model.decoder.kv_form)
+        _, again = continue_greedy(model, other, moved(embeds), max_new_tokens=1)
+        out["noise_prefill"] = np.array(distance(again.numpy(), out["prefill"])[1:])
+    return out
 
 
 def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:

@@ -37,6 +37,8 @@ from penguin_edge.quantize.auto import STAND_IN, AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "67108864"}
+"""glibc would raise the first to 32 MB, and weights that are freed would stay as holes in the heap."""
 MIN_SEQ_LEN = 128
 """Positions that `verify` needs for its prompt and answer."""
 DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
@@ -419,7 +421,9 @@ def _watch(
         label: what it is called after so many seconds, where that is more than `part`.
     """
     command = [sys.executable, "-m", *module]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True, env={**MALLOC, **os.environ}
+    )
     try:
         name = label or (lambda seconds: part)
         _wait(process, lambda seconds, resident: progress.tick(name(seconds), seconds, resident), time.monotonic())

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest, write_json
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.export.cases import CASES, DECODED, Arrays
+from penguin_edge.export.cases import CASES, DECODED, Arrays, distance
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer
@@ -55,9 +55,34 @@ QUANTIZED = Tolerance(
 )
 
 
+NOISE = 2
+"""Times that an engine may differ from a model as this differs from itself: both are draws of one noise."""
+LEAST = Tolerance(0.2, 0.99, 0.96, "what is looser tells nothing")
+
+
 def tolerance_of(manifest: Manifest) -> Tolerance:
     """What a bundle's arithmetic may differ from the eager model's, which has the same integers."""
     return QUANTIZED if manifest.quantization else TOLERANCES[manifest.precision]
+
+
+def beyond_noise(tolerance: Tolerance, reference: Arrays, name: str) -> tuple[Tolerance, str]:
+    """The tolerance of one stage, and what it was widened for.
+
+    Where activations are rounded, a difference in the last digit of an input can become one of a whole level, and a
+    deep model of weights that were never trained passes it on undamped. How far is measured when the check data are
+    made, by the eager model itself; what it does to its own results an engine cannot do better.
+    """
+    if f"noise_{name}" not in reference:
+        return tolerance, ""
+    relative, cosine = (float(x) for x in reference[f"noise_{name}"])
+    widened = replace(
+        tolerance,
+        relative=min(max(tolerance.relative, NOISE * relative), LEAST.relative),
+        cosine=max(min(tolerance.cosine, 1 - NOISE * (1 - cosine)), LEAST.cosine),
+    )
+    if widened == tolerance:
+        return tolerance, ""
+    return widened, f"eager with inputs moved in their last digits: cosine {cosine:.6f}, relative {relative:.1e}"
 
 
 @dataclass(frozen=True)
@@ -184,12 +209,8 @@ def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, deta
         return Stage(
             name, float("inf"), float("inf"), 0.0, False, f"shape {list(got.shape)}, wanted {list(wanted.shape)}"
         )
-    a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-    max_abs = float(np.abs(a - b).max(initial=0.0))
-    relative = max_abs / max(float(np.abs(b).max(initial=0.0)), 1e-30)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = 1.0 if not norms and not max_abs else float(a @ b) / max(norms, 1e-30)
-    passed = bool(np.isfinite(a).all()) and relative <= tolerance.relative and cosine >= tolerance.cosine
+    max_abs, relative, cosine = distance(got, wanted)
+    passed = bool(np.isfinite(got).all()) and relative <= tolerance.relative and cosine >= tolerance.cosine
     return Stage(name, max_abs, relative, cosine, passed, detail)
 
 
@@ -200,9 +221,7 @@ def verify_stages(
     exact = TOLERANCES["fp32"]
     stages: list[Stage] = []
     if engine.config.vision is not None:
-        found: dict[str, list[tuple[NDArray, NDArray]]] = {
-            name: [] for name in ("pixels", "patches", "encoder", "projector")
-        }
+        found: dict[str, list[Stage]] = {name: [] for name in ("pixels", "patches", "encoder", "projector")}
         for case in range(len(CASES)):
             height, width, merge = (int(x) for x in reference[f"size_{case}"])
             image = reference[f"image_{case}"]
@@ -213,14 +232,13 @@ def verify_stages(
             progress("projector")
             shaped = reference[f"features_{case}"]
             visual = engine.project(shaped.reshape(1, -1, merge**2, shaped.shape[-1]))
-            found["pixels"].append((resize(image, height, width), reference[f"pixels_{case}"]))
-            found["patches"].append((patches.pixels[None], reference[f"patches_{case}"]))
-            found["encoder"].append((features, reference[f"features_{case}"]))
-            found["projector"].append((visual, reference[f"visual_{case}"]))
-        for name, pairs in found.items():
-            rule = exact if name in ("pixels", "patches") else tolerance
-            results = [compare(name, got, wanted, rule) for got, wanted in pairs]
-            stages.append(max(results, key=lambda stage: (not stage.passed, stage.relative)))
+            pixels = resize(image, height, width)
+            rule, why = beyond_noise(tolerance, reference, f"features_{case}")
+            found["pixels"].append(compare("pixels", pixels, reference[f"pixels_{case}"], exact))
+            found["patches"].append(compare("patches", patches.pixels[None], reference[f"patches_{case}"], exact))
+            found["encoder"].append(compare("encoder", features, shaped, rule, why))
+            found["projector"].append(compare("projector", visual, reference[f"visual_{case}"], tolerance))
+        stages += [max(each, key=lambda stage: (not stage.passed, stage.relative)) for each in found.values()]
     progress("embedding")
     ids = reference["ids"]
     text = ids != engine.config.image_token_id
@@ -244,12 +262,13 @@ def _decoder_stages(
     embeds, tokens = reference["embeds"], reference["tokens"]
     engine.truncate(0)
     first = prefill(engine, embeds, engine.bounds.max_chunk)
-    stages = [compare("prefill", first, reference["prefill"], tolerance)]
+    rule, why = beyond_noise(tolerance, reference, "prefill")
+    stages = [compare("prefill", first, reference["prefill"], rule, why)]
     progress("decode")
     rows = [engine.forward(engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(DECODED)]
     logits = np.stack(rows)
     kept = len(reference["decode"])
-    stages.append(compare("decode", logits[:kept], reference["decode"], tolerance))
+    stages.append(compare("decode", logits[:kept], reference["decode"], rule, why))
     wanted = np.append(tokens[:1], reference["decode_top"])
     every = np.concatenate((first, logits))
     below = every.max(-1) - every[np.arange(len(every)), wanted]
@@ -266,9 +285,7 @@ def _decoder_stages(
     middle = len(embeds) // 2
     engine.truncate(middle)
     again = prefill(engine, embeds[middle:], 7)
-    stages.append(
-        compare("truncate", again, reference["prefill"], tolerance, f"truncated to {middle}, then chunks of 7")
-    )
+    stages.append(compare("truncate", again, reference["prefill"], rule, f"truncated to {middle}, then chunks of 7"))
     engine.truncate(0)
     return stages
 

@@ -50,6 +50,8 @@ DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 """A small byte-level BPE of the Qwen2 kind, for presets."""
 EMBEDDED = {"nano": Path(__file__).parent / "data" / "nano"}
 """Presets whose trained weights come with the package, and where."""
+PUBLISHED_IN = {"2b": torch.bfloat16, "8b": torch.bfloat16}
+"""The dtype of published weights; a preset of their shape has random ones in the same."""
 DEFAULT_IDS: dict[str, Any] = {"image_token_id": 603, "eos_token_ids": (600,), "pad_token_id": 601}
 """The ids of its special tokens, which are not those of the published vocabulary."""
 
@@ -223,14 +225,16 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored embedding table; fp32 for a preset."""
-        return torch.float32 if self.stored is None else self.stored["embedding.weight"].dtype
+        """The dtype of the stored embedding table; of a preset that in which its shape is published, else fp32."""
+        if self.stored is None:
+            return PUBLISHED_IN.get(self.source, torch.float32)
+        return self.stored["embedding.weight"].dtype
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """One parameter by our name, read now, in the dtype asked for."""
         if self.stored is None:
             tied = name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings
-            return random_tensor("embedding.weight" if tied else name, shape, self.seed, dtype)
+            return random_tensor("embedding.weight" if tied else name, shape, self.seed, self.dtype).to(dtype)
         tensor = self._find(name)
         assert tensor is not None, name
         return tensor.read().reshape(tuple(shape)).to(dtype)

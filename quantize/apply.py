@@ -139,7 +139,9 @@ def quantize_part(
     """
     rows = []
     smoothed = ""
-    for name, linear in linears(model, part).items():
+    found = linears(model, part)
+    for name in list(found):
+        linear = found.pop(name)  # so that its weight is gone once its place is taken
         block = name.split(".self_attn.")[0].split(".mlp.")[0]
         if part in recipe.smooth and block not in (name, smoothed):
             _smooth(model, part, block, ready)

@@ -122,16 +122,20 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "the layer") -> 
             f"{name}: {inputs} inputs are not divisible by a group of {scheme.group}; "
             + (f"wanted one of {', '.join(map(str, sizes))}" if sizes else "no group divides it: keep it unquantized")
         )
-    group = scheme.group or inputs
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    outputs, group = len(weight), scheme.group or inputs
+    # Made before the slabs, which would otherwise lie between what is kept: half of the heap would be holes.
+    levels = torch.empty((outputs, inputs), dtype=torch.uint8)
+    scales = torch.empty((outputs, inputs // group))
+    zeros = torch.empty((outputs, inputs // group), dtype=torch.uint8)
     slab = max(1, (1 << 18) // inputs)  # fits a cache: twice as fast as a sixteenth of the calls
-    for rows in weight.detach().split(slab):
-        values = rows.to(torch.float32).unflatten(1, (-1, group))
+    for begin in range(0, outputs, slab):
+        rows = slice(begin, begin + slab)
+        values = weight.detach()[rows].to(torch.float32).unflatten(1, (-1, group))
         if not bool(values.isfinite().all()):
             raise InputError(f"{name}: a weight is NaN or infinite; repair the checkpoint before you quantize it")
-        parts.append(_round(values, scheme))
-    levels, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Integers(levels.flatten(1), scales, zeros, scheme)
+        rounded, scales[rows], zeros[rows] = _round(values, scheme)
+        levels[rows] = rounded.flatten(1)
+    return Integers(levels, scales, zeros, scheme)
 
 
 def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from penguin_edge.bundle import Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
-from penguin_edge.machine import int8_overflows
+from penguin_edge.machine import int8_overflows, page_out, trim_heap
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
 
@@ -39,6 +39,7 @@ class OnnxRuntimeEngine:
         self._bundle = bundle
         self._runtime = runtime
         self._threads = threads
+        self._layers = bundle.manifest.quantization.get("layers", [])
         self._table = EmbeddingTable.of(bundle)
         self._sessions: dict[str, Any] = {}
         self._start = np.zeros(1, dtype=np.int64)
@@ -187,6 +188,10 @@ class OnnxRuntimeEngine:
                 f"{path}: onnxruntime {self._runtime.__version__} cannot load it ({reason}); it was exported for "
                 f"{manifest.tools.get('onnxruntime', 'an unknown version')}: copy the bundle again, or export again"
             ) from error
+        if any(row["scheme"] and row["layer"].startswith(f"{graph}.") for row in self._layers):
+            # ONNX Runtime computes from copies of its own, and has read the file for nothing but them.
+            page_out(path.with_name(f"{path.name}.data"))
+            trim_heap()
         self._sessions[graph] = session
         return session
 

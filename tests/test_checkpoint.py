@@ -265,3 +265,12 @@ def test_a_hub_id_offline_gets_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 def test_parts_cover_the_model() -> None:
     whole = sum(p.numel() for p in meta_model(PRESETS["8b"]).parameters())
     assert sum(p.numel() for part in PARTS for p in meta_model(PRESETS["8b"], (part,)).parameters()) == whole
+
+
+def test_presets_of_published_shapes_have_weights_in_the_published_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "2b", PRESETS["tiny"])
+    checkpoint = Checkpoint.open("2b", **QUIET)
+    assert checkpoint.dtype == torch.bfloat16 and Checkpoint.open("tiny", **QUIET).dtype == torch.float32
+    # In whatever dtype it is asked for, it is the same weight.
+    stored, wide = (checkpoint.tensor("embedding.weight", (8, 4), dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert torch.equal(stored.float(), wide)

@@ -16,12 +16,14 @@ import torch
 from helpers import products_of
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from torch import nn
 
-from penguin_edge.bundle import Bounds, Bundle
+from penguin_edge.bundle import CHECK, Bounds, Bundle
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import InputError
 from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.verify import QUANTIZED, beyond_noise
 from penguin_edge.preprocess import positions
 from penguin_edge.quantize.apply import check_layers, linears, module_of, quantize_part, quantize_rows
 from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, read_calibration, ready_from
@@ -295,6 +297,27 @@ def test_a_quantized_bundle_verifies(exported: Bundle) -> None:
     rows = exported.manifest.quantization["layers"]
     assert {row["layer"] for row in rows if row["scheme"]} == set(expected(exported))
     assert [row["layer"] for row in rows if not row["scheme"]] == ["encoder.patch_embedding"]
+
+
+def test_check_data_tell_how_far_eager_comes_from_itself(exported: Bundle) -> None:
+    arrays = load_file(exported.path(CHECK))
+    names = {name.removeprefix("noise_") for name in arrays if name.startswith("noise_")}
+    assert names == {"features_0", "features_1", "prefill"}
+    for name in names:
+        relative, cosine = arrays[f"noise_{name}"]
+        # Inputs moved by one part in a million move results, and trained weights damp that: nothing is widened.
+        assert relative > 0 and cosine > 0.9995
+        assert beyond_noise(QUANTIZED, arrays, name) == (QUANTIZED, "")
+
+
+@given(relative=st.floats(0, 1), cosine=st.floats(-1, 1), engine=st.floats(0.9, 1))
+def test_noise_widens_by_twice_what_was_measured_and_no_further(relative: float, cosine: float, engine: float) -> None:
+    rule, why = beyond_noise(QUANTIZED, {"noise_features_0": np.array([relative, cosine])}, "features_0")
+    assert 0.99 <= rule.cosine <= QUANTIZED.cosine and QUANTIZED.relative <= rule.relative <= 0.2
+    assert (rule == QUANTIZED) == (cosine >= 0.9995 and relative <= 0.025) == (not why)
+    if engine >= rule.cosine and engine < QUANTIZED.cosine:
+        assert 1 - engine <= 2 * (1 - cosine) + 1e-12
+    assert beyond_noise(QUANTIZED, {}, "features_0") == (QUANTIZED, "")
 
 
 def test_the_file_holds_the_same_integers(exported: Bundle) -> None:
