@@ -1,0 +1,172 @@
+"""The streaming planner: limits hold after every frame, whatever comes, and little is encoded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.stream_plan import Change, Limits, StreamPlanner
+from penguin_edge.tra import INTERMEDIATE, KEY, plan_clip, size_ladder
+
+SIDES = st.one_of(st.integers(1, 200), st.integers(28, 2160))
+LIMITS = st.builds(
+    Limits,
+    budget=st.one_of(st.integers(1, 60), st.integers(1, 20_000)),
+    room=st.one_of(st.none(), st.integers(20, 30_000)),
+    window_s=st.sampled_from([0.5, 10.0, 60.0]),
+    max_frames=st.sampled_from([1, 2, 180]),
+)
+
+
+class Planning(RuleBasedStateMachine):
+    """Frames of any kind and size, pauses, and other limits, beside a ledger that only believes the changes."""
+
+    @initialize(limits=LIMITS, tag=st.integers(0, 11), least=st.sampled_from([1, 16]))
+    def begin(self, limits: Limits, tag: int, least: int) -> None:
+        self.planner = StreamPlanner(limits, tag_tokens=tag, min_tokens=least)
+        self.time, self.next = 0.0, 0
+        self.ledger: dict[int, int] = {}
+        self.times: dict[int, float] = {}
+        self.size = (480, 640)
+
+    def apply(self, changes: list[Change]) -> None:
+        for change in changes:
+            assert self.ledger[change.frame] == change.before, change
+            assert change.tokens < change.before or change.frame == self.next - 1
+            self.ledger[change.frame] = change.tokens
+            if not change.tokens:
+                del self.ledger[change.frame]
+
+    @rule(key=st.booleans(), pause=st.sampled_from([0.0, 0.1, 1.0, 61.0]), many=st.integers(1, 30))
+    def push(self, key: bool, pause: float, many: int) -> None:
+        self.time += pause
+        for _ in range(many):
+            changes = self.planner.push(KEY if key else INTERMEDIATE, self.size, self.time)
+            self.next += 1
+            frames = dict(zip(self.planner.numbers, self.planner.plan().frames, strict=True))
+            newest = frames.get(self.next - 1)
+            # A frame that is not kept is told as a change from nothing to nothing.
+            self.ledger[self.next - 1] = newest.tokens if newest else 0
+            self.times[self.next - 1] = self.time
+            self.apply(changes)
+
+    @rule(height=SIDES, width=SIDES)
+    def another_size(self, height: int, width: int) -> None:
+        self.size = (height, width)
+
+    @rule(limits=LIMITS)
+    def other_limits(self, limits: Limits) -> None:
+        self.apply(self.planner.set_limits(limits))
+
+    @rule()
+    def clear(self) -> None:
+        self.planner.clear()
+        self.ledger.clear()
+
+    @invariant()
+    def the_limits_hold(self) -> None:
+        if not hasattr(self, "planner"):
+            return
+        plan, limits = self.planner.plan(), self.planner.limits
+        assert self.ledger == dict(zip(self.planner.numbers, (f.tokens for f in plan.frames), strict=True))
+        assert plan.total_tokens == self.planner.total_tokens <= limits.budget
+        assert len(plan.frames) <= limits.max_frames
+        if limits.room is not None:
+            assert plan.total_tokens + self.planner.tag_tokens * len(plan.frames) <= limits.room
+        kept = [self.times[number] for number in self.planner.numbers]
+        assert kept == sorted(kept) and list(self.planner.numbers) == sorted(self.planner.numbers)
+        assert not kept or any(frame.kind == KEY for frame in plan.frames) or len(self.ledger) < self.next
+
+
+TestPlanning = Planning.TestCase
+TestPlanning.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+@given(data=st.data(), n=st.integers(1, 40))
+def test_what_fits_natively_is_planned_as_a_clip(data: st.DataObject, n: int) -> None:
+    kinds = data.draw(st.lists(st.sampled_from([KEY, INTERMEDIATE]), min_size=n, max_size=n))
+    size = data.draw(st.tuples(SIDES, SIDES))
+    rows, columns = size_ladder(*size, 28)[-1]
+    budget = n * rows * columns + data.draw(st.integers(0, 100))
+    planner = StreamPlanner(Limits(budget))
+    assert not any(planner.push(kind, size, float(i)) for i, kind in enumerate(kinds))
+    assert planner.plan().frames == plan_clip(n, kinds, size, budget).frames
+
+
+def clip(seed: int, seconds: int, fps: float) -> list[tuple[str, float]]:
+    """Shots of random length, some of them busy."""
+    random = np.random.default_rng(seed)
+    frames, until, busy = [], 0.0, 0.0
+    for i in range(int(seconds * fps)):
+        if i / fps >= until:
+            until, busy = i / fps + random.exponential(8), random.choice([0.0, 0.02, 0.3, 1.0])
+            kind = KEY
+        else:
+            kind = KEY if random.random() < busy else INTERMEDIATE
+        frames.append((kind, i / fps))
+    return frames
+
+
+def run(frames: list[tuple[str, float]], size: tuple[int, int], budget: int) -> dict[str, Any]:
+    planner = StreamPlanner(Limits(budget))
+    again, used, wanted = 0, [], []
+    labels: dict[int, str] = {}
+    for i, (kind, time) in enumerate(frames):
+        labels[i] = kind
+        again += sum(change.tokens > 0 for change in planner.push(kind, size, time))
+        if i % 7 == 0:
+            window = [kind for kind, t in frames[: i + 1] if time - t <= 60.0][-180:]
+            used.append(planner.total_tokens)
+            wanted.append(plan_clip(len(window), window, size, budget).total_tokens)
+    return {"again": again / len(frames), "filled": float(np.mean(np.array(used) / np.array(wanted)))}
+
+
+@pytest.mark.parametrize("size", [(120, 160), (480, 640), (720, 1280), (1080, 1920)])
+@pytest.mark.parametrize("budget", [300, 2048, 16_384])
+def test_few_frames_are_encoded_again_and_the_budget_is_used(size: tuple[int, int], budget: int) -> None:
+    found = [run(clip(seed, 150, fps), size, budget) for seed, fps in enumerate((0.5, 1.0, 2.0, 3.0))]
+    assert max(one["again"] for one in found) <= 1.5
+    # Against the plan of the same window as one clip, which sees the future and sizes all frames anew each time.
+    assert float(np.mean([one["filled"] for one in found])) >= 0.7, found
+
+
+def test_the_oldest_step_down_first_and_new_ones_rise_again() -> None:
+    planner = StreamPlanner(Limits(2000, window_s=30.0))
+    for i in range(30):
+        planner.push(KEY, (480, 640), float(i))
+    busy = planner.level
+    tokens = [frame.tokens for frame in planner.plan().frames]
+    assert busy > 1 and tokens == sorted(tokens)
+    for i in range(30, 120):
+        planner.push(INTERMEDIATE, (480, 640), float(i))
+    assert planner.level < busy
+    kinds = [frame.kind for frame in planner.plan().frames]
+    assert kinds.count(KEY) == 1  # The first one after the last key frame had left.
+
+
+def test_bad_frames_and_limits_are_refused() -> None:
+    planner = StreamPlanner(Limits(100))
+    planner.push(KEY, (480, 640), 5.0)
+    with pytest.raises(InputError, match="must not go back"):
+        planner.push(KEY, (480, 640), 4.0)
+    with pytest.raises(InputError, match="unknown kind"):
+        planner.push("loud", (480, 640), 6.0)
+    with pytest.raises(InputError, match="wanted at least one"):
+        planner.push(KEY, (0, 640), 6.0)
+    assert planner.numbers == (0,)
+    for wrong in ({"budget": 0}, {"budget": 5, "room": 0}):
+        with pytest.raises(BudgetError):
+            Limits(**wrong)
+    with pytest.raises(InputError, match="more than nothing"):
+        Limits(5, window_s=0.0)
+    with pytest.raises(BudgetError, match="a time stamp alone takes 11"):
+        StreamPlanner(Limits(100, room=11), tag_tokens=11)
+    with pytest.raises(BudgetError, match="shorten"):
+        StreamPlanner(Limits(100), tag_tokens=11).set_limits(replace(planner.limits, room=5))
