@@ -1,0 +1,387 @@
+"""A session over a stream: frames are sized, encoded and prefilled as they arrive; a question pays for itself alone.
+
+    session = StreamSession.open("out/penguin-nano")
+    for frame in read_video("street.mp4", fps=2):
+        session.push(frame)
+    for token in session.ask("What changed?"):
+        print(token.text, end="")
+
+| held           | bound                                                                             |
+|----------------|-----------------------------------------------------------------------------------|
+| pixels         | each kept frame at its size in the prompt: 588 bytes per patch under the budget   |
+| features       | one row of `hidden_size` f32 per visual token under the budget                    |
+| KV cache       | `max_seq_len` of the bundle; frames leave room for a question and its answer      |
+| anything else  | one entry per kept frame, and the turns that were kept                            |
+
+Sizes come from `penguin_edge.stream_plan`. The KV cache is recomputed from the first frame on that changed: what it
+holds is what a new session would compute for the same frames at the same sizes. A question and its answer leave the
+cache when the next frame comes, unless they are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.frames import Frame
+from penguin_edge.layout import cap_size
+from penguin_edge.preprocess import resize
+from penguin_edge.prompt import Tokenizer, frame_tag
+from penguin_edge.runtime.engine import F32, Engine, chunks
+from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.media import Visual
+from penguin_edge.runtime.report import Clock
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.session import Session, Token, Turn
+from penguin_edge.stream_plan import Change, Limits, StreamPlanner
+from penguin_edge.tra import Plan
+
+Shrink = Literal["encode", "pool"]
+QUESTION_TOKENS, ANSWER_TOKENS = 128, 128
+"""Positions that frames leave free, beside what stands around them."""
+
+
+@dataclass
+class StreamStats:
+    """What a stream has cost since it began."""
+
+    frames: int = 0
+    encoded: int = 0
+    """Frames through the encoder, shrunk ones included."""
+    reencoded: int = 0
+    """Frames that got another size, by the encoder or by pooling."""
+    prefilled_tokens: int = 0
+    reprefilled_tokens: int = 0
+    """Of these, all but the frames that had just arrived: what stands behind a frame that changed or went."""
+    max_visual_tokens: int = 0
+    given_up: Counter[str] = field(default_factory=Counter)
+    """Frames that left the window, by reason: `window`, `full`, `dropped`, `size`, `time`."""
+
+
+class StreamSession(Session):
+    """One stream over one engine. Not thread-safe: `penguin_edge.runtime.live` puts a thread and a queue before it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        budget: int | None = None,
+        window_s: float = 60.0,
+        max_frames: int | None = None,
+        shrink: Shrink = "encode",
+        question_tokens: int = QUESTION_TOKENS,
+        answer_tokens: int = ANSWER_TOKENS,
+        thinking: bool = False,
+    ) -> None:
+        """As `open`, over an engine of the caller's."""
+        if shrink not in ("encode", "pool"):
+            raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
+        super().__init__(
+            engine, tokenizer, budget=budget, max_frames=max_frames, thinking=thinking, policy=self._planned
+        )
+        self._refuse_media(True)
+        self.shrink = shrink
+        self.question_tokens, self.answer_tokens = question_tokens, answer_tokens
+        self.stats = StreamStats()
+        self.clock = Clock()
+        self._numbers: list[int] = []
+        self._window_s = window_s
+        image = self.config.image
+        self.planner = StreamPlanner(
+            self._limits(),
+            tag_tokens=self._tag_tokens(0.0),
+            min_tokens=image.min_tokens,
+            merge_size=image.video_merge_size,
+            config=self.config.tra,
+        )
+
+    @classmethod
+    def open(  # type: ignore[override]  # a stream has other options than a conversation
+        cls,
+        bundle: str | Path | Bundle,
+        *,
+        threads: int | None = None,
+        budget: int | None = None,
+        window_s: float = 60.0,
+        max_frames: int | None = None,
+        shrink: Shrink = "encode",
+        question_tokens: int = QUESTION_TOKENS,
+        answer_tokens: int = ANSWER_TOKENS,
+        thinking: bool = False,
+    ) -> StreamSession:
+        """A stream over a bundle's own engine.
+
+        Args:
+            threads: of the engine; None leaves the choice to it.
+            budget: visual tokens of the window at any time; None takes the model's number. What the context leaves
+                beside time stamps, question and answer is a limit of its own.
+            window_s: seconds that frames are kept.
+            max_frames: frames that are kept; None takes the model's number.
+            shrink: what is done with a frame that gets smaller: `encode` its pixels again, or `pool` its features.
+            question_tokens: positions that are kept free for a question.
+            answer_tokens: positions that are kept free for an answer.
+        Raises:
+            BundleError: the bundle is missing, damaged or of another schema.
+            TargetUnavailable: its engine is not installed.
+            BudgetError: the context leaves no room for a frame.
+            InputError: a text-only model, or an option out of range.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
+        config = opened.manifest.model
+        tokenizer = Tokenizer.open(
+            opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+        )
+        return cls(
+            open_engine(opened, threads=threads),
+            tokenizer,
+            budget=budget,
+            window_s=window_s,
+            max_frames=max_frames,
+            shrink=shrink,
+            question_tokens=question_tokens,
+            answer_tokens=answer_tokens,
+            thinking=thinking,
+        )
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of the window."""
+        return self.planner.total_tokens
+
+    def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:  # type: ignore[override]
+        """Add a frame: label, size, encode and prefill it, after what had to shrink or go for it.
+
+        A frame of another size than those before, or from before the last one, begins the stream anew.
+
+        Args:
+            frame: a `Frame`, or pixels [H, W, 3] uint8 RGB; `time` in seconds.
+        Returns:
+            What became of earlier frames, and of this one if it was not kept.
+        Raises:
+            InputError: wrong shape or dtype, or no time.
+        """
+        new = self._taken(frame, time)
+        assert new.time is not None
+        size = (new.pixels.shape[0], new.pixels.shape[1])
+        changes: list[Change] = []
+        for reason, broken in (("size", size != self._stream.size), ("time", new.time < self._last_time())):
+            if broken and self._frames:
+                changes += self.restart(reason)
+        with self.clock("plan"):
+            self._stream.add(new)
+            self._frames.append(new)
+            self._numbers.append(self.stats.frames)
+            self.planner.tag_tokens = max(self.planner.tag_tokens, self._tag_tokens(new.time))
+            bound = self.engine.bounds.max_patches // self._stream.merge_size**2
+            capped = cap_size(size, bound * self.planner.factor**2)
+            found = self.planner.push(self._stream.kinds[-1], capped, new.time)
+            self.stats.frames += 1
+            self._forget([change for change in found if not change.tokens])
+            kept = self._numbers[-1:] == [self.stats.frames - 1]
+            if kept:
+                self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
+        self._update(found, arrived=kept)
+        return changes + found
+
+    def set_budget(self, budget: int) -> list[Change]:
+        """Keep another budget of visual tokens from now on; frames that it has no room for shrink or go.
+
+        Raises:
+            BudgetError: a budget below one token.
+        """
+        limits = replace(self._limits(), budget=budget)
+        self.budget = budget
+        changes = self.planner.set_limits(limits)
+        self._forget([change for change in changes if not change.tokens])
+        self._update(changes)
+        return changes
+
+    def restart(self, reason: str = "restart") -> list[Change]:
+        """Forget all frames and the turns that were kept; the next frame begins a stream."""
+        changes = [
+            Change(number, frame.tokens, 0, reason)
+            for number, frame in zip(self.planner.numbers, self.planner.plan().frames, strict=True)
+        ]
+        self._turns.clear()
+        self._forget(changes)
+        self.planner.clear()
+        self._stream = self.library.new_clip(lambda: self._frames)
+        self._limit()
+        return changes
+
+    def ask(
+        self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None
+    ) -> Generator[Token, None, None]:
+        """Answer a question about the window; `report` says what it cost.
+
+        The question and its answer are forgotten when the next frame comes, unless `keep`: then later frames belong to
+        the turn that follows.
+
+        Raises:
+            BudgetError: the question and its answer take more than is left beside the frames.
+        """
+        options = options or SamplingOptions(max_new_tokens=self.answer_tokens)
+        yield from super().ask(prompt, keep=keep, options=options)
+        if keep:
+            self._limit()
+
+    def prompt_keys(self) -> list[Any]:
+        """What stands at each position of the KV cache before a question is asked."""
+        keys = self._keys(self._current())
+        while keys and not isinstance(keys[-1], tuple):
+            keys.pop()
+        return keys
+
+    def _taken(self, frame: Frame | NDArray[np.uint8], time: float | None) -> Frame:
+        given = frame if isinstance(frame, Frame) else Frame(frame, time, self.stats.frames)
+        if given.pixels.dtype != np.uint8 or given.pixels.ndim != 3 or given.pixels.shape[2] != 3:
+            raise InputError(
+                f"a frame is {given.pixels.dtype} {list(given.pixels.shape)}; wanted uint8 [H, W, 3] in RGB"
+            )
+        if given.time is None or not np.isfinite(given.time):
+            raise InputError(f"a frame at {given.time} seconds; a stream needs the time of each frame")
+        # Own the pixels: a camera loop may write the next picture into the same buffer.
+        return Frame(np.array(given.pixels), float(given.time), self.stats.frames)
+
+    def _last_time(self) -> float:
+        return self._stream.times[-1] or 0.0 if self._stream.times else 0.0
+
+    def _tag_tokens(self, time: float) -> int:
+        return len(self.tokenizer.encode("," + frame_tag(time)))
+
+    def _limits(self) -> Limits:
+        """What is left for frames beside the text around them, the turns that were kept, a question and an answer."""
+        turns = [*self._turns, Turn(len(self._frames), "", ())]
+        around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in self._turn_pieces(turns, None))
+        room = self.engine.bounds.max_seq_len - around - self.question_tokens - self.answer_tokens
+        budget = self.budget or self.config.image.max_tokens
+        return Limits(budget, room, self._window_s, self.max_frames)
+
+    def _limit(self) -> None:
+        changes = self.planner.set_limits(self._limits())
+        self._forget([change for change in changes if not change.tokens])
+        self._update(changes)
+
+    def _planned(self, kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int) -> Plan:
+        return self.planner.plan()
+
+    def _plan(self, pieces: Any, media: Any, max_new_tokens: int) -> Any:
+        """The window as it is: a question that does not fit is refused, the frames stay."""
+        layout = self._fit(pieces, media, self.planner.limits.budget)
+        bound = self.engine.bounds.max_seq_len
+        if layout.length + max_new_tokens > bound:
+            raise BudgetError(
+                f"frames and question take {layout.length} tokens and the answer up to {max_new_tokens}, but "
+                f"max_seq_len is {bound}; shorten the question, or open the stream with more question_tokens or "
+                "answer_tokens"
+            )
+        return layout
+
+    def _current(self) -> Any:
+        """The prompt up to here, with an empty question."""
+        turns = [*self._turns, Turn(len(self._frames), "", ())]
+        media: list[Any] = [self._stream] if self._frames else []
+        return self._fit(
+            lambda plans, counts: self._turn_pieces(turns, plans[0] if plans else None),
+            media,
+            self.planner.limits.budget,
+        )
+
+    def _forget(self, gone: Sequence[Change]) -> None:
+        """Take frames out of the window."""
+        for change in gone:
+            index = self._numbers.index(change.frame)
+            del self._numbers[index], self._frames[index]
+            stream = self._stream
+            for values in (stream.times, stream.kinds, stream.similarities, stream.digests):
+                del values[index]
+            self._turns = [replace(t, frames=t.frames - (index < t.frames)) for t in self._turns]
+            self.stats.given_up[change.reason] += 1
+
+    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
+        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
+        layout = self._current()
+        shrunk = {change.frame for change in changes if change.tokens}
+        if self.shrink == "pool":
+            self._pool(layout.visuals, shrunk)
+        lacking = len(set(layout.visuals) - self._features.keys())
+        self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
+        self.stats.encoded += lacking
+        self.stats.reencoded += len(shrunk)
+        for visual in set(self._features) - set(layout.visuals):
+            self._feature_rows -= len(self._features.pop(visual))
+        for i, visual in enumerate(layout.visuals):
+            frame = self._frames[i]
+            if frame.pixels.shape[0] * frame.pixels.shape[1] > visual.height * visual.width:
+                self._frames[i] = replace(frame, pixels=resize(frame.pixels, visual.height, visual.width))
+        with self.clock("prefill"):
+            self._extend(self.prompt_keys(), arrived=arrived)
+        self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
+
+    def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
+        """Features of shrunk frames as means of what they had, where their size before is still known."""
+        known = {visual.digest: visual for visual in self._features}
+        for number, visual in zip(self._numbers, visuals, strict=True):
+            before = known.get(visual.digest)
+            if number in shrunk and before is not None and visual not in self._features:
+                factor = self.planner.factor
+                rows = pooled(
+                    self._features[before],
+                    (before.height // factor, before.width // factor),
+                    (visual.height // factor, visual.width // factor),
+                )
+                self._features[visual] = rows
+                self._feature_rows += len(rows)
+
+    def _extend(self, keys: list[Any], *, arrived: bool) -> None:
+        """Bring the KV cache to `keys`, without logits."""
+        same = 0
+        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
+            same += 1
+        same = min(same, self.engine.kv_len)
+        if same < len(keys):
+            same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk))
+        self.engine.truncate(same)
+        del self._held[same:]
+        new = keys[same:]
+        self.stats.prefilled_tokens += len(new)
+        self.stats.reprefilled_tokens += max(0, len(new) - (_last_frame(keys) if arrived else 0))
+        for rows in chunks(len(new), self.engine.bounds):
+            self._forward(new[rows], self._embeds(new[rows]), 0)
+
+
+def _last_frame(keys: Sequence[Any]) -> int:
+    """Positions of the last frame: its tokens and the text between it and the frame before."""
+    count, visual = 0, keys[-1][0] if keys else None
+    for key in reversed(keys):
+        if isinstance(key, tuple) and key[0] != visual:
+            break
+        count += 1
+    return count
+
+
+def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:
+    """Visual tokens [rows*columns, H] of a grid as means over a coarser one, each cell weighted by its overlap."""
+    rows, columns = before
+    grid = features.reshape(rows, columns, -1)
+    down, across = _weights(rows, after[0]), _weights(columns, after[1])
+    out = np.einsum("ar,rch,bc->abh", down, grid, across, optimize=True)
+    return np.ascontiguousarray(out.reshape(after[0] * after[1], -1), dtype=np.float32)
+
+
+def _weights(before: int, after: int) -> F32:
+    """[after, before], rows of sum 1."""
+    edges = np.arange(before + 1) * (after / before)
+    low = np.maximum(edges[None, :-1], np.arange(after)[:, None])
+    high = np.minimum(edges[None, 1:], np.arange(1, after + 1)[:, None])
+    weights = np.clip(high - low, 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

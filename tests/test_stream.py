@@ -1,0 +1,222 @@
+"""Streams: what is in the cache is what a new session would compute, and a question pays for itself alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import CountingEngine, picture, tiny_model, tiny_tokenizer
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.generate import EagerEngine
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.session import Session
+from penguin_edge.runtime.stream import StreamSession, pooled
+
+SHORT = SamplingOptions(max_new_tokens=8)
+
+
+def stream(capacity: int = 1024, **options: Any) -> tuple[StreamSession, CountingEngine]:
+    engine = CountingEngine(max_seq_len=capacity)
+    return StreamSession(engine, tiny_tokenizer(), **options), engine
+
+
+def answer(of: Session, question: str, **options: Any) -> list[int]:
+    return [token.id for token in of.ask(question, options=SHORT, **options)]
+
+
+def from_nothing(of: StreamSession) -> np.ndarray:
+    """Logits after the window, by an engine that has not seen it before."""
+    keys = of.prompt_keys()
+    engine = EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len)
+    embeds = of._embeds(keys)
+    for begin in range(0, len(keys), 100):
+        piece = embeds[begin : begin + 100]
+        logits = engine.forward(piece, np.full(int(begin + 100 >= len(keys)), -1))
+    return logits[0]
+
+
+def test_frames_are_prefilled_as_they_come_and_a_question_pays_for_itself() -> None:
+    run, engine = stream()
+    for i in range(5):
+        run.push(picture(i), float(i))
+    assert engine.encoded_frames == 5 and engine.kv_len == len(run.prompt_keys())
+    engine.reset()
+    asked = answer(run, "What is it?")
+    assert engine.encoded_frames == 0 and run.report.reused_tokens == len(run.prompt_keys())
+    # The same frames at the same sizes, all at once.
+    cold, _ = stream()
+    plain = Session(CountingEngine(max_seq_len=1024), tiny_tokenizer())
+    for i in range(5):
+        plain.push(picture(i), float(i))
+        cold.push(picture(i), float(i))
+    assert answer(plain, "What is it?") == asked == answer(cold, "What is it?")
+
+
+def test_a_question_is_rolled_back_when_the_next_frame_comes_unless_it_is_kept() -> None:
+    run, engine = stream()
+    run.push(picture(0), 0.0)
+    answer(run, "What is it?")
+    run.push(picture(1), 1.0)
+    assert engine.kv_len == len(run.prompt_keys())
+    again, _ = stream()
+    for i in range(2):
+        again.push(picture(i), float(i))
+    assert run.prompt_keys() == again.prompt_keys() == run._held
+    before = run.planner.limits.room
+    answer(run, "And now?", keep=True)
+    assert run.planner.limits.room is not None and before is not None and run.planner.limits.room < before
+    run.push(picture(2), 2.0)
+    engine.reset()
+    answer(run, "Again?")
+    assert run.report.reused_tokens == len(run.prompt_keys()) and run.report.frames == 3
+
+
+@pytest.mark.parametrize("shrink", ["encode", "pool"])
+def test_a_full_budget_shrinks_old_frames_and_the_cache_follows(shrink: Any) -> None:
+    run, engine = stream(capacity=700, budget=90, shrink=shrink, question_tokens=32, answer_tokens=32)
+    for i in range(14):
+        run.push(picture(i, 140, 168), i / 2)
+        assert run.visual_tokens <= 90
+        assert engine.kv_len == len(run._held) and run._held == run.prompt_keys()
+    assert run.stats.reencoded > 0 and run.stats.reprefilled_tokens > 0 and run.stats.max_visual_tokens <= 90
+    assert (engine.encoded_frames == run.stats.encoded) and (shrink == "encode" or engine.encoded_frames == 14)
+    assert sum(visual.tokens for visual in run._features) == run.visual_tokens
+    for frame, planned in zip(run._frames, run.planner.plan().frames, strict=True):
+        assert frame.pixels.shape == (planned.height, planned.width, 3)
+
+
+def test_the_window_moves_on() -> None:
+    run, engine = stream(window_s=3.0)
+    for i in range(12):
+        run.push(picture(i % 5), float(i))
+    assert run._stream.times == [8.0, 9.0, 10.0, 11.0] and run.stats.given_up == {"window": 8}
+    assert len(run._frames) == len(run._stream.digests) == 4 and len(run._features) == 4
+    assert engine.kv_len == len(run.prompt_keys())
+
+
+def test_another_size_or_a_time_before_begins_anew() -> None:
+    run, _ = stream()
+    for i in range(3):
+        run.push(picture(i), float(i))
+    changes = run.push(picture(3, 112, 84), 3.0)
+    assert [change.reason for change in changes] == ["size"] * 3 and run._stream.times == [3.0]
+    run.push(picture(4, 112, 84), 4.0)
+    changes = run.push(picture(5, 112, 84), 1.0)
+    assert [change.reason for change in changes] == ["time"] * 2 and run._stream.times == [1.0]
+    assert answer(run, "What is it?")
+
+
+def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
+    run, engine = stream(capacity=400, question_tokens=16, answer_tokens=16)
+    for i in range(20):
+        run.push(picture(i), float(i))
+    held, frames = engine.kv_len, len(run._frames)
+    with pytest.raises(BudgetError, match="shorten the question"):
+        answer(run, "word " * 200)
+    assert (engine.kv_len, len(run._frames)) == (held, frames)
+    assert answer(run, "What?")
+    for wrong, word in (
+        ((picture(0).astype(np.float32), 30.0), "uint8"),
+        ((picture(0)[:, :, 0], 30.0), "RGB"),
+        ((picture(0), None), "needs the time"),
+        ((picture(0), float("nan")), "needs the time"),
+    ):
+        with pytest.raises(InputError, match=word):
+            run.push(*wrong)
+    assert len(run._frames) == frames
+    with pytest.raises(BudgetError):
+        run.set_budget(0)
+    with pytest.raises(InputError, match="known: encode, pool"):
+        stream(shrink="guess")
+    with pytest.raises(BudgetError, match="shorten"):
+        stream(capacity=128)
+
+
+def test_pooling_keeps_means() -> None:
+    random = np.random.default_rng(0)
+    grid = random.standard_normal((6 * 8, 5)).astype(np.float32)
+    assert np.allclose(pooled(grid, (6, 8), (6, 8)), grid, atol=1e-6)
+    halves = grid.reshape(3, 2, 4, 2, 5).mean((1, 3)).reshape(12, 5)
+    assert np.allclose(pooled(grid, (6, 8), (3, 4)), halves, atol=1e-6)
+    for after in itertools.product((1, 2, 4, 5), (1, 3, 7)):
+        assert np.allclose(pooled(grid, (6, 8), after).mean(0), grid.mean(0), atol=1e-6)
+
+
+class Streaming(RuleBasedStateMachine):
+    """Anything a user may do, in any order; the cache always is what it would be from nothing."""
+
+    @initialize(budget=st.sampled_from([None, 20, 60]), shrink=st.sampled_from(["encode", "pool"]))
+    def begin(self, budget: int | None, shrink: Any) -> None:
+        self.run, self.engine = stream(
+            capacity=420, budget=budget, shrink=shrink, window_s=6.0, question_tokens=24, answer_tokens=10
+        )
+        self.time, self.size = 0.0, (84, 112)
+
+    @rule(seed=st.integers(0, 3), pause=st.sampled_from([0.1, 0.5, 2.0]), many=st.integers(1, 3))
+    def push(self, seed: int, pause: float, many: int) -> None:
+        for i in range(many):
+            self.time += pause
+            self.run.push(picture(seed + i, *self.size), self.time)
+
+    @rule(question=st.sampled_from(["What?", "Who is it, and why?"]), keep=st.booleans())
+    def ask(self, question: str, keep: bool) -> None:
+        try:
+            list(self.run.ask(question, keep=keep and len(self.run._turns) < 2, options=SamplingOptions(4)))
+        except BudgetError:
+            assert self.run._turns  # Without turns that were kept there is always room.
+
+    @rule()
+    def cancel(self) -> None:
+        asked = self.run.ask("What?", options=SamplingOptions(8))
+        next(asked)
+        asked.close()
+
+    @rule(budget=st.sampled_from([10, 40, 80]))
+    def set_budget(self, budget: int) -> None:
+        self.run.set_budget(budget)
+
+    @rule(size=st.sampled_from([(84, 112), (56, 140)]))
+    def another_size(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    @rule()
+    def back_in_time(self) -> None:
+        self.time = max(0.0, self.time - 3)
+
+    @rule()
+    def restart(self) -> None:
+        self.run.restart()
+
+    @invariant()
+    def all_is_bounded_and_in_step(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        run = self.run
+        count = len(run._frames)
+        assert count == len(run._numbers) == len(run.planner.numbers) == len(run._stream.times)
+        assert run._numbers == list(run.planner.numbers)
+        assert run.visual_tokens <= (run.budget or 10**9) and self.engine.kv_len == len(run._held) <= 420
+        assert run._stream.times == sorted(run._stream.times)
+        keys = run.prompt_keys()
+        assert run._held[: len(keys)] == keys
+        assert sum(len(rows) for rows in run._features.values()) == run._feature_rows
+
+    def teardown(self) -> None:
+        if not hasattr(self, "run") or not self.run._frames:
+            return
+        wanted = from_nothing(self.run)
+        keys = self.run.prompt_keys()
+        self.engine.truncate(len(keys) - 1)
+        got = self.engine.forward(self.run._embeds(keys[-1:]), np.array([-1]))[0]
+        # Chunks of other lengths: sums in another order.
+        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+TestStreaming = Streaming.TestCase
+TestStreaming.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
