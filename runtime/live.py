@@ -1,0 +1,335 @@
+"""A stream and the thread that works on it: frames never wait, questions come first, one at a time.
+
+    with Live(StreamSession.open("out/penguin-nano")) as live:
+        threading.Thread(target=camera, args=(live.push,)).start()
+        for token in live.ask("What changed?"):
+            print(token.text, end="")
+
+One worker owns the session. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
+is given up for the new one. A question is taken as soon as the frame in work is done, before frames that wait: it is
+about what was ready then. While it is answered frames queue up, so the queue also says how old a frame can get. An
+error of the worker is raised by the next call, once; the stream goes on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.frames import Frame
+from penguin_edge.runtime.report import Report
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.session import Token
+from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.tra import KEY
+
+QUEUE = 4
+"""Frames that wait at most."""
+SAMPLES = 4096
+"""Latest ages and answers that are kept."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a watch said: about the stream up to `time` seconds."""
+
+    time: float | None
+    text: str
+    report: Report
+
+
+@dataclass
+class LiveStats:
+    """What came in and what became of it. Ages are from `push` to the end of the frame's prefill."""
+
+    frames_in: int = 0
+    processed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Frames that were never looked at, by reason: `rate`, `queue`, `error`, `closed`."""
+    age_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+
+
+@dataclass
+class _Question:
+    prompt: str
+    keep: bool
+    options: SamplingOptions | None
+    tokens: queue.SimpleQueue[Token | BaseException | None] = field(default_factory=queue.SimpleQueue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Watch:
+    """Answers to a question that is asked again and again; iterate over it, or `close` it."""
+
+    def __init__(self, prompt: str, every: float | None, on_change: bool, options: SamplingOptions | None) -> None:
+        self.prompt, self.every, self.on_change, self.options = prompt, every, on_change, options
+        self._answers: queue.Queue[Answer | None] = queue.Queue(maxsize=16)
+        self._last: float | None = None
+        self.closed = False
+        self.missed = 0
+        """Answers given up because nobody read them."""
+
+    def __iter__(self) -> Iterator[Answer]:
+        while True:
+            answer = self._answers.get()
+            if answer is None:
+                return
+            yield answer
+
+    def close(self) -> None:
+        """No more answers; an iteration ends after those that are there."""
+        self.closed = True
+        self._put(None)
+
+    def due(self, kind: str, now: float) -> bool:
+        """Whether a frame of this kind at `now` seconds of the stream is one to speak about."""
+        if self.closed or (self.on_change and kind != KEY):
+            return False
+        if self.every is not None and self._last is not None and 0 <= now - self._last < self.every:
+            return False
+        self._last = now
+        return True
+
+    def _put(self, answer: Answer | None) -> None:
+        while True:
+            try:
+                self._answers.put_nowait(answer)
+                return
+            except queue.Full:
+                self._answers.get_nowait()
+                self.missed += 1
+
+
+class Live:
+    """See the top of this file. `push`, `ask`, `watch` and `close` may be called from any thread."""
+
+    def __init__(self, session: StreamSession, *, queued: int = QUEUE, fps: float | None = None) -> None:
+        """
+        Args:
+            queued: frames that wait at most.
+            fps: frames taken per second of their own time; None takes all.
+        Raises:
+            InputError: a queue without room, or no rate.
+        """
+        if queued < 1 or (fps is not None and not fps > 0):
+            raise InputError(f"a queue of {queued} frames at {fps} frames per second, wanted more than nothing")
+        self.session = session
+        self.stats = LiveStats()
+        self._limit, self._fps = queued, fps
+        self._frames: deque[tuple[Frame, int]] = deque()
+        self._question: _Question | None = None
+        self._watches: list[Watch] = []
+        self._taken: float | None = None
+        self._error: BaseException | None = None
+        self._closed = self._busy = False
+        self._changed = threading.Condition()
+        self._worker = threading.Thread(target=self._work, name="penguin-edge stream", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> Live:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> bool:
+        """Hand over a frame; it is copied. Never waits for the model.
+
+        Returns:
+            Whether it was queued; False for a frame beyond `fps`.
+        Raises:
+            InputError: after `close`.
+            PenguinError: what went wrong with an earlier frame.
+        """
+        given = frame if isinstance(frame, Frame) else Frame(frame, time)
+        copied = Frame(np.array(given.pixels), given.time, given.index)
+        with self._changed:
+            self._check()
+            self.stats.frames_in += 1
+            if self._too_soon(copied.time):
+                self.stats.dropped["rate"] += 1
+                return False
+            if len(self._frames) == self._limit:
+                self._frames.popleft()
+                self.stats.dropped["queue"] += 1
+            self._frames.append((copied, _now()))
+            self._changed.notify_all()
+        return True
+
+    def ask(self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None) -> Iterator[Token]:
+        """Answer a question about what is ready now; errors of the answer are raised where its tokens are read.
+
+        Raises:
+            InputError: another question is being answered, or the stream was closed.
+            PenguinError: what went wrong with an earlier frame.
+        """
+        question = _Question(prompt, keep, options)
+        with self._changed:
+            self._check()
+            if self._question is not None:
+                raise InputError(
+                    "another question is being answered; read its answer to the end, or close it, and ask again"
+                )
+            self._question = question
+            self._changed.notify_all()
+        return self._tokens(question)
+
+    def watch(
+        self,
+        prompt: str,
+        *,
+        every: float | None = None,
+        on_change: bool = False,
+        options: SamplingOptions | None = None,
+    ) -> Watch:
+        """Ask again and again: every so many seconds of the stream, at key frames (`on_change`), or both.
+
+        Raises:
+            InputError: neither of them, a pause that is none, or a closed stream.
+        """
+        if (every is None and not on_change) or (every is not None and not every > 0):
+            raise InputError(f"a watch every {every} seconds; name a pause, or on_change, or both")
+        watch = Watch(prompt, every, on_change, options)
+        with self._changed:
+            self._check()
+            self._watches = [one for one in self._watches if not one.closed] + [watch]
+        return watch
+
+    def wait(self) -> None:
+        """Until all frames that were queued are ready and no question is open.
+
+        Raises:
+            PenguinError: what went wrong with a frame.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._frames or self._question or self._busy) or self._closed)
+            self._raise()
+
+    def close(self) -> None:
+        """End the worker after what it is doing; frames that wait are given up, watches end. May be called twice."""
+        with self._changed:
+            self._closed = True
+            while self._frames:
+                self._frames.popleft()
+                self.stats.dropped["closed"] += 1
+            if self._question is not None:
+                self._question.cancelled.set()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
+        for watch in self._watches:
+            if not watch.closed:
+                watch.close()
+
+    def _tokens(self, question: _Question) -> Iterator[Token]:
+        try:
+            while True:
+                item = question.tokens.get()
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            question.cancelled.set()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise InputError("the stream was closed; open another one")
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _too_soon(self, time: float | None) -> bool:
+        if self._fps is None or time is None:
+            return False
+        # A little less than a period: time stamps are rounded.
+        if self._taken is not None and 0 <= time - self._taken < 0.98 / self._fps:
+            return True
+        self._taken = time
+        return False
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or self._question or self._frames)
+                question = self._question
+                if question is None and self._closed:
+                    return
+                self._busy = True
+                item = self._frames.popleft() if question is None else None
+            if question is not None:
+                self._answer(question)
+            elif item is not None:
+                self._add(*item)
+
+    def _add(self, frame: Frame, arrived: int) -> None:
+        try:
+            self.session.push(frame)
+            self.stats.processed += 1
+            self.stats.age_ms.append((_now() - arrived) / 1e6)
+            stream = self.session._stream
+            for watch in list(self._watches):
+                if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
+                    text = "".join(token.text for token in self.session.ask(watch.prompt, options=watch.options))
+                    watch._put(Answer(frame.time, text, self.session.report))
+        except Exception as error:  # whatever it is, the caller is told by the next call
+            self.stats.dropped["error"] += 1
+            self._error = error if isinstance(error, PenguinError) else _wrapped(error)
+
+    def _answer(self, question: _Question) -> None:
+        try:
+            answer = self.session.ask(question.prompt, keep=question.keep, options=question.options)
+            for token in answer:
+                question.tokens.put(token)
+                if question.cancelled.is_set():
+                    answer.close()
+                    break
+            end: BaseException | None = None
+        except Exception as error:  # raised again where the tokens are read
+            end = error if isinstance(error, PenguinError) else _wrapped(error)
+        with self._changed:
+            self._question = None
+            self._changed.notify_all()
+        question.tokens.put(end)
+
+
+def _wrapped(error: Exception) -> PenguinError:
+    wrapped = PenguinError(f"the stream's worker failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _now() -> int:
+    return time.monotonic_ns()
+
+
+def status(live: Live) -> dict[str, Any]:
+    """Where a stream stands, as JSON."""
+    session = live.session
+    return {
+        "frames_in": live.stats.frames_in,
+        "frames_processed": live.stats.processed,
+        "frames_dropped": dict(live.stats.dropped),
+        "frames_kept": len(session.planner.numbers),
+        "visual_tokens": session.visual_tokens,
+        "budget": session.planner.limits.budget,
+        "level": session.planner.level,
+        "kv_tokens": session.engine.kv_len,
+        "capacity": session.engine.bounds.max_seq_len,
+        "age_ms": live.stats.age_ms[-1] if live.stats.age_ms else None,
+    }

@@ -1,0 +1,194 @@
+"""The worker behind a stream: frames never wait, nothing grows, and whatever goes wrong is told once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import CountingEngine, picture, tiny_tokenizer
+
+from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.runtime.live import Live, status
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.stream import StreamSession
+
+SHORT = SamplingOptions(max_new_tokens=4)
+
+
+class GatedEngine(CountingEngine):
+    """Encodes when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(max_seq_len=1024)
+        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.broken: Exception | None = None
+        self.gate.set()
+
+    def encode(self, *arguments: Any) -> Any:
+        self.waiting.set()
+        assert self.gate.wait(20)
+        if self.broken is not None:
+            error, self.broken = self.broken, None
+            raise error
+        return super().encode(*arguments)
+
+
+def live(**options: Any) -> tuple[Live, GatedEngine]:
+    engine = GatedEngine()
+    return Live(StreamSession(engine, tiny_tokenizer()), **options), engine
+
+
+def held(run: Live, engine: GatedEngine) -> None:
+    """The worker stands inside the encoder with one frame."""
+    engine.gate.clear()
+    engine.waiting.clear()
+    run.push(picture(99), 0.0)
+    assert engine.waiting.wait(20)
+
+
+def test_what_comes_is_what_a_session_answers() -> None:
+    run, _ = live(queued=10)
+    alone = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer())
+    with run:
+        for i in range(5):
+            run.push(picture(i), float(i))
+            alone.push(picture(i), float(i))
+        run.wait()
+        got = [token.id for token in run.ask("What is it?", options=SHORT)]
+    assert got == [token.id for token in alone.ask("What is it?", options=SHORT)]
+    assert run.stats.processed == 5 and len(run.stats.age_ms) == 5 and not run.stats.dropped
+    assert status(run)["visual_tokens"] == alone.visual_tokens
+
+
+def test_a_full_queue_gives_up_its_oldest_frame() -> None:
+    run, engine = live(queued=3)
+    with run:
+        held(run, engine)
+        begin = time.monotonic()
+        for i in range(1, 11):
+            assert run.push(picture(i), float(i))
+        # The encoder is not let go before: had one of them waited for it, they would still be there.
+        assert time.monotonic() - begin < 15 and len(run._frames) == 3
+        engine.gate.set()
+        run.wait()
+        assert run.session._stream.times == [0.0, 8.0, 9.0, 10.0] and run.stats.dropped == {"queue": 7}
+    assert run.stats.frames_in == run.stats.processed + sum(run.stats.dropped.values())
+
+
+def test_the_callers_buffer_may_be_written_again() -> None:
+    run, engine = live()
+    buffer = picture(1).copy()
+    with run:
+        held(run, engine)
+        run.push(buffer, 1.0)
+        buffer[:] = 0
+        engine.gate.set()
+        run.wait()
+        assert run.session._frames[1].pixels.any()
+
+
+def test_frames_beyond_the_rate_are_given_up() -> None:
+    run, _ = live(fps=2.0, queued=100)
+    with run:
+        taken = [run.push(picture(i % 3), i / 10) for i in range(30)]
+        run.wait()
+    assert sum(taken) == 6 and run.stats.dropped == {"rate": 24}
+    assert run.session._stream.times == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+def test_one_question_at_a_time_and_before_frames_that_wait() -> None:
+    run, engine = live()
+    with run:
+        held(run, engine)
+        run.push(picture(1), 1.0)
+        asked = run.ask("What is it?", options=SHORT)
+        with pytest.raises(InputError, match="another question"):
+            run.ask("And this?")
+        engine.gate.set()
+        assert len(list(asked)) == 4 and run.session.report.frames == 1
+        run.wait()
+        assert run.session._stream.times == [0.0, 1.0]
+        assert list(run.ask("And now?", options=SHORT)) and run.session.report.frames == 2
+
+
+def test_an_answer_that_is_closed_frees_the_stream() -> None:
+    run, _ = live()
+    with run:
+        run.push(picture(1), 1.0)
+        run.wait()
+        asked = run.ask("What is it?", options=SamplingOptions(max_new_tokens=100))
+        next(asked)
+        asked.close()
+        run.wait()
+        assert list(run.ask("And now?", options=SHORT))
+
+
+def test_errors_are_raised_by_the_next_call_once_and_the_stream_goes_on() -> None:
+    run, engine = live()
+    with run:
+        run.push(np.zeros((4, 4), np.uint8), 0.0)
+        with pytest.raises(InputError, match="RGB"):
+            run.wait()
+        run.push(picture(1), 1.0)
+        run.wait()
+        engine.broken = ZeroDivisionError("inside")
+        run.push(picture(2), 2.0)
+        with pytest.raises(PenguinError, match=r"ZeroDivisionError: inside"):
+            run.wait()
+        run.push(picture(3), 3.0)
+        run.wait()
+        assert run.stats.dropped == {"error": 2} and engine.kv_len == len(run.session.prompt_keys())
+        # What the failed frame lacks was computed with the next one.
+        assert run.session._stream.times == [1.0, 2.0, 3.0]
+        with pytest.raises(PenguinError, match="shorten the question"):
+            list(run.ask("word " * 600))
+        assert list(run.ask("And now?", options=SHORT))
+
+
+def test_a_closed_stream_takes_nothing_more() -> None:
+    run, engine = live()
+    held(run, engine)
+    run.push(picture(1), 1.0)
+    watch = run.watch("What is it?", every=1.0, options=SHORT)
+    threading.Timer(0.05, engine.gate.set).start()
+    run.close()
+    run.close()
+    assert not run._worker.is_alive() and run.stats.dropped == {"closed": 1}
+    for call in (lambda: run.push(picture(2), 2.0), lambda: run.ask("What?"), lambda: run.watch("What?", every=1.0)):
+        with pytest.raises(InputError, match="was closed"):
+            call()
+    assert len(list(watch)) <= 1
+    for wrong in ({"queued": 0}, {"fps": 0.0}):
+        with pytest.raises(InputError, match="more than nothing"):
+            live(**wrong)
+
+
+def test_a_watch_speaks_when_it_is_time_or_when_the_scene_changes() -> None:
+    run, _ = live(queued=100)
+    with run:
+        timed = run.watch("What is it?", every=2.0, options=SHORT)
+        changed = run.watch("What is it?", on_change=True, options=SHORT)
+        for i in range(8):
+            # A dark scene, then a pale one.
+            run.push(np.clip(picture(1), *((0, 90) if i < 4 else (200, 255))), i / 2)
+        run.wait()
+        timed.close()
+        changed.close()
+    assert [answer.time for answer in timed] == [0.0, 2.0]
+    answers = list(changed)
+    assert [answer.time for answer in answers] == [0.0, 2.0] and all(answer.text for answer in answers)
+    with pytest.raises(InputError, match="name a pause"):
+        live()[0].watch("What?")
+
+
+def test_answers_that_nobody_reads_do_not_pile_up() -> None:
+    run, _ = live(queued=100)
+    with run:
+        watch = run.watch("What is it?", every=0.1, options=SamplingOptions(max_new_tokens=1))
+        for i in range(40):
+            run.push(picture(0), float(i))
+        run.wait()
+    assert watch.missed == 40 + 1 - 16 and len(list(watch)) == 15
