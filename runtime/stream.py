@@ -157,6 +157,11 @@ class StreamSession(Session):
         """Of the window."""
         return self.planner.total_tokens
 
+    @property
+    def times(self) -> list[float]:
+        """Of the kept frames, in seconds."""
+        return [at or 0.0 for at in self._stream.times]
+
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:  # type: ignore[override]
         """Add a frame: label, size, encode and prefill it, after what had to shrink or go for it.
 

@@ -1,0 +1,184 @@
+"""`penguin-edge stream`: questions about a clip, a camera or a network stream while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from penguin_edge.commands.common import emit, open_model, positive, say
+from penguin_edge.errors import InputError
+from penguin_edge.frames import Frame
+from penguin_edge.machine import peak_mb
+from penguin_edge.runtime.live import QUEUE, Live, Watch, status
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.sources import is_live, paced, read_source
+from penguin_edge.runtime.stream import StreamSession
+
+EVERY_SECONDS = 0.5
+"""Between status lines on a terminal; elsewhere ten times as long."""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("stream", help="ask about a clip, a camera or a network stream while it runs")
+    parser.add_argument("model", metavar="BUNDLE|CHECKPOINT")
+    parser.add_argument("--source", required=True, metavar="F", help="clip, folder of pictures, /dev/video0, rtsp://…")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question; asked at the end unless said otherwise")
+    parser.add_argument("--every", type=_seconds, metavar="S", help="ask every S seconds of the stream")
+    parser.add_argument("--on-change", action="store_true", help="ask at key frames, with --every no sooner than that")
+    parser.add_argument("--fps", type=_seconds, default=1.0, help="frames taken per second (default: %(default)s)")
+    parser.add_argument("--loop", action="store_true", help="begin the clip again when it ends")
+    parser.add_argument("--fast", action="store_true", help="a clip as fast as it can be worked on, dropping nothing")
+    parser.add_argument("--duration", type=_seconds, metavar="S", help="stop after S seconds of the stream")
+    parser.add_argument("--budget", type=positive, metavar="N", help="visual tokens at any time (default: the model's)")
+    parser.add_argument(
+        "--window", type=_seconds, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
+    )
+    parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
+    parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
+    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    live_source = is_live(args.source)
+    if (args.every or args.on_change) and not args.prompt:
+        raise InputError("--every and --on-change ask a question; name it with --prompt TEXT")
+    if live_source and (args.fast or args.loop):
+        raise InputError(f"{args.source}: a live source has its own speed and no end; leave out --fast and --loop")
+    frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say)
+    options = SamplingOptions(args.max_new_tokens)
+    engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
+    session = StreamSession(
+        engine,
+        tokenizer,
+        budget=args.budget,
+        window_s=args.window,
+        shrink=args.shrink,
+        answer_tokens=args.max_new_tokens,
+    )
+    answers: list[dict[str, Any]] = []
+    code = 0
+    with Live(session, queued=args.queue) as live:
+        watch = None
+        if args.every or args.on_change:
+            watch = live.watch(args.prompt, every=args.every, on_change=args.on_change, options=options)
+            reader = threading.Thread(target=_read, args=(watch, answers), daemon=True)
+            reader.start()
+        try:
+            _feed(live, frames if args.fast or live_source else paced(frames), args)
+            live.wait()
+            if args.prompt and watch is None:
+                _ask(live, args.prompt, options, answers)
+        except KeyboardInterrupt:
+            code = 130
+        live.close()
+        if watch is not None:
+            reader.join()
+    result = {**status(live), **_costs(session), "answers": answers, "peak_mb": peak_mb(), "engine": engine.name}
+    _report(result)
+    if args.json:
+        emit(result)
+    return code
+
+
+def _feed(live: Live, frames: Iterator[Frame], args: argparse.Namespace) -> None:
+    shown = 0.0
+    first: float | None = None
+    for frame in frames:
+        at = frame.time or 0.0
+        first = at if first is None else first
+        if args.duration is not None and at - first >= args.duration:
+            break
+        live.push(frame)
+        if args.fast:
+            live.wait()
+        pause = EVERY_SECONDS * (1 if sys.stderr.isatty() else 10)
+        if time.monotonic() - shown >= pause:
+            shown = time.monotonic()
+            _line(live, at)
+
+
+def _line(live: Live, at: float) -> None:
+    now = status(live)
+    age = "-" if now["age_ms"] is None else f"{now['age_ms']:.0f} ms"
+    dropped = sum(now["frames_dropped"].values())
+    text = (
+        f"{at:8.1f} s  frames {now['frames_processed']} ready, {dropped} dropped, {now['frames_kept']} kept  visual "
+        f"tokens {now['visual_tokens']}/{now['budget']}  cache {now['kv_tokens']}/{now['capacity']}  age {age}"
+    )
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        say(text)
+
+
+def _read(watch: Watch, answers: list[dict[str, Any]]) -> None:
+    for answer in watch:
+        _show(answer.time, answer.text)
+        answers.append({"time": answer.time, "text": answer.text, "first_token_ms": answer.report.first_token_ms})
+
+
+def _ask(live: Live, prompt: str, options: SamplingOptions, answers: list[dict[str, Any]]) -> None:
+    text = "".join(token.text for token in live.ask(prompt, options=options))
+    times = live.session.times
+    _show(times[-1] if times else None, text)
+    answers.append(
+        {"time": times[-1] if times else None, "text": text, "first_token_ms": live.session.report.first_token_ms}
+    )
+
+
+def _show(at: float | None, text: str) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    print(f"[{at or 0.0:.1f} s] {text.strip()}", flush=True)
+
+
+def _costs(session: StreamSession) -> dict[str, Any]:
+    stats = session.stats
+    frames = max(1, stats.frames)
+    return {
+        "max_live_visual_tokens": stats.max_visual_tokens,
+        "reencodings_per_frame": stats.reencoded / frames,
+        "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames,
+        "given_up": dict(stats.given_up),
+        "phases_ms_per_frame": {name: ns / 1e6 / frames for name, ns in session.clock.spent.items() if ns},
+    }
+
+
+def _report(result: dict[str, Any]) -> None:
+    say()
+    dropped = ", ".join(f"{count} {reason}" for reason, count in result["frames_dropped"].items()) or "none"
+    left = ", ".join(f"{count} {reason}" for reason, count in result["given_up"].items()) or "none"
+    say(f"{result['engine']}: {result['frames_processed']} of {result['frames_in']} frames; dropped unseen: {dropped}")
+    say(
+        f"  kept {result['frames_kept']}, {result['visual_tokens']} visual tokens, at most "
+        f"{result['max_live_visual_tokens']} of {result['budget']}; left the window: {left}"
+    )
+    phases = [f"{name} {ms:.1f}" for name, ms in result["phases_ms_per_frame"].items()]
+    say(
+        f"  per frame: {result['reencodings_per_frame']:.2f} encoded again, "
+        f"{result['reprefilled_tokens_per_frame']:.1f} tokens prefilled again; ms: {', '.join(phases)}"
+    )
+    asked = [answer["first_token_ms"] for answer in result["answers"] if answer["first_token_ms"] is not None]
+    if asked:
+        middle = sorted(asked)[len(asked) // 2]
+        say(f"  {len(asked)} answers, first token after {middle:.0f} ms (median)")
+    say(f"  peak memory {result['peak_mb']:.0f} MB")
