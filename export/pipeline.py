@@ -30,7 +30,7 @@ from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
-from penguin_edge.machine import human_bytes, require_memory
+from penguin_edge.machine import human_bytes, require_memory, resident_mb
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.auto import STAND_IN, AutoOptions
@@ -441,15 +441,7 @@ def _wait(process: subprocess.Popen[bytes], tick: Callable[[float, float], None]
             process.wait(timeout=0.5)
             return
         except subprocess.TimeoutExpired:
-            tick(time.monotonic() - begin, _resident_mb(process.pid))
-
-
-def _resident_mb(pid: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            tick(time.monotonic() - begin, resident_mb(process.pid))
 
 
 def _ending(code: int) -> str:

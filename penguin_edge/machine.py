@@ -120,6 +120,15 @@ def peak_mb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
+def resident_mb(process: int | str = "self") -> float:
+    """Resident memory of a process, by default this one, in MB; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def processor() -> tuple[str, list[str]]:
     """Name of the processor, and the features of `FEATURES` that it has."""
     name, flags = platform.processor() or platform.machine(), set[str]()

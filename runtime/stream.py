@@ -239,6 +239,13 @@ class StreamSession(Session):
         if keep:
             self._limit()
 
+    def forget_features(self) -> None:
+        """Keep nothing but the frames: the next question encodes and prefills all of them."""
+        self._features.clear()
+        self._feature_rows = 0
+        self._held.clear()
+        self.engine.truncate(0)
+
     def prompt_keys(self) -> list[Any]:
         """What stands at each position of the KV cache before a question is asked."""
         keys = self._keys(self._current())

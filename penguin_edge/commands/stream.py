@@ -27,15 +27,15 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT")
     parser.add_argument("--source", required=True, metavar="F", help="clip, folder of pictures, /dev/video0, rtsp://…")
     parser.add_argument("--prompt", metavar="TEXT", help="the question; asked at the end unless said otherwise")
-    parser.add_argument("--every", type=_seconds, metavar="S", help="ask every S seconds of the stream")
+    parser.add_argument("--every", type=seconds_of, metavar="S", help="ask every S seconds of the stream")
     parser.add_argument("--on-change", action="store_true", help="ask at key frames, with --every no sooner than that")
-    parser.add_argument("--fps", type=_seconds, default=1.0, help="frames taken per second (default: %(default)s)")
+    parser.add_argument("--fps", type=seconds_of, default=1.0, help="frames taken per second (default: %(default)s)")
     parser.add_argument("--loop", action="store_true", help="begin the clip again when it ends")
     parser.add_argument("--fast", action="store_true", help="a clip as fast as it can be worked on, dropping nothing")
-    parser.add_argument("--duration", type=_seconds, metavar="S", help="stop after S seconds of the stream")
+    parser.add_argument("--duration", type=seconds_of, metavar="S", help="stop after S seconds of the stream")
     parser.add_argument("--budget", type=positive, metavar="N", help="visual tokens at any time (default: the model's)")
     parser.add_argument(
-        "--window", type=_seconds, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
+        "--window", type=seconds_of, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
     )
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
@@ -46,7 +46,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     """argparse type: a finite number above 0."""
     try:
         value = float(text)

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
             f"({limits['reason']})"
         )
     for stage in result["stages"]:
-        if not stage["passed"]:
+        if stage["passed"] and stage["detail"]:
+            say(f"{stage['name']}: {stage['detail']}")
+        elif not stage["passed"]:
             say(f"{stage['name']} failed: relative error {stage['relative']:.3g}. {stage['detail']}")
     emit(result)
     return 0 if result["passed"] else 1

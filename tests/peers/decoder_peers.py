@@ -36,7 +36,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,8 @@ from comparison import PEERS, Run, Speeds, bits_per_weight, geomeans, phases, ro
 from contestants import WARM
 from models import BUNDLES, CAPACITY, PEER_FILES, bundle_folder, note, peer_python, prepare
 from shapes import SHAPES
+
+from penguin_edge.runtime.bench import read_bandwidth
 
 RUNS = [("0.6b", 2), ("1.7b", 2), ("0.6b", 1)]
 """Shape and threads, when nothing else is asked for."""
@@ -81,17 +82,6 @@ class Remote:
         if not line:
             raise SystemExit(f"{self.name}: its process ended with status {self.process.wait()}, its words are above")
         return json.loads(line)
-
-
-def bandwidth(values: np.ndarray, threads: int) -> float:
-    """GB/s at which threads read an array, the best of five times."""
-    pieces, seconds = np.array_split(values, threads), []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            begin = time.perf_counter()
-            list(pool.map(np.max, pieces))
-            seconds.append(time.perf_counter() - begin)
-    return values.nbytes / min(seconds) / 1e9
 
 
 def int8_rate(threads: int) -> Callable[[], float]:
@@ -151,7 +141,7 @@ def measure(args: argparse.Namespace, shape: str, threads: int, python: str) -> 
             enter(name, python, name, folder / file)
         for number, orders in enumerate(phases(args.prefill, args.decode, args.tokens)):
             for round_ in range(-1, args.repeat):
-                read.append(bandwidth(array, threads))
+                read.append(read_bandwidth(threads, array))
                 products.append(product())
                 first = (round_ + 1) % len(rivals)
                 for order in orders:

@@ -1,0 +1,196 @@
+"""A clip streamed at wall-clock speed with a question every two seconds, and what came of it.
+
+Times: a frame's age is from its arrival to the end of its prefill; `warm` is a question's time to its first token on
+the running stream; `cold` the same in a new session over the frames that the stream had kept, pixels to first token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from penguin_edge.errors import InputError
+from penguin_edge.frames import Frame
+from penguin_edge.machine import resident_mb
+from penguin_edge.runtime.bench import percentiles
+from penguin_edge.runtime.engine import F32, I64, Engine
+from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.sources import paced
+from penguin_edge.runtime.stream import StreamSession
+
+QUESTION = "What is happening now?"
+SLOPE_S = 600.0
+"""Seconds below which memory is not extrapolated to an hour."""
+COLD = 3
+"""New sessions over the last window."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How long, how often a question is asked (seconds of the stream), and which answers count as too late."""
+
+    duration_s: float
+    every_s: float = 2.0
+    answer_tokens: int = 16
+    first_token_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        wanted = (self.duration_s, self.every_s, self.answer_tokens, self.first_token_ms or 1)
+        if not all(value > 0 for value in wanted):
+            raise InputError("a stream of no duration, questions without a pause, or a limit of no time")
+
+
+class SlowedEngine:
+    """An engine whose calls take `factor` times as long from a moment on: for trying what a slower machine does."""
+
+    def __init__(self, inner: Engine, factor: float, after_s: float) -> None:
+        """The clock of `after_s` begins with `start`."""
+        self.inner, self.factor, self.after_s = inner, factor, after_s
+        self.name, self.config, self.bounds = inner.name, inner.config, inner.bounds
+        self._begin: float | None = None
+
+    def start(self) -> None:
+        self._begin = time.monotonic()
+
+    @property
+    def kv_len(self) -> int:
+        return self.inner.kv_len
+
+    def truncate(self, length: int) -> None:
+        self.inner.truncate(length)
+
+    def embed(self, ids: I64) -> F32:
+        return self.inner.embed(ids)
+
+    def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
+        return self._slowly(lambda: self.inner.encode(pixels, rows, cols))
+
+    def project(self, features: F32) -> F32:
+        return self._slowly(lambda: self.inner.project(features))
+
+    def forward(self, embeds: F32, logit_index: I64) -> F32:
+        return self._slowly(lambda: self.inner.forward(embeds, logit_index))
+
+    def _slowly(self, call: Callable[[], F32]) -> F32:
+        begin = time.monotonic()
+        out = call()
+        now = time.monotonic()
+        if self._begin is not None and now - self._begin >= self.after_s:
+            time.sleep((self.factor - 1) * (now - begin))
+        return out
+
+
+@dataclass
+class _Samples:
+    warm_ms: list[float] = field(default_factory=list)
+    missed: int = 0
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds since the beginning, MB."""
+    failed: Exception | None = None
+
+
+def bench_stream(
+    session: StreamSession, frames: Iterator[Frame], options: StreamOptions, progress: Callable[[float, Live], None]
+) -> dict[str, Any]:
+    """Run a stream and measure it; see the interface in docs/benchmarking.md.
+
+    Args:
+        frames: of a source that goes on for long enough.
+        progress: told after each frame, with the stream's time.
+    """
+    found = _Samples()
+    choice = SamplingOptions(max_new_tokens=options.answer_tokens)
+    if isinstance(session.engine, SlowedEngine):
+        session.engine.start()
+    with Live(session) as live:
+        begin = time.monotonic()
+        # A camera does not wait for answers.
+        camera = threading.Thread(target=_feed, args=(live, frames, options, found, progress), daemon=True)
+        camera.start()
+        while camera.is_alive():
+            camera.join(max(0.0, begin + options.every_s * (len(found.warm_ms) + 1) - time.monotonic()))
+            if camera.is_alive():
+                _ask(live, choice, options, found)
+        if found.failed is not None:
+            raise found.failed
+        live.wait()
+        seconds = time.monotonic() - begin
+    cold = _cold(session, choice)
+    stats = session.stats
+    frames_seen = max(1, stats.frames)
+    return {
+        "seconds": seconds,
+        "frames_in": live.stats.frames_in,
+        "frames_processed": live.stats.processed,
+        "frames_dropped": sum(live.stats.dropped.values()),
+        "dropped": dict(live.stats.dropped),
+        "given_up": dict(stats.given_up),
+        "frame_age_ms": percentiles(list(live.stats.age_ms)),
+        "deadlines": len(found.warm_ms) if options.first_token_ms else 0,
+        "deadline_misses": found.missed,
+        "budget": session.planner.limits.budget,
+        "max_live_visual_tokens": stats.max_visual_tokens,
+        "live_kv_tokens": len(session.prompt_keys()),
+        "visual_tokens_per_frame": session.visual_tokens / max(1, len(session.times)),
+        "reencodings_per_frame": stats.reencoded / frames_seen,
+        "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames_seen,
+        "first_token_ms": {"warm": percentiles(found.warm_ms), "cold": percentiles(cold)},
+        "phases_ms_per_frame": {name: ns / 1e6 / frames_seen for name, ns in session.clock.spent.items() if ns},
+        "memory_mb": found.memory[-1][1] if found.memory else None,
+        "memory_slope_mb_per_h": slope(found.memory),
+        "samples": {"frame_age_ms": list(live.stats.age_ms), "warm_ms": found.warm_ms, "cold_ms": cold},
+    }
+
+
+def _feed(
+    live: Live,
+    frames: Iterator[Frame],
+    options: StreamOptions,
+    found: _Samples,
+    progress: Callable[[float, Live], None],
+) -> None:
+    begin = time.monotonic()
+    try:
+        for frame in paced(frames):
+            at = time.monotonic() - begin
+            if at >= options.duration_s:
+                return
+            live.push(frame)
+            found.memory.append((at, resident_mb()))
+            progress(at, live)
+    except Exception as error:  # raised again by the thread that asks
+        found.failed = error
+
+
+def _ask(live: Live, choice: SamplingOptions, options: StreamOptions, found: _Samples) -> None:
+    """From the moment of asking, waiting for the frame in work included."""
+    begin = time.monotonic()
+    for i, _ in enumerate(live.ask(QUESTION, options=choice)):
+        if i == 0:
+            took = 1e3 * (time.monotonic() - begin)
+            found.warm_ms.append(took)
+            found.missed += options.first_token_ms is not None and took > options.first_token_ms
+
+
+def _cold(session: StreamSession, choice: SamplingOptions) -> list[float]:
+    samples = []
+    for _ in range(COLD if session.times else 0):
+        session.forget_features()
+        begin = time.monotonic()
+        next(session.ask(QUESTION, options=choice))
+        samples.append(1e3 * (time.monotonic() - begin))
+    return samples
+
+
+def slope(memory: list[tuple[float, float]]) -> float | None:
+    """MB per hour by least squares over the second half of the samples; None below ten minutes."""
+    if not memory or memory[-1][0] < SLOPE_S:
+        return None
+    at, mb = np.array(memory[len(memory) // 2 :]).T
+    return float(np.polyfit(at / 3600, mb, 1)[0])
