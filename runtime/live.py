@@ -132,6 +132,7 @@ class Live:
         self._error: BaseException | None = None
         self._closed = self._busy = False
         self._changed = threading.Condition()
+        self._standing = self._stand()
         self._worker = threading.Thread(target=self._work, name="penguin-edge stream", daemon=True)
         self._worker.start()
 
@@ -204,6 +205,17 @@ class Live:
             self._watches = [one for one in self._watches if not one.closed] + [watch]
         return watch
 
+    def status(self) -> dict[str, Any]:
+        """Where the stream stood after the last frame or answer, as JSON; from any thread."""
+        ages = self.stats.age_ms
+        return {
+            "frames_in": self.stats.frames_in,
+            "frames_processed": self.stats.processed,
+            "frames_dropped": dict(self.stats.dropped),
+            "age_ms": ages[-1] if ages else None,
+            **self._standing,
+        }
+
     def wait(self) -> None:
         """Until all frames that were queued are ready and no question is open.
 
@@ -261,10 +273,22 @@ class Live:
         self._taken = time
         return False
 
+    def _stand(self) -> dict[str, Any]:
+        """Of the session, which only the worker may look at."""
+        session = self.session
+        return {
+            "frames_kept": len(session.times),
+            "visual_tokens": session.visual_tokens,
+            "budget": session.planner.limits.budget,
+            "level": session.planner.level,
+            "kv_tokens": session.engine.kv_len,
+            "capacity": session.engine.bounds.max_seq_len,
+        }
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
+                self._standing, self._busy = self._stand(), False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or self._question or self._frames)
                 question = self._question
@@ -316,20 +340,3 @@ def _wrapped(error: Exception) -> PenguinError:
 
 def _now() -> int:
     return time.monotonic_ns()
-
-
-def status(live: Live) -> dict[str, Any]:
-    """Where a stream stands, as JSON."""
-    session = live.session
-    return {
-        "frames_in": live.stats.frames_in,
-        "frames_processed": live.stats.processed,
-        "frames_dropped": dict(live.stats.dropped),
-        "frames_kept": len(session.planner.numbers),
-        "visual_tokens": session.visual_tokens,
-        "budget": session.planner.limits.budget,
-        "level": session.planner.level,
-        "kv_tokens": session.engine.kv_len,
-        "capacity": session.engine.bounds.max_seq_len,
-        "age_ms": live.stats.age_ms[-1] if live.stats.age_ms else None,
-    }

@@ -11,7 +11,7 @@ import pytest
 from helpers import CountingEngine, picture, tiny_tokenizer
 
 from penguin_edge.errors import InputError, PenguinError
-from penguin_edge.runtime.live import Live, status
+from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.stream import StreamSession
 
@@ -60,7 +60,7 @@ def test_what_comes_is_what_a_session_answers() -> None:
         got = [token.id for token in run.ask("What is it?", options=SHORT)]
     assert got == [token.id for token in alone.ask("What is it?", options=SHORT)]
     assert run.stats.processed == 5 and len(run.stats.age_ms) == 5 and not run.stats.dropped
-    assert status(run)["visual_tokens"] == alone.visual_tokens
+    assert run.status()["visual_tokens"] == alone.visual_tokens
 
 
 def test_a_full_queue_gives_up_its_oldest_frame() -> None:

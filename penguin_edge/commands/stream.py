@@ -13,7 +13,7 @@ from penguin_edge.commands.common import emit, open_model, positive, say
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import peak_mb
-from penguin_edge.runtime.live import QUEUE, Live, Watch, status
+from penguin_edge.runtime.live import QUEUE, Live, Watch
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import is_live, paced, read_source
 from penguin_edge.runtime.stream import StreamSession
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         live.close()
         if watch is not None:
             reader.join()
-    result = {**status(live), **_costs(session), "answers": answers, "peak_mb": peak_mb(), "engine": engine.name}
+    result = {**live.status(), **_costs(session), "answers": answers, "peak_mb": peak_mb(), "engine": engine.name}
     _report(result)
     if args.json:
         emit(result)
@@ -117,7 +117,7 @@ def _feed(live: Live, frames: Iterator[Frame], args: argparse.Namespace) -> None
 
 
 def _line(live: Live, at: float) -> None:
-    now = status(live)
+    now = live.status()
     age = "-" if now["age_ms"] is None else f"{now['age_ms']:.0f} ms"
     dropped = sum(now["frames_dropped"].values())
     text = (
