@@ -14,10 +14,24 @@ from collections.abc import Sequence
 from types import FrameType
 
 from penguin_edge import __version__
-from penguin_edge.commands import bench, compare, data, doctor, eval, export, info, plan, run, stream, train, verify
+from penguin_edge.commands import (
+    bench,
+    compare,
+    data,
+    doctor,
+    eval,
+    export,
+    info,
+    plan,
+    profile,
+    run,
+    stream,
+    train,
+    verify,
+)
 from penguin_edge.errors import PenguinError
 
-VERBS = (doctor, info, plan, data, train, export, verify, run, stream, bench, compare, eval)
+VERBS = (doctor, info, plan, data, train, export, verify, run, stream, profile, bench, compare, eval)
 
 
 def parser() -> argparse.ArgumentParser:
