@@ -93,6 +93,7 @@ class StreamSession(Session):
         self.question_tokens, self.answer_tokens = question_tokens, answer_tokens
         self.stats = StreamStats()
         self.clock = Clock()
+        self._answering = 0
         self._numbers: list[int] = []
         self._window_s = window_s
         image = self.config.image
@@ -172,8 +173,9 @@ class StreamSession(Session):
         Returns:
             What became of earlier frames, and of this one if it was not kept.
         Raises:
-            InputError: wrong shape or dtype, or no time.
+            InputError: wrong shape or dtype, no time, or an answer that is being read.
         """
+        self._idle()
         new = self._taken(frame, time)
         assert new.time is not None
         size = (new.pixels.shape[0], new.pixels.shape[1])
@@ -203,6 +205,7 @@ class StreamSession(Session):
         Raises:
             BudgetError: a budget below one token.
         """
+        self._idle()
         limits = replace(self._limits(), budget=budget)
         self.budget = budget
         changes = self.planner.set_limits(limits)
@@ -212,6 +215,7 @@ class StreamSession(Session):
 
     def restart(self, reason: str = "restart") -> list[Change]:
         """Forget all frames and the turns that were kept; the next frame begins a stream."""
+        self._idle()
         changes = [
             Change(number, frame.tokens, 0, reason)
             for number, frame in zip(self.planner.numbers, self.planner.plan().frames, strict=True)
@@ -232,10 +236,17 @@ class StreamSession(Session):
         the turn that follows.
 
         Raises:
-            BudgetError: the question and its answer take more than is left beside the frames.
+            BudgetError: the question and its answer take more than is left beside the frames, or would leave no room
+                for frames if they were kept.
         """
         options = options or SamplingOptions(max_new_tokens=self.answer_tokens)
-        yield from super().ask(prompt, keep=keep, options=options)
+        if keep:
+            self._check_kept(prompt, options.max_new_tokens)
+        self._answering += 1
+        try:
+            yield from super().ask(prompt, keep=keep, options=options)
+        finally:
+            self._answering -= 1
         if keep:
             self._limit()
 
@@ -270,9 +281,22 @@ class StreamSession(Session):
     def _tag_tokens(self, time: float) -> int:
         return len(self.tokenizer.encode("," + frame_tag(time)))
 
-    def _limits(self) -> Limits:
+    def _check_kept(self, prompt: str, answer: int) -> None:
+        kept = Turn(len(self._frames), prompt, (0,) * answer)
+        left = self._limits([*self._turns, kept]).room or 0
+        if left <= self.planner.tag_tokens:
+            raise BudgetError(
+                f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, "
+                "shorten it, or restart the stream"
+            )
+
+    def _idle(self) -> None:
+        if self._answering:
+            raise InputError("an answer is being read; read it to its end, or close it, before the stream goes on")
+
+    def _limits(self, kept: Sequence[Turn] | None = None) -> Limits:
         """What is left for frames beside the text around them, the turns that were kept, a question and an answer."""
-        turns = [*self._turns, Turn(len(self._frames), "", ())]
+        turns = [*(self._turns if kept is None else kept), Turn(len(self._frames), "", ())]
         around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in self._turn_pieces(turns, None))
         room = self.engine.bounds.max_seq_len - around - self.question_tokens - self.answer_tokens
         budget = self.budget or self.config.image.max_tokens

@@ -138,6 +138,40 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         stream(capacity=128)
 
 
+def test_the_stream_waits_while_an_answer_is_read() -> None:
+    run, engine = stream()
+    run.push(picture(0), 0.0)
+    asked = run.ask("What is it?", options=SHORT)
+    first = next(asked)
+    for call in (lambda: run.push(picture(1), 1.0), lambda: run.set_budget(50), run.restart):
+        with pytest.raises(InputError, match="is being read"):
+            call()
+    rest = [token.id for token in asked]
+    run.push(picture(1), 1.0)
+    again, _ = stream()
+    again.push(picture(0), 0.0)
+    assert [first.id, *rest] == answer(again, "What is it?") and engine.kv_len == len(run.prompt_keys())
+
+
+def test_what_is_kept_leaves_room_for_frames() -> None:
+    run, _ = stream(capacity=300, question_tokens=16, answer_tokens=8)
+    run.push(picture(0), 0.0)
+    for _ in range(20):
+        try:
+            answer(run, "What is it, and why?", keep=True)
+        except BudgetError as error:
+            assert "restart" in str(error) or "shorten" in str(error)
+            break
+    else:
+        pytest.fail("all of it was kept")
+    kept = len(run._turns)
+    assert kept >= 1
+    run.push(picture(1), 1.0)
+    run.restart()
+    run.push(picture(2), 2.0)
+    answer(run, "What is it, and why?", keep=True)
+
+
 def test_pooling_keeps_means() -> None:
     random = np.random.default_rng(0)
     grid = random.standard_normal((6 * 8, 5)).astype(np.float32)
