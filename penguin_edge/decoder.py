@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from penguin_edge.config import TextConfig
-from penguin_edge.layers import Attend, Block, RMSNorm, full_attention, rotary_angles
+from penguin_edge.layers import Attend, Block, RMSNorm, full_attention, rotary_angles, rotate
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,15 @@ class KVCache:
         keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
+
+    def move(self, begin: int, end: int, to: int, theta: float) -> None:
+        """Positions [begin, end) stand at `to` <= begin from now on, keys turned by the difference of their angles."""
+        size = self.keys[0].shape[-1]
+        angles = (to - begin) * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        both = torch.cat((angles, angles)).to(self.keys[0].device)
+        cos, sin = both.cos().float(), both.sin().float()
+        there = slice(to, to + end - begin)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[:, :, there] = rotate(keys[:, :, begin:end].float(), cos, sin).to(keys.dtype)
+            values[:, :, there] = values[:, :, begin:end].clone()
+        self.length = there.stop

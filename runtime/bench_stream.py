@@ -18,7 +18,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import resident_mb
 from penguin_edge.runtime.bench import percentiles
-from penguin_edge.runtime.engine import F32, I64, Engine
+from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import paced
@@ -65,6 +65,16 @@ class SlowedEngine:
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)
 
+    @property
+    def can_move(self) -> bool:
+        return isinstance(self.inner, MovingEngine) and self.inner.can_move
+
+    def move(self, begin: int, end: int, to: int) -> None:
+        assert isinstance(self.inner, MovingEngine)
+        begun = time.monotonic()
+        self.inner.move(begin, end, to)
+        self._wait(begun)
+
     def embed(self, ids: I64) -> F32:
         return self.inner.embed(ids)
 
@@ -80,10 +90,13 @@ class SlowedEngine:
     def _slowly(self, call: Callable[[], F32]) -> F32:
         begin = time.monotonic()
         out = call()
+        self._wait(begin)
+        return out
+
+    def _wait(self, begin: float) -> None:
         now = time.monotonic()
         if self._begin is not None and now - self._begin >= self.after_s:
             time.sleep((self.factor - 1) * (now - begin))
-        return out
 
 
 @dataclass

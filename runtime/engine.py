@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,21 @@ class Engine(Protocol):
     def embed(self, ids: I64) -> F32: ...
     def forward(self, embeds: F32, logit_index: I64) -> F32: ...
     def truncate(self, length: int) -> None: ...
+
+
+@runtime_checkable
+class MovingEngine(Engine, Protocol):
+    """An engine that can give positions of its cache another place.
+
+    `move(begin, end, to)`: what was written at [begin, end), and not written over since, stands at [to, to + count)
+    from now on, its keys turned by the rotary angle between the two, and `kv_len` is the end of it. `to` is not above
+    `begin`; positions at or above `kv_len` may be named.
+    """
+
+    can_move: bool
+    """False where the cache's form forbids it."""
+
+    def move(self, begin: int, end: int, to: int) -> None: ...
 
 
 def chunks(count: int, bounds: Bounds) -> Iterator[slice]:
@@ -89,6 +104,18 @@ def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64) ->
     if wanted and (logit_index.min() < -1 or logit_index.max() >= count):
         raise InputError(
             f"logit_index {logit_index.tolist()} outside a chunk of {count} tokens; wanted -1 to {count - 1}"
+        )
+
+
+def check_move(max_seq_len: int, begin: int, end: int, to: int) -> None:
+    """Refuse a move upwards, or of positions that there are not.
+
+    Raises:
+        InputError: anything but 0 <= to <= begin < end <= max_seq_len.
+    """
+    if not 0 <= to <= begin < end <= max_seq_len:
+        raise InputError(
+            f"move [{begin}, {end}) to {to} in a cache of {max_seq_len}; wanted 0 <= to <= begin < end <= {max_seq_len}"
         )
 
 

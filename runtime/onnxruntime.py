@@ -5,13 +5,14 @@
 | pixels, features, visual     | as in `engine.py`           | float32            | the caller; results are new arrays |
 | embeds, logits               | [1,S,H], [1,K,V]            | float32            | the caller; results are new arrays |
 | start                        | [1]                         | int64              | the engine, bound once             |
-| past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | the engine, one buffer for both    |
+| past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | the engine, one array for both     |
 
 Each graph is loaded when it is first called. The system gives memory to the KV buffers only as they fill.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ from penguin_edge.bundle import Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
 from penguin_edge.runtime.embedding import EmbeddingTable
-from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
+from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_move, check_truncate
+from penguin_edge.runtime.kv_shift import move_positions
 
 KEPT_PATCHES = 1024
 """The encoder keeps the memory of calls up to so many patches: 190 MB at the 2B model's shape."""
+LINE = 64
+"""Bytes of a cache line."""
 KV_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
@@ -44,7 +48,7 @@ class OnnxRuntimeEngine:
         self._sessions: dict[str, Any] = {}
         self._start = np.zeros(1, dtype=np.int64)
         self._bindings: dict[str, Any] = {}
-        self._buffers: list[dict[str, Any]] = []
+        self._buffers: list[dict[str, np.ndarray]] = []
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -79,6 +83,20 @@ class OnnxRuntimeEngine:
         """Forget all but the first `length` tokens; nothing is moved."""
         check_truncate(self.kv_len, length)
         self._start[0] = length
+
+    @property
+    def can_move(self) -> bool:
+        """Not with int8, whose keys would be rounded anew at every move."""
+        return self._bundle.manifest.kv_dtype != "int8"
+
+    def move(self, begin: int, end: int, to: int) -> None:
+        """See `penguin_edge.runtime.engine.MovingEngine`."""
+        check_move(self.bounds.max_seq_len, begin, end, to)
+        if not self.can_move:
+            raise InputError("positions of an int8 cache cannot be moved; recompute, or export with another cache")
+        for buffers in self._buffers:
+            move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta)
+        self._start[0] = to + end - begin
 
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""
@@ -130,15 +148,15 @@ class OnnxRuntimeEngine:
         dtype = KV_DTYPES[self._bundle.manifest.kv_dtype]
         if not self._buffers:
             self._buffers = [
-                {what: ort_value.ortvalue_from_shape_and_type(shape, dtype, "cpu") for what in ("key", "value")}
-                for _ in range(text.num_hidden_layers)
+                {what: _aligned_zeros(shape, dtype) for what in ("key", "value")} for _ in range(text.num_hidden_layers)
             ]
         binding = session.io_binding()
         binding.bind_output("logits")
         binding.bind_ortvalue_input("start", ort_value.ortvalue_from_numpy(self._start))
         for layer, buffers in enumerate(self._buffers):
             names = kv_names(layer)
-            for what, buffer in buffers.items():
+            for what, array in buffers.items():
+                buffer = ort_value.ortvalue_from_numpy(array)  # the same memory
                 binding.bind_ortvalue_input(names[f"past_{what}"], buffer)
                 binding.bind_ortvalue_output(names[f"present_{what}"], buffer)
         return binding
@@ -194,6 +212,14 @@ class OnnxRuntimeEngine:
             trim_heap()
         self._sessions[graph] = session
         return session
+
+
+def _aligned_zeros(shape: list[int], dtype: Any) -> np.ndarray:
+    """An array that begins with a cache line, whose memory the system gives when it is first written."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + LINE, np.uint8)
+    skip = -raw.ctypes.data % LINE
+    return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
 def _f32(values: F32) -> F32:

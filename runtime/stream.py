@@ -13,9 +13,14 @@
 | KV cache       | `max_seq_len` of the bundle; frames leave room for a question and its answer      |
 | anything else  | one entry per kept frame, and the turns that were kept                            |
 
-Sizes come from `penguin_edge.stream_plan`. The KV cache is recomputed from the first frame on that changed: what it
-holds is what a new session would compute for the same frames at the same sizes. A question and its answer leave the
-cache when the next frame comes, unless they are kept.
+Sizes come from `penguin_edge.stream_plan`. When a frame changes or goes, the KV cache follows in one of two ways:
+
+- `recompute`: from that frame on. What the cache holds is what a new session would compute for the same frames at the
+  same sizes.
+- `rebase`: frames behind it are moved down and their keys turned by the exact rotary angle; only the changed frame is
+  computed. Positions are right, but a moved frame has still seen what stood before it then.
+
+A question and its answer leave the cache when the next frame comes, unless they are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
 from penguin_edge.preprocess import resize
 from penguin_edge.prompt import Tokenizer, frame_tag
-from penguin_edge.runtime.engine import F32, Engine, chunks
+from penguin_edge.runtime.engine import F32, Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Visual
 from penguin_edge.runtime.report import Clock
@@ -45,6 +50,7 @@ from penguin_edge.stream_plan import Change, Limits, StreamPlanner
 from penguin_edge.tra import Plan
 
 Shrink = Literal["encode", "pool"]
+Following = Literal["recompute", "rebase"]
 QUESTION_TOKENS, ANSWER_TOKENS = 128, 128
 """Positions that frames leave free, beside what stands around them."""
 
@@ -61,6 +67,7 @@ class StreamStats:
     prefilled_tokens: int = 0
     reprefilled_tokens: int = 0
     """Of these, all but the frames that had just arrived: what stands behind a frame that changed or went."""
+    moved_tokens: int = 0
     max_visual_tokens: int = 0
     given_up: Counter[str] = field(default_factory=Counter)
     """Frames that left the window, by reason: `window`, `full`, `dropped`, `size`, `time`."""
@@ -78,6 +85,7 @@ class StreamSession(Session):
         window_s: float = 60.0,
         max_frames: int | None = None,
         shrink: Shrink = "encode",
+        cache: Following = "recompute",
         question_tokens: int = QUESTION_TOKENS,
         answer_tokens: int = ANSWER_TOKENS,
         thinking: bool = False,
@@ -85,6 +93,14 @@ class StreamSession(Session):
         """As `open`, over an engine of the caller's."""
         if shrink not in ("encode", "pool"):
             raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
+        if cache not in ("recompute", "rebase"):
+            raise InputError(f"the cache cannot follow by {cache!r}; known: recompute, rebase")
+        self._mover = engine if isinstance(engine, MovingEngine) and engine.can_move and cache == "rebase" else None
+        if cache == "rebase" and self._mover is None:
+            raise InputError(
+                f"{engine.name} cannot move positions of this bundle's cache; take cache='recompute', or an ONNX "
+                "bundle with a KV cache in fp32 or fp16"
+            )
         super().__init__(
             engine, tokenizer, budget=budget, max_frames=max_frames, thinking=thinking, policy=self._planned
         )
@@ -115,6 +131,7 @@ class StreamSession(Session):
         window_s: float = 60.0,
         max_frames: int | None = None,
         shrink: Shrink = "encode",
+        cache: Following = "recompute",
         question_tokens: int = QUESTION_TOKENS,
         answer_tokens: int = ANSWER_TOKENS,
         thinking: bool = False,
@@ -128,6 +145,7 @@ class StreamSession(Session):
             window_s: seconds that frames are kept.
             max_frames: frames that are kept; None takes the model's number.
             shrink: what is done with a frame that gets smaller: `encode` its pixels again, or `pool` its features.
+            cache: how the KV cache follows: `recompute` or `rebase`; see the top of this file.
             question_tokens: positions that are kept free for a question.
             answer_tokens: positions that are kept free for an answer.
         Raises:
@@ -148,6 +166,7 @@ class StreamSession(Session):
             window_s=window_s,
             max_frames=max_frames,
             shrink=shrink,
+            cache=cache,
             question_tokens=question_tokens,
             answer_tokens=answer_tokens,
             thinking=thinking,
@@ -378,8 +397,45 @@ class StreamSession(Session):
                 self._features[visual] = rows
                 self._feature_rows += len(rows)
 
+    def _rebase(self, keys: list[Any], mover: MovingEngine, *, arrived: bool) -> None:
+        """Bring the KV cache to `keys`: frames that it holds are moved, the others computed where they stand."""
+        old = dict(reversed(_blocks(self._held)))
+        # Should an engine fail on the way, nothing in the cache is where it was.
+        self._held = []
+        computed, run = 0, (0, 0, 0)  # begin, end, to: neighbours that move alike are moved at once
+
+        def flush() -> None:
+            begin, end, to = run
+            if end > begin:
+                mover.move(begin, end, to)
+                self.stats.moved_tokens += (end - begin) * (begin != to)
+
+        for block, (to, stop) in _blocks(keys):
+            begin, end = old.get(block, (-1, -1))
+            if begin >= to and begin >= run[1]:
+                if begin != run[1] or to != run[2] + run[1] - run[0]:
+                    flush()
+                    run = begin, begin, to
+                run = run[0], end, run[2]
+                continue
+            flush()
+            run = stop, stop, stop
+            mover.truncate(to)
+            new = keys[to:stop]
+            for rows in chunks(len(new), mover.bounds):
+                mover.forward(self._embeds(new[rows]), np.empty(0, np.int64))
+            computed += len(new)
+        flush()
+        mover.truncate(len(keys))
+        self._held = list(keys)
+        self.stats.prefilled_tokens += computed
+        self.stats.reprefilled_tokens += max(0, computed - (_last_frame(keys) if arrived else 0))
+
     def _extend(self, keys: list[Any], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
+        if self._mover is not None:
+            self._rebase(keys, self._mover, arrived=arrived)
+            return
         same = 0
         while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
             same += 1
@@ -393,6 +449,17 @@ class StreamSession(Session):
         self.stats.reprefilled_tokens += max(0, len(new) - (_last_frame(keys) if arrived else 0))
         for rows in chunks(len(new), self.engine.bounds):
             self._forward(new[rows], self._embeds(new[rows]), 0)
+
+
+def _blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
+    """Frames with the text before each: what one is told by (its text, its content and size), and its positions."""
+    found, begin = [], 0
+    for at, key in enumerate(keys):
+        if isinstance(key, tuple) and key[1] == key[0].tokens - 1:
+            text = tuple(one for one in keys[begin:at] if not isinstance(one, tuple))
+            found.append(((text, key[0]), (begin, at + 1)))
+            begin = at + 1
+    return found
 
 
 def _last_frame(keys: Sequence[Any]) -> int:

@@ -17,7 +17,7 @@ from penguin_edge.generate import EagerEngine
 from penguin_edge.model import PenguinModel
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear
-from penguin_edge.runtime.engine import F32, I64, Engine
+from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
 
 TESTS = Path(__file__).parent
 CLIP = TESTS / "media" / "polar_bear.mp4"
@@ -72,6 +72,7 @@ class CountingEngine:
         self.name = self.inner.name
         self.config: PenguinConfig = self.inner.config
         self.bounds = self.inner.bounds
+        self.can_move = isinstance(self.inner, MovingEngine) and self.inner.can_move
         self.reset()
 
     def reset(self) -> None:
@@ -99,3 +100,7 @@ class CountingEngine:
 
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)
+
+    def move(self, begin: int, end: int, to: int) -> None:
+        assert isinstance(self.inner, MovingEngine)
+        self.inner.move(begin, end, to)

@@ -30,15 +30,15 @@ def answer(of: Session, question: str, **options: Any) -> list[int]:
     return [token.id for token in of.ask(question, options=SHORT, **options)]
 
 
-def from_nothing(of: StreamSession) -> np.ndarray:
-    """Logits after the window, by an engine that has not seen it before."""
+def from_nothing(of: StreamSession) -> tuple[np.ndarray, EagerEngine]:
+    """Logits after the window, by an engine that has not seen it before, and this engine."""
     keys = of.prompt_keys()
     engine = EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len)
     embeds = of._embeds(keys)
     for begin in range(0, len(keys), 100):
         piece = embeds[begin : begin + 100]
         logits = engine.forward(piece, np.full(int(begin + 100 >= len(keys)), -1))
-    return logits[0]
+    return logits[0], engine
 
 
 def test_frames_are_prefilled_as_they_come_and_a_question_pays_for_itself() -> None:
@@ -91,6 +91,37 @@ def test_a_full_budget_shrinks_old_frames_and_the_cache_follows(shrink: Any) -> 
         assert frame.pixels.shape == (planned.height, planned.width, 3)
 
 
+def test_a_moved_cache_computes_changed_frames_alone() -> None:
+    told = {}
+    for cache in ("recompute", "rebase"):
+        run, engine = stream(capacity=700, budget=90, cache=cache, window_s=5.0, question_tokens=32, answer_tokens=32)
+        for i in range(20):
+            run.push(picture(i, 140, 168), i / 2)
+        told[cache] = run.stats
+        assert engine.forwarded_tokens == run.stats.prefilled_tokens
+        assert answer(run, "What is it?")
+    assert told["recompute"].moved_tokens == 0 < told["rebase"].moved_tokens
+    assert told["rebase"].reprefilled_tokens < told["recompute"].reprefilled_tokens / 3
+    assert told["rebase"].reencoded == told["recompute"].reencoded
+
+
+def test_an_engine_that_fails_in_the_middle_is_asked_for_everything_again() -> None:
+    run, engine = stream(budget=60, cache="rebase", window_s=3.0)
+    for i in range(6):
+        run.push(picture(i), float(i))
+    forward = engine.inner.forward
+    engine.inner.forward = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        run.push(picture(6), 6.0)
+    engine.inner.forward = forward  # type: ignore[method-assign]
+    run.push(picture(7), 7.0)
+    again, _ = stream(budget=60, cache="rebase", window_s=3.0)
+    for i in range(4, 8):
+        again.push(picture(i), float(i))
+    assert run.prompt_keys() == again.prompt_keys() == run._held
+    assert answer(run, "What is it?") == answer(again, "What is it?")
+
+
 def test_the_window_moves_on() -> None:
     run, engine = stream(window_s=3.0)
     for i in range(12):
@@ -134,6 +165,12 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         run.set_budget(0)
     with pytest.raises(InputError, match="known: encode, pool"):
         stream(shrink="guess")
+    with pytest.raises(InputError, match="known: recompute, rebase"):
+        stream(cache="guess")
+    still = CountingEngine()
+    still.can_move = False
+    with pytest.raises(InputError, match="cannot move positions"):
+        StreamSession(still, tiny_tokenizer(), cache="rebase")
     with pytest.raises(BudgetError, match="shorten"):
         stream(capacity=128)
 
@@ -185,10 +222,15 @@ def test_pooling_keeps_means() -> None:
 class Streaming(RuleBasedStateMachine):
     """Anything a user may do, in any order; the cache always is what it would be from nothing."""
 
-    @initialize(budget=st.sampled_from([None, 20, 60]), shrink=st.sampled_from(["encode", "pool"]))
-    def begin(self, budget: int | None, shrink: Any) -> None:
+    @initialize(
+        budget=st.sampled_from([None, 20, 60]),
+        shrink=st.sampled_from(["encode", "pool"]),
+        cache=st.sampled_from(["recompute", "rebase"]),
+    )
+    def begin(self, budget: int | None, shrink: Any, cache: Any) -> None:
+        self.cache = cache
         self.run, self.engine = stream(
-            capacity=420, budget=budget, shrink=shrink, window_s=6.0, question_tokens=24, answer_tokens=10
+            capacity=420, budget=budget, shrink=shrink, cache=cache, window_s=6.0, question_tokens=24, answer_tokens=10
         )
         self.time, self.size = 0.0, (84, 112)
 
@@ -244,12 +286,19 @@ class Streaming(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "run") or not self.run._frames:
             return
-        wanted = from_nothing(self.run)
+        wanted, fresh = from_nothing(self.run)
         keys = self.run.prompt_keys()
-        self.engine.truncate(len(keys) - 1)
-        got = self.engine.forward(self.run._embeds(keys[-1:]), np.array([-1]))[0]
-        # Chunks of other lengths: sums in another order.
-        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        inner = self.engine.inner
+        assert isinstance(inner, EagerEngine)
+        # The first layer sees nothing of what stands before: its keys and values always are those from nothing.
+        for name in ("keys", "values"):
+            found, first = (getattr(one._cache, name)[0][:, :, : len(keys)] for one in (inner, fresh))
+            assert (found - first).abs().max() <= 2e-5 * first.abs().max()
+        if self.cache == "recompute":
+            self.engine.truncate(len(keys) - 1)
+            got = self.engine.forward(self.run._embeds(keys[-1:]), np.array([-1]))[0]
+            # Chunks of other lengths: sums in another order.
+            assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 TestStreaming = Streaming.TestCase

@@ -41,6 +41,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens at any time (default: the model's)")
     parser.add_argument("--window", type=seconds_of, default=60.0, metavar="S", help="default: %(default)s s")
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
+    parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
     parser.add_argument(
         "--target-first-token",
         type=seconds_of,
@@ -101,7 +102,13 @@ def run(args: argparse.Namespace) -> int:
     if args.stream:
         slowed = SlowedEngine(engine, *slow) if slow else engine
         session = StreamSession(
-            slowed, tokenizer, budget=args.budget, window_s=args.window, shrink=args.shrink, answer_tokens=16
+            slowed,
+            tokenizer,
+            budget=args.budget,
+            window_s=args.window,
+            shrink=args.shrink,
+            cache=args.cache,
+            answer_tokens=16,
         )
         options = StreamOptions(args.duration, first_token_ms=args.target_first_token)
         result |= bench_stream(session, _looped(args), options, _follow(args.duration))

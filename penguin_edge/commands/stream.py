@@ -38,6 +38,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--window", type=seconds_of, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
     )
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
+    parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
     parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         budget=args.budget,
         window_s=args.window,
         shrink=args.shrink,
+        cache=args.cache,
         answer_tokens=args.max_new_tokens,
     )
     answers: list[dict[str, Any]] = []

@@ -1,0 +1,81 @@
+"""Moved positions of a KV cache: the same in numpy, in PyTorch and in ONNX Runtime's buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.decoder import KVCache
+from penguin_edge.errors import InputError
+from penguin_edge.generate import EagerEngine
+from penguin_edge.runtime.engine import MovingEngine
+from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.kv_shift import move_positions
+
+SPAN = st.tuples(st.integers(0, 599), st.integers(0, 599), st.integers(0, 599)).map(sorted)
+
+
+@given(span=SPAN, dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_numpy_and_torch_move_alike_and_nothing_else(span: list[int], dtype: torch.dtype) -> None:
+    to, begin, end = span[0], span[1], span[2] + 1
+    text = tiny_model().config.text
+    cache = KVCache(text, 600, dtype, torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    for buffer in cache.keys + cache.values:
+        buffer.copy_(torch.randn(buffer.shape, generator=random))
+    keys, values = (one[0].numpy().copy() for one in (cache.keys, cache.values))
+    before = keys.copy(), values.copy()
+    move_positions(keys, values, begin, end, to, text.rope_theta)
+    cache.move(begin, end, to, text.rope_theta)
+    stop = to + end - begin
+    assert cache.length == stop
+    # fp16: one unit in the last place of values of at most 8.
+    assert np.abs(keys - cache.keys[0].numpy()).max() <= (1e-5 if dtype == torch.float32 else 8e-3)
+    assert np.array_equal(values, cache.values[0].numpy()) and np.array_equal(
+        values[:, :, to:stop], before[1][:, :, begin:end]
+    )
+    for now, then in zip((keys, values), before, strict=True):
+        assert np.array_equal(now[:, :, :to], then[:, :, :to]) and np.array_equal(now[:, :, end:], then[:, :, end:])
+
+
+def test_a_turn_is_exact() -> None:
+    """The same token at another place: its key in the first layer is that of a token computed there."""
+    engine, there = (EagerEngine(tiny_model(), max_seq_len=600) for _ in range(2))
+    embeds = engine.embed(np.arange(500) % 600)
+    engine.forward(embeds[:450], np.empty(0, np.int64))
+    there.forward(embeds[400:450], np.empty(0, np.int64))
+    for begin in range(400, 0, -50):  # in steps, each of which rounds
+        engine.move(begin, begin + 50, begin - 50)
+    assert engine.kv_len == 50
+    got, wanted = (one._cache.keys[0][:, :, :50] for one in (engine, there))
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_onnx_runtime_moves_as_eager_does(nano_bundle: Callable[[str, str], Path]) -> None:
+    checkpoint = Checkpoint.open("nano", note=lambda line: None)
+    eager = EagerEngine(checkpoint.load(), max_seq_len=512)
+    engine = open_engine(Bundle.read(nano_bundle("onnx", "fp32")), threads=1)
+    assert isinstance(engine, MovingEngine) and engine.can_move
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 4000, 300)
+    found = []
+    for one in (eager, engine):
+        embeds = one.embed(ids)
+        for begin in range(0, 300, 100):
+            one.forward(embeds[begin : begin + 100], np.empty(0, np.int64))
+        one.truncate(100)
+        one.move(180, 300, 100)
+        assert one.kv_len == 220
+        found.append(one.forward(embeds[:3], np.array([0, 2])))
+        with pytest.raises(InputError, match="wanted 0 <= to"):
+            one.move(10, 20, 15)
+    assert np.abs(found[0] - found[1]).max() <= 1e-4 * np.abs(found[0]).max()
