@@ -19,6 +19,8 @@ class SamplingOptions:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    max_ms: float | None = None
+    """Milliseconds from the question on after which the answer ends with the token that is there; None: no limit."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -29,6 +31,8 @@ class SamplingOptions:
             raise InputError(f"top_p is {self.top_p}, wanted above 0 and at most 1")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}, wanted 0 or more")
+        if self.max_ms is not None and not self.max_ms > 0:
+            raise InputError(f"max_ms is {self.max_ms}, wanted more than 0")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}, wanted 0 (off) or more")
 

@@ -339,10 +339,12 @@ class Session:
                 report.token_ids.append(token)
                 ended = token in self.config.eos_token_ids
                 text = stream.push(token)
-                finished = ended or len(report.token_ids) == options.max_new_tokens
+                full = len(report.token_ids) == options.max_new_tokens
+                late = options.max_ms is not None and now - begin >= 1e6 * options.max_ms
+                finished = ended or full or late
                 if finished:
                     text += stream.flush()
-                    report.finish_reason = "stop" if ended else "length"
+                    report.finish_reason = "stop" if ended else "length" if full else "deadline"
                 report.text += text
                 yield Token(token, text)
                 if finished:

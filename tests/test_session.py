@@ -282,3 +282,14 @@ def test_a_budget_below_one_token_each_is_refused() -> None:
     content = [{"type": "image", "image": picture(i)} for i in range(3)]
     with pytest.raises(BudgetError, match="3 images"):
         list(run.converse([{"role": "user", "content": content}], SHORT))
+
+
+def test_a_deadline_ends_an_answer_at_a_token() -> None:
+    run, engine = session()
+    run.push(picture(1), 0.0)
+    late = SamplingOptions(max_new_tokens=50, max_ms=1e-6)
+    assert len(list(run.ask("What is it?", options=late))) == 1 and run.report.finish_reason == "deadline"
+    soon = SamplingOptions(max_new_tokens=3, max_ms=1e9)
+    assert len(list(run.ask("What is it?", options=soon))) == 3 and run.report.finish_reason == "length"
+    with pytest.raises(InputError, match="max_ms"):
+        SamplingOptions(max_ms=0.0)

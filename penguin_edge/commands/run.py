@@ -30,6 +30,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--top-p", type=float, default=defaults.top_p, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    parser.add_argument("--max-ms", type=float, metavar="MS", help="end the answer so long after the question")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--fps", type=float, help="frames taken per second (default: the model's)")
     parser.add_argument("--max-frames", type=positive, help="most frames taken (default: the model's)")
@@ -73,7 +74,7 @@ def conversation(args: argparse.Namespace) -> list[Message]:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = SamplingOptions(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    options = SamplingOptions(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, args.max_ms)
     messages = conversation(args)
     for path in (*args.video, *args.image):
         if not Path(path).exists():
