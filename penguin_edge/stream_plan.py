@@ -126,7 +126,7 @@ class StreamPlanner:
         self.factor = PATCH * merge_size
         self.limits = limits
         self.tag_tokens = tag_tokens
-        self._t_min = self.config.min_factor * min_tokens
+        self.least_tokens = self.config.min_factor * min_tokens
         _check(limits, tag_tokens)
         self._held: deque[_Held] = deque()
         self._level = self._next = self._total = 0
@@ -232,7 +232,7 @@ class StreamPlanner:
         return rows * columns
 
     def _rung(self, held: _Held, level: int) -> int | None:
-        levels = rungs(held.size, self.factor, self._t_min, self.config.area_ratio)
+        levels = rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
         return levels[min(level, len(levels) - 1)][held.kind != KEY]
 
     def _sizes(self) -> dict[int, int]:

@@ -8,7 +8,8 @@
 One worker owns the session. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
 is given up for the new one. A question is taken as soon as the frame in work is done, before frames that wait: it is
 about what was ready then. While it is answered frames queue up, so the queue also says how old a frame can get. An
-error of the worker is raised by the next call, once; the stream goes on.
+error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a controller
+(`control.py`) chooses how large frames are, how many tokens the window has, and which frames are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.frames import Frame
+from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Token
@@ -112,16 +115,34 @@ class Watch:
 class Live:
     """See the top of this file. `push`, `ask`, `watch` and `close` may be called from any thread."""
 
-    def __init__(self, session: StreamSession, *, queued: int = QUEUE, fps: float | None = None) -> None:
+    def __init__(
+        self,
+        session: StreamSession,
+        *,
+        queued: int = QUEUE,
+        fps: float | None = None,
+        target: LatencyTarget | None = None,
+        cost: CostModel | None = None,
+        trace: Callable[[Decision], None] = lambda decision: None,
+    ) -> None:
         """
         Args:
             queued: frames that wait at most.
             fps: frames taken per second of their own time; None takes all.
+            target: what the controller keeps to, beginning with the first frame; a target that cannot be kept is an
+                error of that frame.
+            cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
+            trace: is told every decision, on the worker.
         Raises:
-            InputError: a queue without room, or no rate.
+            InputError: a queue without room, no rate, or a target without a cost model.
         """
         if queued < 1 or (fps is not None and not fps > 0):
             raise InputError(f"a queue of {queued} frames at {fps} frames per second, wanted more than nothing")
+        if target is not None and cost is None:
+            raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
+        self._target, self._cost, self._trace = target, cost, trace
+        self.control: LatencyControl | None = None
+        self._stride, self._offered, self._begun = 1, 0, _now()
         self.session = session
         self.stats = LiveStats()
         self._limit, self._fps = queued, fps
@@ -156,7 +177,8 @@ class Live:
         with self._changed:
             self._check()
             self.stats.frames_in += 1
-            if self._too_soon(copied.time):
+            self._offered += 1
+            if self._too_soon(copied.time) or self._offered % self._stride:
                 self.stats.dropped["rate"] += 1
                 return False
             if len(self._frames) == self._limit:
@@ -303,9 +325,12 @@ class Live:
 
     def _add(self, frame: Frame, arrived: int) -> None:
         try:
+            begin = _now()
             self.session.push(frame)
             self.stats.processed += 1
             self.stats.age_ms.append((_now() - arrived) / 1e6)
+            if self._target is not None:
+                self._steer((_now() - begin) / 1e6)
             stream = self.session._stream
             for watch in list(self._watches):
                 if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
@@ -315,7 +340,36 @@ class Live:
             self.stats.dropped["error"] += 1
             self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
+    def _steer(self, took_ms: float) -> None:
+        """Tell the controller what a frame took, and do what it decides."""
+        session = self.session
+        assert self._target is not None and self._cost is not None
+        if self.control is None:
+            device = Device(
+                session.engine.bounds,
+                session.config.image.video_merge_size,
+                session.planner.tag_tokens,
+                session.question_tokens,
+                session.recomputes,
+            )
+            budget = session.planner.limits.budget
+            room = session.planner.limits.room or budget
+            choices = settings(session.native_tokens(), session.floor_tokens(), min(budget, room))
+            self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
+            self._apply(self.control.setting)
+        elif session.last_work is not None:
+            self.control.observe_frame(session.last_work, took_ms)
+            if self.control.decide((_now() - self._begun) / 1e9) is not None:
+                self._apply(self.control.setting)
+
+    def _apply(self, setting: Setting) -> None:
+        self.session.frame_tokens = setting.frame_tokens
+        if setting.budget != self.session.planner.limits.budget:
+            self.session.set_budget(setting.budget)
+        self._stride = setting.stride
+
     def _answer(self, question: _Question) -> None:
+        past = self.session.engine.kv_len
         try:
             answer = self.session.ask(question.prompt, keep=question.keep, options=question.options)
             for token in answer:
@@ -324,6 +378,9 @@ class Live:
                     answer.close()
                     break
             end: BaseException | None = None
+            first = self.session.report.first_token_ms
+            if self.control is not None and first is not None:
+                self.control.observe_first(past, first)
         except Exception as error:  # raised again where the tokens are read
             end = error if isinstance(error, PenguinError) else _wrapped(error)
         with self._changed:

@@ -40,6 +40,7 @@ from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
 from penguin_edge.preprocess import resize
 from penguin_edge.prompt import Tokenizer, frame_tag
+from penguin_edge.runtime.control import Work
 from penguin_edge.runtime.engine import F32, Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Visual
@@ -47,7 +48,7 @@ from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session, Token, Turn
 from penguin_edge.stream_plan import Change, Limits, StreamPlanner
-from penguin_edge.tra import Plan
+from penguin_edge.tra import Plan, size_ladder
 
 Shrink = Literal["encode", "pool"]
 Following = Literal["recompute", "rebase"]
@@ -106,6 +107,10 @@ class StreamSession(Session):
         )
         self._refuse_media(True)
         self.shrink = shrink
+        self.frame_tokens: int | None = None
+        """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
+        self.last_work: Work | None = None
+        """What the last frame made the engine do."""
         self.question_tokens, self.answer_tokens = question_tokens, answer_tokens
         self.stats = StreamStats()
         self.clock = Clock()
@@ -208,6 +213,8 @@ class StreamSession(Session):
             self._numbers.append(self.stats.frames)
             self.planner.tag_tokens = max(self.planner.tag_tokens, self._tag_tokens(new.time))
             bound = self.engine.bounds.max_patches // self._stream.merge_size**2
+            if self.frame_tokens is not None:
+                bound = min(bound, self.frame_tokens)
             capped = cap_size(size, bound * self.planner.factor**2)
             found = self.planner.push(self._stream.kinds[-1], capped, new.time)
             self.stats.frames += 1
@@ -215,8 +222,35 @@ class StreamSession(Session):
             kept = self._numbers[-1:] == [self.stats.frames - 1]
             if kept:
                 self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
-        self._update(found, arrived=kept)
+        before = self.stats.prefilled_tokens
+        patches = self._update(found, arrived=kept)
+        prefilled = self.stats.prefilled_tokens - before
+        self.last_work = Work(size[0] * size[1], patches, prefilled, self.engine.kv_len - prefilled)
         return changes + found
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a frame that changes makes all behind it be computed again."""
+        return self._mover is None
+
+    def native_tokens(self) -> int:
+        """Of a frame like the last one, at its own size.
+
+        Raises:
+            InputError: no frame has come yet.
+        """
+        if not self._frames:
+            raise InputError("no frame has come yet")
+        rows, columns = size_ladder(*self._stream.size, self.planner.factor)[-1]
+        return rows * columns
+
+    def floor_tokens(self) -> int:
+        """The least that a frame like the last one takes, where the budget has room for it."""
+        return next(
+            rows * columns
+            for rows, columns in size_ladder(*self._stream.size, self.planner.factor)
+            if rows * columns >= min(self.planner.least_tokens, self.native_tokens())
+        )
 
     def set_budget(self, budget: int) -> list[Change]:
         """Keep another budget of visual tokens from now on; frames that it has no room for shrink or go.
@@ -362,15 +396,19 @@ class StreamSession(Session):
             self._turns = [replace(t, frames=t.frames - (index < t.frames)) for t in self._turns]
             self.stats.given_up[change.reason] += 1
 
-    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
-        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
+    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> tuple[int, ...]:
+        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new.
+
+        Returns:
+            Patches of each frame that went through the encoder.
+        """
         layout = self._current()
         shrunk = {change.frame for change in changes if change.tokens}
         if self.shrink == "pool":
             self._pool(layout.visuals, shrunk)
-        lacking = len(set(layout.visuals) - self._features.keys())
+        lacking = set(layout.visuals) - self._features.keys()
         self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
-        self.stats.encoded += lacking
+        self.stats.encoded += len(lacking)
         self.stats.reencoded += len(shrunk)
         for visual in set(self._features) - set(layout.visuals):
             self._feature_rows -= len(self._features.pop(visual))
@@ -381,6 +419,7 @@ class StreamSession(Session):
         with self.clock("prefill"):
             self._extend(self.prompt_keys(), arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
+        return tuple(visual.tokens * visual.merge_size**2 for visual in lacking)
 
     def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
         """Features of shrunk frames as means of what they had, where their size before is still known."""

@@ -111,7 +111,7 @@ def test_bench_and_compare_from_the_command_line(tmp_path: Path) -> None:
 
 def test_a_stream_is_measured(tmp_path: Path) -> None:
     done = cli(
-        "bench", "tiny", "--stream", CLIP, "--fps", 2, "--duration", 7, "--budget", 120, "--target-first-token", 0.001,
+        "bench", "tiny", "--stream", CLIP, "--fps", 2, "--duration", 7, "--budget", 120, "--target-first-token", 60000,
         "--slow-down", "2@3", "--threads", 1, "--max-seq-len", 1024, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -119,8 +119,8 @@ def test_a_stream_is_measured(tmp_path: Path) -> None:
     assert result["frames_in"] == result["frames_processed"] + result["frames_dropped"] and result["frames_in"] >= 12
     assert 0 < result["max_live_visual_tokens"] <= result["budget"] == 120
     assert result["memory_slope_mb_per_h"] is None and result["live_kv_tokens"] > 0
-    # Nothing answers within a microsecond.
-    assert result["deadlines"] == result["deadline_misses"] == len(result["samples"]["warm_ms"]) >= 2
+    assert result["deadlines"] == len(result["samples"]["warm_ms"]) >= 2 and result["deadline_misses"] == 0
+    assert all(one["reason"] for one in result["decisions"])
     for values in (result["frame_age_ms"], *result["first_token_ms"].values()):
         assert 0 < values["p50"] <= values["p95"] <= values["p99"]
     assert len(result["samples"]["cold_ms"]) == 3
@@ -128,6 +128,8 @@ def test_a_stream_is_measured(tmp_path: Path) -> None:
         (("--slow-down", "2@3"), "--stream CLIP"),
         (("--stream", CLIP, "--slow-down", "fast"), "FACTOR@SECOND"),
         (("--stream", "rtsp://x/y"), "live source"),
+        (("--stream", CLIP, "--target-frame", 5), "--target-first-token"),
+        (("--stream", CLIP, "--target-first-token", 0.001, "--threads", 1, "--duration", 3), "cannot be kept here"),
         (("--stream", tmp_path / "gone.mp4", "--threads", 1), "no such file"),
     ):
         done = cli("bench", "tiny", *arguments)

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from helpers import CountingEngine, picture, tiny_tokenizer
 
-from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.errors import BudgetError, InputError, PenguinError
+from penguin_edge.runtime.bench_stream import SlowedEngine
+from penguin_edge.runtime.control import Decision, LatencyTarget
+from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.profile import profile
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.stream import StreamSession
 
@@ -192,3 +196,39 @@ def test_answers_that_nobody_reads_do_not_pile_up() -> None:
             run.push(picture(0), float(i))
         run.wait()
     assert watch.missed == 40 + 1 - 16 and len(list(watch)) == 15
+
+
+def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
+    inner = CountingEngine(max_seq_len=1024)
+    cost = CostModel.from_json(profile(inner, repeat=1, progress=lambda line: None)["cost"])
+    engine = SlowedEngine(inner, 40.0, 0.0)
+    session = StreamSession(engine, tiny_tokenizer(), budget=400, cache="rebase")
+    told: list[Decision] = []
+    with Live(session, target=LatencyTarget(250.0, 200.0), cost=cost, trace=told.append) as run:
+        for i in range(3):
+            run.push(picture(i, 280, 280), float(i))
+            run.wait()
+        assert run.control is not None and session.frame_tokens is not None and session.frame_tokens >= 24
+        engine.start()
+        for i in range(3, 12):
+            run.push(picture(i, 280, 280), float(i))
+            run.wait()
+            if told:
+                break
+    assert told and told == list(run.control.decisions) and told[-1].reason == "slower than the target allows"
+    asked = run.control.setting
+    assert session.planner.limits.budget == asked.budget and session.visual_tokens <= asked.budget
+    assert (asked.frame_tokens, asked.budget) < (100, 400)
+
+
+def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
+    engine = CountingEngine(max_seq_len=1024)
+    cost = CostModel(
+        {"preprocess": [1, 0], "encode": [1, 0, 0], "project": [1, 0], "prefill": [9, 0, 0], "decode": [9, 0]}
+    )
+    with Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0), cost=cost) as run:
+        run.push(picture(0), 0.0)
+        with pytest.raises(BudgetError, match="cannot be kept here"):
+            run.wait()
+    with pytest.raises(InputError, match="penguin-edge profile"):
+        Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0))

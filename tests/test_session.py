@@ -285,7 +285,7 @@ def test_a_budget_below_one_token_each_is_refused() -> None:
 
 
 def test_a_deadline_ends_an_answer_at_a_token() -> None:
-    run, engine = session()
+    run, _ = session()
     run.push(picture(1), 0.0)
     late = SamplingOptions(max_new_tokens=50, max_ms=1e-6)
     assert len(list(run.ask("What is it?", options=late))) == 1 and run.report.finish_reason == "deadline"

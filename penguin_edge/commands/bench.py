@@ -19,7 +19,10 @@ from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, peak_mb, resident_mb
 from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Row, bench_model, read_bandwidth
 from penguin_edge.runtime.bench_stream import SlowedEngine, StreamOptions, bench_stream
+from penguin_edge.runtime.control import LatencyTarget
+from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.profile import load, profile
 from penguin_edge.runtime.sources import is_live, read_source
 from penguin_edge.runtime.stream import StreamSession
 
@@ -46,8 +49,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--target-first-token",
         type=seconds_of,
         metavar="MS",
-        help="count answers that begin later; nothing is adapted to it",
+        help="adapt sizes, budget and rate so that answers begin within this",
     )
+    parser.add_argument("--target-frame", type=seconds_of, metavar="MS", help="and frames are ready within this")
     parser.add_argument("--slow-down", metavar="FACTOR@SECOND", help="make every stage so much slower from then on")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
@@ -81,8 +85,10 @@ def slow_down(text: str | None) -> tuple[float, float] | None:
 
 def run(args: argparse.Namespace) -> int:
     slow = slow_down(args.slow_down)
-    if (slow or args.target_first_token) and not args.stream:
-        raise InputError("--slow-down and --target-first-token are for --stream CLIP")
+    if (slow or args.target_first_token or args.target_frame) and not args.stream:
+        raise InputError("--slow-down, --target-first-token and --target-frame are for --stream CLIP")
+    if args.target_frame and not args.target_first_token:
+        raise InputError("--target-frame goes with --target-first-token MS")
     if args.stream and is_live(args.stream):
         raise InputError(f"{args.stream}: a live source shows other pictures each time; name a clip, or use `stream`")
     begin = time.monotonic()
@@ -110,7 +116,14 @@ def run(args: argparse.Namespace) -> int:
             cache=args.cache,
             answer_tokens=16,
         )
-        options = StreamOptions(args.duration, first_token_ms=args.target_first_token)
+        target = cost = None
+        if args.target_first_token:
+            target = LatencyTarget(args.target_first_token, args.target_frame)
+            cost = load(bundle) if bundle else None
+            if cost is None:
+                say("no profile of this machine is kept with the model: measuring one")
+                cost = CostModel.from_json(profile(engine, repeat=2, progress=_line)["cost"])
+        options = StreamOptions(args.duration, target=target, cost=cost)
         result |= bench_stream(session, _looped(args), options, _follow(args.duration))
         result["peak_mb"] = peak_mb()
         _stream_table(result)
@@ -172,11 +185,13 @@ def _stream_table(result: dict[str, Any]) -> None:
         ("first token, new session", *_ms(result["first_token_ms"]["cold"])),
     ]
     print(table(shown, indent=""))
-    late = f"{result['deadline_misses']} of {result['deadlines']} answers late; " if result["deadlines"] else ""
+    late = f"{result['deadline_misses']} of {result['deadlines']} deadlines missed; " if result["deadlines"] else ""
     print(
         f"frames: {result['frames_processed']} of {result['frames_in']}, {result['frames_dropped']} dropped; {late}"
         f"visual tokens at most {result['max_live_visual_tokens']} of {result['budget']}; per frame "
         f"{result['reencodings_per_frame']:.2f} encoded again, {result['reprefilled_tokens_per_frame']:.1f} tokens "
         "prefilled again"
     )
+    for one in result["decisions"]:
+        say(f"{one['time']:7.1f} s  {one['from']} -> {one['to']}: {one['reason']}")
     say(f"resident {result['memory_mb'] or 0:.0f} MB, at most {result['peak_mb']:.0f} MB")
