@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
 from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
 from penguin_edge.runtime.cost import CostModel
@@ -130,7 +130,7 @@ class Live:
             queued: frames that wait at most.
             fps: frames taken per second of their own time; None takes all.
             target: what the controller keeps to, beginning with the first frame; a target that cannot be kept is an
-                error of that frame.
+                error of that frame, and given up.
             cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
             trace: is told every decision, on the worker.
         Raises:
@@ -355,7 +355,11 @@ class Live:
             budget = session.planner.limits.budget
             room = session.planner.limits.room or budget
             choices = settings(session.native_tokens(), session.floor_tokens(), min(budget, room))
-            self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
+            try:
+                self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
+            except BudgetError as error:  # said once; the stream goes on as if without a target
+                self._target, self._error = None, error
+                return
             self._apply(self.control.setting)
         elif session.last_work is not None:
             self.control.observe_frame(session.last_work, took_ms)

@@ -230,5 +230,8 @@ def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
         run.push(picture(0), 0.0)
         with pytest.raises(BudgetError, match="cannot be kept here"):
             run.wait()
+        run.push(picture(1), 1.0)
+        run.wait()
+        assert run.stats.processed == 2 and not run.stats.dropped
     with pytest.raises(InputError, match="penguin-edge profile"):
         Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0))
