@@ -41,9 +41,11 @@ from penguin_edge.layout import cap_size
 from penguin_edge.preprocess import resize
 from penguin_edge.prompt import Tokenizer, frame_tag
 from penguin_edge.runtime.control import Work
-from penguin_edge.runtime.engine import F32, Engine, MovingEngine, chunks
+from penguin_edge.runtime.engine import Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.ledger import blocks, last_frame
 from penguin_edge.runtime.media import Visual
+from penguin_edge.runtime.pool import pooled
 from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session, Token, Turn
@@ -438,7 +440,7 @@ class StreamSession(Session):
 
     def _rebase(self, keys: list[Any], mover: MovingEngine, *, arrived: bool) -> None:
         """Bring the KV cache to `keys`: frames that it holds are moved, the others computed where they stand."""
-        old = dict(reversed(_blocks(self._held)))
+        old = dict(reversed(blocks(self._held)))
         # Should an engine fail on the way, nothing in the cache is where it was.
         self._held = []
         computed, run = 0, (0, 0, 0)  # begin, end, to: neighbours that move alike are moved at once
@@ -449,7 +451,7 @@ class StreamSession(Session):
                 mover.move(begin, end, to)
                 self.stats.moved_tokens += (end - begin) * (begin != to)
 
-        for block, (to, stop) in _blocks(keys):
+        for block, (to, stop) in blocks(keys):
             begin, end = old.get(block, (-1, -1))
             if begin >= to and begin >= run[1]:
                 if begin != run[1] or to != run[2] + run[1] - run[0]:
@@ -468,7 +470,7 @@ class StreamSession(Session):
         mover.truncate(len(keys))
         self._held = list(keys)
         self.stats.prefilled_tokens += computed
-        self.stats.reprefilled_tokens += max(0, computed - (_last_frame(keys) if arrived else 0))
+        self.stats.reprefilled_tokens += max(0, computed - (last_frame(keys) if arrived else 0))
 
     def _extend(self, keys: list[Any], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
@@ -485,45 +487,6 @@ class StreamSession(Session):
         del self._held[same:]
         new = keys[same:]
         self.stats.prefilled_tokens += len(new)
-        self.stats.reprefilled_tokens += max(0, len(new) - (_last_frame(keys) if arrived else 0))
+        self.stats.reprefilled_tokens += max(0, len(new) - (last_frame(keys) if arrived else 0))
         for rows in chunks(len(new), self.engine.bounds):
             self._forward(new[rows], self._embeds(new[rows]), 0)
-
-
-def _blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
-    """Frames with the text before each: what one is told by (its text, its content and size), and its positions."""
-    found, begin = [], 0
-    for at, key in enumerate(keys):
-        if isinstance(key, tuple) and key[1] == key[0].tokens - 1:
-            text = tuple(one for one in keys[begin:at] if not isinstance(one, tuple))
-            found.append(((text, key[0]), (begin, at + 1)))
-            begin = at + 1
-    return found
-
-
-def _last_frame(keys: Sequence[Any]) -> int:
-    """Positions of the last frame: its tokens and the text between it and the frame before."""
-    count, visual = 0, keys[-1][0] if keys else None
-    for key in reversed(keys):
-        if isinstance(key, tuple) and key[0] != visual:
-            break
-        count += 1
-    return count
-
-
-def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:
-    """Visual tokens [rows*columns, H] of a grid as means over a coarser one, each cell weighted by its overlap."""
-    rows, columns = before
-    grid = features.reshape(rows, columns, -1)
-    down, across = _weights(rows, after[0]), _weights(columns, after[1])
-    out = np.einsum("ar,rch,bc->abh", down, grid, across, optimize=True)
-    return np.ascontiguousarray(out.reshape(after[0] * after[1], -1), dtype=np.float32)
-
-
-def _weights(before: int, after: int) -> F32:
-    """[after, before], rows of sum 1."""
-    edges = np.arange(before + 1) * (after / before)
-    low = np.maximum(edges[None, :-1], np.arange(after)[:, None])
-    high = np.minimum(edges[None, 1:], np.arange(1, after + 1)[:, None])
-    weights = np.clip(high - low, 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

@@ -14,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.generate import EagerEngine
+from penguin_edge.runtime.pool import pooled
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession, pooled
+from penguin_edge.runtime.stream import StreamSession
 
 SHORT = SamplingOptions(max_new_tokens=8)
 

@@ -1,0 +1,25 @@
+"""Visual tokens of a frame averaged over a coarser grid, in the place of encoding a smaller picture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penguin_edge.runtime.engine import F32
+
+
+def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:
+    """Visual tokens [rows*columns, H] of a grid as means over a coarser one, each cell weighted by its overlap."""
+    rows, columns = before
+    grid = features.reshape(rows, columns, -1)
+    down, across = _weights(rows, after[0]), _weights(columns, after[1])
+    out = np.einsum("ar,rch,bc->abh", down, grid, across, optimize=True)
+    return np.ascontiguousarray(out.reshape(after[0] * after[1], -1), dtype=np.float32)
+
+
+def _weights(before: int, after: int) -> F32:
+    """[after, before], rows of sum 1."""
+    edges = np.arange(before + 1) * (after / before)
+    low = np.maximum(edges[None, :-1], np.arange(after)[:, None])
+    high = np.minimum(edges[None, 1:], np.arange(1, after + 1)[:, None])
+    weights = np.clip(high - low, 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
