@@ -1,0 +1,59 @@
+"""Memory given back to the system: nothing that was written is lost, and what is read again is right."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.machine import page_out, resident_mb, trim_heap
+from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says which pages are resident")
+
+
+def mapped_kb(path: Path) -> int:
+    """Resident kilobytes of this process's mappings of a file."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            here = line.endswith(str(path.resolve()))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+def test_pages_of_a_file_are_given_back_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    wanted = np.random.default_rng(0).integers(0, 256, 4 << 20, dtype=np.uint8)
+    with path.open("wb") as stream:
+        stream.write(wanted.data)
+        stream.flush()
+        os.fsync(stream.fileno())  # pages that are not on the disk yet would stay
+    mapped = np.memmap(path, np.uint8, "c")
+    mapped[5] = 77  # a private copy of its page, which the file does not have
+    assert int(mapped[wanted != 0].sum()) and mapped_kb(path) >= 4096
+    page_out(path)
+    assert mapped_kb(path) <= 1024  # a large page that holds the private one may stay whole
+    assert mapped[5] == 77 and np.array_equal(mapped[4096:], wanted[4096:])
+    page_out(tmp_path / "another")
+    trim_heap()
+    assert resident_mb() > 0 and resident_mb(2**22 + 1) == 0
+
+
+def test_an_engine_gives_back_the_weights_that_it_has_copied(nano_bundle: Callable[[str, str], Path]) -> None:
+    bundle = Bundle.read(nano_bundle("onnx", "int8"))
+    engine = OnnxRuntimeEngine.open(bundle, threads=1)
+    first = engine.forward(engine.embed(np.arange(20)), np.array([-1]))
+    data = bundle.path("decoder.onnx.data")
+    # What is read in place, norms above all, comes back; products do not.
+    assert mapped_kb(data) * 1024 < data.stat().st_size / 4
+    engine.truncate(0)
+    page_out(data)
+    assert np.array_equal(engine.forward(engine.embed(np.arange(20)), np.array([-1])), first)
