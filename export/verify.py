@@ -51,13 +51,13 @@ TOLERANCES = {
     "fp16": Tolerance(3e-2, 0.999, 0.9, "engines round to half precision at other places; near-ties may flip"),
 }
 QUANTIZED = Tolerance(
-    5e-2, 0.999, 0.96, "activations at the border of two levels round either way, each time by a whole level"
+    5e-2, 0.999, 0.99, "activations at the border of two levels round either way, each time by a whole level"
 )
 
 
 NOISE = 2
 """Times that an engine may differ from a model as this differs from itself: both are draws of one noise."""
-LEAST = Tolerance(0.2, 0.99, 0.96, "what is looser tells nothing")
+LEAST = Tolerance(0.2, 0.99, 0.99, "what is looser tells nothing")
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
