@@ -119,7 +119,7 @@ def bench_stream(
         frames: of a source that goes on for long enough.
         progress: told after each frame, with the stream's time.
     """
-    found = _Samples()
+    found, budget = _Samples(), session.planner.limits.budget
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if isinstance(session.engine, SlowedEngine):
         session.engine.start()
@@ -151,7 +151,8 @@ def bench_stream(
         "deadlines": deadlines,
         "deadline_misses": missed,
         "decisions": [decision.to_json() for decision in live.control.decisions] if live.control else [],
-        "budget": session.planner.limits.budget,
+        "budget": budget,
+        "budget_at_end": session.planner.limits.budget,
         "max_live_visual_tokens": stats.max_visual_tokens,
         "live_kv_tokens": len(session.prompt_keys()),
         "visual_tokens_per_frame": session.visual_tokens / max(1, len(session.times)),
