@@ -6,14 +6,15 @@
             print(token.text, end="")
 
 One worker owns the session. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
-is given up for the new one. A question is taken as soon as the frame in work is done, before frames that wait: it is
-about what was ready then. While it is answered frames queue up, so the queue also says how old a frame can get. An
-error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a controller
-(`control.py`) chooses how large frames are, how many tokens the window has, and which frames are left out.
+is given up for the new one. A question is taken once the frame in work is done, and what watches say of it, before
+frames that wait: it is about what was ready then. While it is answered frames queue up, so the queue also says how old
+a frame can get. An error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a
+controller (`control.py`) chooses how large frames are, how many tokens the window has, and which frames are left out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -108,8 +109,9 @@ class Watch:
                 self._answers.put_nowait(answer)
                 return
             except queue.Full:
-                self._answers.get_nowait()
-                self.missed += 1
+                with contextlib.suppress(queue.Empty):  # read meanwhile: then there is room
+                    self._answers.get_nowait()
+                    self.missed += 1
 
 
 class Live:

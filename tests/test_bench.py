@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.generate import EagerEngine
 from penguin_edge.runtime.bench import BenchOptions, bench_model, percentiles
-from penguin_edge.runtime.bench_stream import SlowedEngine, slope
+from penguin_edge.runtime.bench_stream import SlowedEngine, _deadlines, slope
 from penguin_edge.runtime.compare import change, compare, read
+from penguin_edge.runtime.control import LatencyTarget
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -61,6 +62,12 @@ def test_an_engine_is_slowed_from_its_second_on(monkeypatch: pytest.MonkeyPatch)
     for _ in range(4):
         engine.project(np.zeros(1))
     assert slept == [2.0, 2.0]
+
+
+def test_deadlines_are_those_of_answers_and_of_frames_that_have_one() -> None:
+    assert _deadlines(None, [1.0], [1.0]) == (0, 0)
+    assert _deadlines(LatencyTarget(10.0), [9.0, 11.0], [99.0]) == (2, 1)
+    assert _deadlines(LatencyTarget(10.0, 5.0), [9.0, 11.0], [4.0, 6.0, 7.0]) == (5, 3)
 
 
 def test_memory_is_extrapolated_after_ten_minutes_alone() -> None:
