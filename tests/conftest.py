@@ -1,11 +1,13 @@
 """The shared parts of the golden tests are no test files of their own: let their assertions say what they saw, too."""
 
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,32 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
         return out
 
     return export
+
+
+@pytest.fixture(scope="session")
+def _browser() -> Iterator[Any]:
+    """Headless Chromium of the system; nothing is fetched."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium; Debian, Ubuntu: apt install chromium")
+    offline = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as tool:
+        browser = tool.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--no-first-run", *offline]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(_browser: Any) -> Iterator[Any]:
+    """An empty page of 1280 by 900; what goes wrong in it fails the test."""
+    page = _browser.new_page(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    yield page
+    page.close()
+    assert not wrong
