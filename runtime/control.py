@@ -2,7 +2,7 @@
 
 A setting is how much is asked of the machine. They are tried in this order, and left in the other:
 
-1. key frames get smaller: at most a quarter of native, a sixteenth, … down to the floor;
+1. key frames get smaller: at most half of native, a quarter, … down to the floor;
 2. the budget of visual tokens halves, down to a few floors;
 3. frames are left out: every second is taken, every fourth, every eighth.
 
@@ -28,21 +28,35 @@ MARGIN = 0.8
 HOLD_S, LONGEST_S = 3.0, 60.0
 EASING = 0.25
 """Weight of the newest observation when it is faster than the correction says; a slower one weighs twice that."""
+FADING, WAIT = 0.95, 0.5
+"""Share of the longest wait that is left a frame later, and of the frame's limit that it may take."""
 KEPT = 1000
 """Decisions that are remembered."""
 
 
 @dataclass(frozen=True)
 class LatencyTarget:
-    """Milliseconds: from a question to its first token, and from a frame's turn to its being ready."""
+    """Milliseconds from a question to its first token, and from a frame's arrival to its being ready; tokens per second
+    of an answer, at least. None: no such limit."""
 
     first_token_ms: float
     frame_ms: float | None = None
+    tokens_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        for value in (self.first_token_ms, self.frame_ms):
+        for value, unit in (
+            (self.first_token_ms, "ms"),
+            (self.frame_ms, "ms"),
+            (self.tokens_per_s, "tokens per second"),
+        ):
             if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"a latency target of {value} ms, wanted more than 0")
+                raise InputError(f"a latency target of {value} {unit}, wanted more than 0")
+
+    def __str__(self) -> str:
+        parts = [f"a first token within {self.first_token_ms:g} ms"]
+        parts += [f"frames within {self.frame_ms:g} ms"] if self.frame_ms else []
+        parts += [f"{self.tokens_per_s:g} tokens per second"] if self.tokens_per_s else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,25 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """What one frame made the engine do: patches of each frame encoded, positions prefilled after `past`."""
+    """What one frame made the engine do: `pixels` as it came; (frames, patches of each) of every call of the encoder;
+    positions prefilled after `past`, in so many `pieces` that are not neighbours."""
 
     pixels: int
-    patches: tuple[int, ...]
+    encoded: tuple[tuple[int, int], ...]
     prefilled: int
     past: int
+    pieces: int = 1
+    moved: int = 0
+    """Positions of the cache that were given another place."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds: the costliest frame, a question's first token, one more token."""
+
+    frame: float
+    first: float
+    token: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Device:
-    """What predictions need to know beside the cost model."""
+    """What predictions need to know beside the cost model. `tokens` are visual ones, `pixels` those of a frame."""
 
     bounds: Bounds
     merge: int
@@ -90,13 +117,19 @@ class Device:
     question_tokens: int
     recompute: bool
     """Whether a frame that changes makes all behind it be computed again."""
+    pixels: int
+    floor_tokens: int
+    """The least that a kept frame takes."""
+    frames: int
+    """Frames that the window will hold if all are taken."""
 
 
 def settings(native: int, floor: int, budget: int) -> list[Setting]:
     """All settings, in order; `native` and `floor` are tokens of one frame."""
     frame, found = min(native, budget), [Setting(budget, min(native, budget))]
     while frame > floor:
-        frame = max(floor, frame // STEP)
+        # Near the floor a frame that steps down frees so little that many have to.
+        frame = frame // 2 if frame >= 8 * floor else floor
         found.append(Setting(budget, frame))
     while budget > 4 * floor:
         budget = max(4 * floor, budget // 2)
@@ -124,16 +157,15 @@ class LatencyControl:
         self.target, self.cost, self.device, self.choices = target, cost, device, choices
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
         self._trace = trace
-        self._slower = {"frame": 1.0, "first": 1.0}
-        self._observed = 0.0
+        self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
+        self._observed = self._waited = 0.0
         self._changed, self._hold, self._rose = 0.0, HOLD_S, False
         least = self.predicted(choices[-1])
         if not self._within(least, 1.0):
             raise BudgetError(
-                f"a first token within {target.first_token_ms:g} ms"
-                + (f" and frames within {target.frame_ms:g} ms" if target.frame_ms else "")
-                + " cannot be kept here: with the least of everything this machine is predicted to need "
-                f"{least[1]:.0f} and {least[0]:.0f} ms; choose another target, or a smaller model"
+                f"{target} cannot be kept here: with the least of everything this machine is predicted to need "
+                f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "
+                f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
             )
         self.index = self._first(1.0)
 
@@ -144,32 +176,58 @@ class LatencyControl:
     def work_ms(self, work: Work) -> float:
         """What one frame's work is predicted to take, uncorrected."""
         cost, merged = self.cost, self.device.merge**2
-        encoded = sum(cost.stage_ms("encode", p) + cost.stage_ms("project", p // merged) for p in work.patches)
-        prefill = cost.prefill_ms(work.prefilled, work.past, self.device.bounds) if work.prefilled else 0.0
-        return cost.stage_ms("preprocess", work.pixels) + encoded + prefill
+        spent = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+        for frames, patches in work.encoded:
+            spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merged)
+        if work.prefilled:
+            each = -(-work.prefilled // work.pieces)
+            spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
+        return spent + (cost.stage_ms("move", work.moved) if work.moved else 0.0)
 
-    def predicted(self, setting: Setting) -> tuple[float, float]:
-        """The costliest frame and a question's first token, milliseconds, uncorrected."""
-        device, merged = self.device, self.device.merge**2
+    def window(self, setting: Setting) -> int:
+        """Positions that the window will take when it is full."""
+        device = self.device
+        frames = max(1, min(device.frames // setting.stride, setting.budget // device.floor_tokens))
+        room = device.bounds.max_seq_len - device.question_tokens - setting.frame_tokens - device.tag_tokens
+        return max(0, min(room, setting.budget + frames * device.tag_tokens))
+
+    def costliest(self, setting: Setting) -> Work:
+        """Of a frame that makes others step down: what that frees was tokens of frames that are encoded again at a
+        quarter, or go when they are at the floor."""
+        device, window = self.device, self.window(setting)
+        piece = max(device.floor_tokens, setting.frame_tokens // STEP)
+        again = 0
+        if setting.frame_tokens > device.floor_tokens:
+            again = max(1, round((1 - LOW) * setting.budget / (setting.frame_tokens - piece)))
+        most, merged = device.bounds.max_batch, device.merge**2
+        encoded = [(min(again - i, most), piece * merged) for i in range(0, again, most)]
+        encoded.append((1, setting.frame_tokens * merged))
         new = setting.frame_tokens + device.tag_tokens
-        # A step down: what it frees was tokens of a size that is encoded again at a quarter.
-        shrunk = int((1 - LOW) * setting.budget / (STEP - 1)) * merged
-        window = min(device.bounds.max_seq_len - new, 2 * setting.budget)
-        prefilled, past = (window + new, 0) if device.recompute else (new, window)
-        patches = (setting.frame_tokens * merged, *((shrunk,) if shrunk else ()))
-        frame = self.work_ms(Work(setting.frame_tokens * merged * 196, patches, prefilled, past))
-        question = self.cost.prefill_ms(device.question_tokens, window, device.bounds)
+        if device.recompute:
+            return Work(device.pixels, tuple(encoded), int(LOW * window) + new, 0)
+        changed = again * (piece + device.tag_tokens)
+        return Work(device.pixels, tuple(encoded), changed + new, window, again + 1, window)
+
+    def predicted(self, setting: Setting) -> Costs:
+        """Uncorrected."""
+        window, frame = self.window(setting), self.work_ms(self.costliest(setting))
+        question = self.cost.prefill_ms(self.device.question_tokens, window, self.device.bounds)
+        token = self.cost.stage_ms("decode", window)
         # The frame in work is finished first.
-        return frame, frame + question + self.cost.stage_ms("decode", window)
+        return Costs(frame, frame + question + token, token)
 
-    def observe_frame(self, work: Work, took_ms: float) -> None:
-        """What a frame took, from its turn to the end of its prefill."""
+    def observe_frame(self, work: Work, took_ms: float, waited_ms: float = 0.0) -> None:
+        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn."""
         self._observe("frame", took_ms, self.work_ms(work))
+        self._waited = max(waited_ms, FADING * self._waited)
 
-    def observe_first(self, past: int, took_ms: float) -> None:
-        """What a question took to its first token, after `past` positions, once the worker was free."""
+    def observe_answer(self, past: int, first_ms: float, token_ms: float | None = None) -> None:
+        """What a question took to its first token, after `past` positions, once the worker was free, and one more
+        token of its answer."""
         question = self.cost.prefill_ms(self.device.question_tokens, past, self.device.bounds)
-        self._observe("first", took_ms, question)
+        self._observe("first", first_ms, question)
+        if token_ms is not None:
+            self._observe("token", token_ms, self.cost.stage_ms("decode", past))
 
     def _observe(self, what: str, took: float, predicted: float) -> None:
         ratio = min(max(took / max(predicted, 1e-3), 0.1), 100.0)
@@ -198,20 +256,26 @@ class LatencyControl:
         if not reason:
             return None
         before, self.index, self._changed = self.setting, wanted, now
-        frame, first = self._corrected(self.setting, slower)
-        decision = Decision(now, before, self.setting, max(frame, first), self._observed, reason)
+        found = self._corrected(self.setting, slower)
+        decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
         self.decisions.append(decision)
         self._trace(decision)
         return decision
 
-    def _corrected(self, setting: Setting, slower: float) -> tuple[float, float]:
-        frame, first = self.predicted(setting)
-        return frame * slower, first * slower
+    def _corrected(self, setting: Setting, slower: float) -> Costs:
+        """As observed: a frame waits for its turn, too, while a question is answered."""
+        found = self.predicted(setting)
+        # A wait of more than that no setting would make good.
+        wait = min(self._waited, WAIT * self.target.frame_ms) if self.target.frame_ms else 0.0
+        return Costs(slower * found.frame + wait, slower * found.first, slower * found.token)
 
-    def _within(self, costs: tuple[float, float], share: float) -> bool:
-        frame, first = costs
-        fits = first <= share * self.target.first_token_ms
-        return fits and (self.target.frame_ms is None or frame <= share * self.target.frame_ms)
+    def _within(self, costs: Costs, share: float) -> bool:
+        target = self.target
+        return (
+            costs.first <= share * target.first_token_ms
+            and (target.frame_ms is None or costs.frame <= share * target.frame_ms)
+            and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
+        )
 
     def _first(self, slower: float) -> int:
         """The first setting that fits, else the last."""

@@ -5,8 +5,13 @@ A key is a token id, or (frame at a size, its n-th token); a block is a frame's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from penguin_edge.runtime.engine import F32, MovingEngine, chunks
 
 
 def blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
@@ -28,3 +33,48 @@ def last_frame(keys: Sequence[Any]) -> int:
             break
         count += 1
     return count
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """Positions that were computed, in so many calls' worth of `pieces`, and that were moved."""
+
+    computed: int
+    pieces: int
+    moved: int
+
+
+def rebase(
+    mover: MovingEngine, held: Sequence[Any], keys: Sequence[Any], embeds: Callable[[list[Any]], F32]
+) -> Rebased:
+    """Bring a KV cache that holds `held` to `keys`: frames in both are moved, the others computed where they stand.
+
+    Should the engine fail on the way, the cache holds neither.
+    """
+    old = dict(reversed(blocks(held)))
+    computed, moved, pieces, run = 0, 0, 0, (0, 0, 0)  # begin, end, to: neighbours that move alike are moved at once
+
+    def flush() -> int:
+        begin, end, to = run
+        if end > begin:
+            mover.move(begin, end, to)
+        return (end - begin) * (begin != to)
+
+    for block, (to, stop) in blocks(keys):
+        begin, end = old.get(block, (-1, -1))
+        if begin >= to and begin >= run[1]:
+            if begin != run[1] or to != run[2] + run[1] - run[0]:
+                moved += flush()
+                run = begin, begin, to
+            run = run[0], end, run[2]
+            continue
+        moved += flush()
+        run = stop, stop, stop
+        mover.truncate(to)
+        new = list(keys[to:stop])
+        for rows in chunks(len(new), mover.bounds):
+            mover.forward(embeds(new[rows]), np.empty(0, np.int64))
+        computed, pieces = computed + len(new), pieces + 1
+    moved += flush()
+    mover.truncate(len(keys))
+    return Rebased(computed, max(1, pieces), moved)

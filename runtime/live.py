@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
-from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting, settings
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -332,7 +332,7 @@ class Live:
             self.stats.processed += 1
             self.stats.age_ms.append((_now() - arrived) / 1e6)
             if self._target is not None:
-                self._steer((_now() - begin) / 1e6)
+                self._steer((_now() - begin) / 1e6, (begin - arrived) / 1e6)
             stream = self.session._stream
             for watch in list(self._watches):
                 if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
@@ -342,21 +342,15 @@ class Live:
             self.stats.dropped["error"] += 1
             self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
-    def _steer(self, took_ms: float) -> None:
+    def _steer(self, took_ms: float, waited_ms: float) -> None:
         """Tell the controller what a frame took, and do what it decides."""
         session = self.session
         assert self._target is not None and self._cost is not None
+        device = session.device()
         if self.control is None:
-            device = Device(
-                session.engine.bounds,
-                session.config.image.video_merge_size,
-                session.planner.tag_tokens,
-                session.question_tokens,
-                session.recomputes,
-            )
             budget = session.planner.limits.budget
             room = session.planner.limits.room or budget
-            choices = settings(session.native_tokens(), session.floor_tokens(), min(budget, room))
+            choices = settings(session.native_tokens(), device.floor_tokens, min(budget, room))
             try:
                 self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
             except BudgetError as error:  # said once; the stream goes on as if without a target
@@ -364,7 +358,8 @@ class Live:
                 return
             self._apply(self.control.setting)
         elif session.last_work is not None:
-            self.control.observe_frame(session.last_work, took_ms)
+            self.control.device = replace(device, frames=device.frames * self._stride)
+            self.control.observe_frame(session.last_work, took_ms, waited_ms)
             if self.control.decide((_now() - self._begun) / 1e9) is not None:
                 self._apply(self.control.setting)
 
@@ -384,9 +379,10 @@ class Live:
                     answer.close()
                     break
             end: BaseException | None = None
-            first = self.session.report.first_token_ms
-            if self.control is not None and first is not None:
-                self.control.observe_first(past, first)
+            report = self.session.report
+            if self.control is not None and report.first_token_ms is not None:
+                each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
+                self.control.observe_answer(past, report.first_token_ms, each)
         except Exception as error:  # raised again where the tokens are read
             end = error if isinstance(error, PenguinError) else _wrapped(error)
         with self._changed:

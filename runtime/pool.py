@@ -1,10 +1,32 @@
-"""Visual tokens of a frame averaged over a coarser grid, in the place of encoding a smaller picture."""
+"""What becomes of a frame that shrinks: its pixels resized, or its visual tokens averaged over a coarser grid."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.frames import Frame
+from penguin_edge.preprocess import resize
 from penguin_edge.runtime.engine import F32
+from penguin_edge.runtime.media import Visual
+
+
+def retained(frames: Sequence[Frame], visuals: Sequence[Visual]) -> list[Frame]:
+    """Frames with pixels of their size in the prompt, never enlarged; equal pictures share those of the largest."""
+    sizes: dict[str, tuple[int, int]] = {}
+    pixels: dict[str, NDArray[np.uint8]] = {}
+    for frame, visual in zip(frames, visuals, strict=True):
+        name, size = visual.digest, (visual.height, visual.width)
+        sizes[name] = max(sizes.get(name, size), size, key=math.prod)
+        pixels[name] = max(pixels.get(name, frame.pixels), frame.pixels, key=np.size)
+    for name, size in sizes.items():
+        if math.prod(pixels[name].shape[:2]) > math.prod(size):
+            pixels[name] = resize(pixels[name], *size)
+    return [replace(frame, pixels=pixels[visual.digest]) for frame, visual in zip(frames, visuals, strict=True)]
 
 
 def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:

@@ -7,30 +7,41 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from penguin_edge.bundle import Bundle, write_json
-from penguin_edge.config import PATCH_VALUES
+from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.preprocess import positions, preprocess_image
+from penguin_edge.frames import Frame
+from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.cost import CostModel, Point, errors, fit
-from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engine import F32, Engine, MovingEngine
+from penguin_edge.runtime.media import Library
 
 PROFILE = "profile.json"
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
-SCHEMA = "penguin-profile/1"
-SIDES = (4, 8, 12, 16, 24, 32)
+SCHEMA = "penguin-profile/2"
+SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
 """Frames of side x side patches, as far as the bundle takes them."""
-TRIED_SIDES = (6, 10, 20, 28)
+SOURCES, TRIED_SOURCES = ((120, 160), (480, 640), (1080, 1920)), ((240, 320), (720, 1280))
+"""Frames as they come, (height, width), made into every second of these sizes."""
+BATCH, BATCHED = 4, 256
+"""Frames in one call, and the most patches each that this is measured for: larger ones take as long one by one."""
 CHUNKS, TRIED_CHUNKS = (1, 8, 32, 128, 256), (4, 16, 64, 192)
 PASTS, TRIED_PASTS = (0.0, 0.25, 0.5, 0.9), (0.12, 0.7)
 """Depths of the cache before, as shares of `max_seq_len`."""
 DEEPEST = 4096
 """Beyond it the cache is not filled: that takes minutes and tells nothing new."""
+SHORT_MS, AGAIN = 10.0, 4
+"""A call that is shorter than this is made so many times more, and its median taken: the first one finds the caches of
+the processor filled by another stage."""
 
 Samples = dict[str, dict[Point, list[float]]]
 
@@ -60,7 +71,7 @@ def profile(engine: Engine, *, repeat: int = 5, progress: Callable[[str], None])
                 if round_ >= 0:
                     group.setdefault(stage, {}).setdefault(point, []).append(took)
     engine.truncate(0)
-    model = fit(samples[0])
+    model = fit(_whole(samples[0]))
     missed = errors(model, samples[1])
     every = [error for values in missed.values() for error in values]
     return {
@@ -82,62 +93,83 @@ def _calls(engine: Engine) -> tuple[dict[str, dict[Point, Callable[[], Any]]], .
     if engine.config.vision is None:
         return {}, {}
     merge, width = engine.config.image.video_merge_size, engine.config.vision.hidden_size
-    for sides in (SIDES, TRIED_SIDES):
+    for sides, sources in ((SIDES, SOURCES), (TRIED_SIDES, TRIED_SOURCES)):
         calls: dict[str, dict[Point, Callable[[], Any]]] = {"preprocess": {}, "encode": {}, "project": {}}
-        for side in (side for side in sides if side * side <= engine.bounds.max_patches):
+        taken = [side for side in sides if side * side <= engine.bounds.max_patches]
+        for side in taken:
             patches = side * side
-            picture = random.integers(0, 256, (14 * side, 14 * side, 3), dtype=np.uint8)
-            pixels = random.standard_normal((1, patches, PATCH_VALUES), dtype=np.float32)
+            pixels = random.standard_normal((BATCH, patches, PATCH_VALUES), dtype=np.float32)
             features = random.standard_normal((1, patches // merge**2, merge**2, width), dtype=np.float32)
             places = positions((side, side), merge)
-            calls["preprocess"][float(picture[..., 0].size),] = _prepare(engine, picture, merge)
-            calls["encode"][float(patches),] = _encode(engine, pixels, places)
-            calls["project"][float(patches // merge**2),] = _project(engine, features)
+            for frames in (1, BATCH)[: 1 + (engine.bounds.max_batch >= BATCH and patches <= BATCHED)]:
+                calls["encode"][float(patches), float(frames)] = partial(engine.encode, pixels[:frames], *places)
+            calls["project"][float(patches // merge**2),] = partial(engine.project, features)
+        for source in sources:
+            arrive = _arrival(engine, source)
+            for side in taken[::2]:
+                calls["preprocess"][float(source[0] * source[1]), float(side * side)] = partial(arrive, side)
         out.append(calls)
     return tuple(out)
 
 
-def _prepare(engine: Engine, picture: Any, merge: int) -> Callable[[], Any]:
-    size = picture.shape[0], picture.shape[1]
-    return lambda: preprocess_image(picture, engine.config.image, merge, size=size)
+def _arrival(engine: Engine, source: tuple[int, int]) -> Callable[[int], Any]:
+    """What a frame of a stream goes through before the encoder. Every one shows another picture than the last."""
+    image, merge = engine.config.image, engine.config.image.video_merge_size
+    random = np.random.default_rng(0)
+    coarse = [random.integers(0, 256, (12, 16, 3), dtype=np.uint8) for _ in range(2)]
+    frames = cycle([Frame(resize(picture, *source), 0.0) for picture in coarse])
+    clip = Library(image, "strict").new_clip(lambda: ())
+
+    def arrive(side: int) -> Any:
+        frame = Frame(np.array(next(frames).pixels), 0.0)
+        clip.add(frame)
+        return preprocess_image(frame, image, merge, size=(PATCH * side, PATCH * side))
+
+    return arrive
 
 
-def _encode(engine: Engine, pixels: Any, places: Any) -> Callable[[], Any]:
-    return lambda: engine.encode(pixels, *places)
-
-
-def _project(engine: Engine, features: Any) -> Callable[[], Any]:
-    return lambda: engine.project(features)
+def _whole(samples: Samples) -> Samples:
+    """With the points of `encode` that are not measured: several large frames at once."""
+    found = dict(samples.get("encode", {}))
+    for patches, frames in list(found):
+        if frames == 1 and any(many == BATCH for _, many in found):
+            found.setdefault((patches, float(BATCH)), [BATCH * ms for ms in found[patches, 1.0]])
+    return samples | ({"encode": found} if found else {})
 
 
 def _decoder(engine: Engine, pasts: tuple[float, ...], sizes: tuple[int, ...]) -> list[tuple[str, Point, float]]:
     """Prefill and decoding at some depths, the cache filled in between."""
     bounds = engine.bounds
     found: list[tuple[str, Point, float]] = []
-    ids = np.arange(max(sizes)) % engine.config.text.vocab_size
+    counts = [count for count in sizes if bounds.min_chunk <= count <= min(bounds.max_chunk, bounds.max_seq_len - 1)]
+    ids = np.arange(max(counts, default=1)) % engine.config.text.vocab_size
     embeds = engine.embed(ids)
     engine.truncate(0)
-    for share in pasts:
-        past = math.floor(share * min(bounds.max_seq_len - max(sizes), DEEPEST))
+    for past in sorted({math.floor(share * min(bounds.max_seq_len - len(ids), DEEPEST)) for share in pasts}):
         while engine.kv_len < past:
-            engine.forward(embeds[: min(bounds.max_chunk, len(embeds), past - engine.kv_len)], np.empty(0, np.int64))
-        for count in sizes:
-            if not bounds.min_chunk <= count <= bounds.max_chunk or past + count > bounds.max_seq_len:
-                continue
-            took = _timed(lambda n=count: engine.forward(embeds[:n], np.array([-1])))  # type: ignore[misc]
+            engine.forward(embeds[: past - engine.kv_len], np.empty(0, np.int64))
+
+        def step(new: F32, past: int = past) -> None:
             engine.truncate(past)
-            found.append(("prefill", (float(count), float(past)), took))
-        if past < bounds.max_seq_len:
-            took = _timed(lambda: engine.forward(engine.embed(ids[:1]), np.array([-1])))
-            engine.truncate(past)
-            found.append(("decode", (float(past),), took))
+            engine.forward(new, np.array([-1]))
+
+        for count in counts:
+            found.append(("prefill", (float(count), float(past)), _timed(partial(step, embeds[:count]))))
+        found.append(("decode", (float(past),), _timed(lambda: step(engine.embed(ids[:1])))))
+        engine.truncate(past)
+        if isinstance(engine, MovingEngine) and engine.can_move and past > 1:
+            # What is in the cache no longer matters; a position less is.
+            found.append(("move", (float(past - 1),), _timed(partial(engine.move, 1, past, 0), again=0)))
     return found
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
+def _timed(call: Callable[[], Any], again: int = AGAIN) -> float:
+    samples: list[float] = []
+    while not samples or (samples[-1] < SHORT_MS and len(samples) <= again):
+        begin = time.perf_counter()
+        call()
+        samples.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(samples)
 
 
 def keep(bundle: Bundle, result: dict[str, Any]) -> None:

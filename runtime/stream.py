@@ -38,14 +38,14 @@ from penguin_edge.bundle import TOKENIZER, Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
-from penguin_edge.preprocess import resize
+from penguin_edge.preprocess import Patches
 from penguin_edge.prompt import Tokenizer, frame_tag
-from penguin_edge.runtime.control import Work
+from penguin_edge.runtime.control import Device, Work
 from penguin_edge.runtime.engine import Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.ledger import blocks, last_frame
+from penguin_edge.runtime.ledger import last_frame, rebase
 from penguin_edge.runtime.media import Visual
-from penguin_edge.runtime.pool import pooled
+from penguin_edge.runtime.pool import pooled, retained
 from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session, Token, Turn
@@ -116,6 +116,8 @@ class StreamSession(Session):
         self.question_tokens, self.answer_tokens = question_tokens, answer_tokens
         self.stats = StreamStats()
         self.clock = Clock()
+        self._encoded: list[tuple[int, int]] = []
+        self._pieces = 1
         self._answering = 0
         self._numbers: list[int] = []
         self._window_s = window_s
@@ -224,16 +226,39 @@ class StreamSession(Session):
             kept = self._numbers[-1:] == [self.stats.frames - 1]
             if kept:
                 self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
-        before = self.stats.prefilled_tokens
-        patches = self._update(found, arrived=kept)
+        before, moved = self.stats.prefilled_tokens, self.stats.moved_tokens
+        self._update(found, arrived=kept)
         prefilled = self.stats.prefilled_tokens - before
-        self.last_work = Work(size[0] * size[1], patches, prefilled, self.engine.kv_len - prefilled)
+        self.last_work = Work(
+            size[0] * size[1],
+            tuple(self._encoded),
+            prefilled,
+            max(0, self.engine.kv_len - prefilled),
+            self._pieces,
+            self.stats.moved_tokens - moved,
+        )
         return changes + found
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether a frame that changes makes all behind it be computed again."""
-        return self._mover is None
+    def device(self) -> Device:
+        """What predictions of the next frames need to know.
+
+        Raises:
+            InputError: no frame has come yet.
+        """
+        floor, times = self.floor_tokens(), self.times
+        apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+        frames = min(self.planner.limits.max_frames, int(self.planner.limits.window_s / max(apart, 1e-3)) + 1)
+        height, width = self._stream.size
+        return Device(
+            self.engine.bounds,
+            self.config.image.video_merge_size,
+            self.planner.tag_tokens,
+            self.question_tokens,
+            self._mover is None,
+            height * width,
+            floor,
+            frames,
+        )
 
     def native_tokens(self) -> int:
         """Of a frame like the last one, at its own size.
@@ -398,30 +423,23 @@ class StreamSession(Session):
             self._turns = [replace(t, frames=t.frames - (index < t.frames)) for t in self._turns]
             self.stats.given_up[change.reason] += 1
 
-    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> tuple[int, ...]:
-        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new.
-
-        Returns:
-            Patches of each frame that went through the encoder.
-        """
+    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
+        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
         layout = self._current()
+        self._encoded = []
         shrunk = {change.frame for change in changes if change.tokens}
         if self.shrink == "pool":
             self._pool(layout.visuals, shrunk)
-        lacking = set(layout.visuals) - self._features.keys()
+        with self.clock("preprocess"):
+            self._frames[:] = retained(self._frames, layout.visuals)
         self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
-        self.stats.encoded += len(lacking)
+        self.stats.encoded += sum(frames for frames, _ in self._encoded)
         self.stats.reencoded += len(shrunk)
         for visual in set(self._features) - set(layout.visuals):
             self._feature_rows -= len(self._features.pop(visual))
-        for i, visual in enumerate(layout.visuals):
-            frame = self._frames[i]
-            if frame.pixels.shape[0] * frame.pixels.shape[1] > visual.height * visual.width:
-                self._frames[i] = replace(frame, pixels=resize(frame.pixels, visual.height, visual.width))
         with self.clock("prefill"):
             self._extend(self.prompt_keys(), arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
-        return tuple(visual.tokens * visual.merge_size**2 for visual in lacking)
 
     def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
         """Features of shrunk frames as means of what they had, where their size before is still known."""
@@ -438,44 +456,16 @@ class StreamSession(Session):
                 self._features[visual] = rows
                 self._feature_rows += len(rows)
 
-    def _rebase(self, keys: list[Any], mover: MovingEngine, *, arrived: bool) -> None:
-        """Bring the KV cache to `keys`: frames that it holds are moved, the others computed where they stand."""
-        old = dict(reversed(blocks(self._held)))
-        # Should an engine fail on the way, nothing in the cache is where it was.
-        self._held = []
-        computed, run = 0, (0, 0, 0)  # begin, end, to: neighbours that move alike are moved at once
-
-        def flush() -> None:
-            begin, end, to = run
-            if end > begin:
-                mover.move(begin, end, to)
-                self.stats.moved_tokens += (end - begin) * (begin != to)
-
-        for block, (to, stop) in blocks(keys):
-            begin, end = old.get(block, (-1, -1))
-            if begin >= to and begin >= run[1]:
-                if begin != run[1] or to != run[2] + run[1] - run[0]:
-                    flush()
-                    run = begin, begin, to
-                run = run[0], end, run[2]
-                continue
-            flush()
-            run = stop, stop, stop
-            mover.truncate(to)
-            new = keys[to:stop]
-            for rows in chunks(len(new), mover.bounds):
-                mover.forward(self._embeds(new[rows]), np.empty(0, np.int64))
-            computed += len(new)
-        flush()
-        mover.truncate(len(keys))
-        self._held = list(keys)
-        self.stats.prefilled_tokens += computed
-        self.stats.reprefilled_tokens += max(0, computed - (last_frame(keys) if arrived else 0))
-
     def _extend(self, keys: list[Any], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
         if self._mover is not None:
-            self._rebase(keys, self._mover, arrived=arrived)
+            # Should an engine fail on the way, nothing in the cache is where it was.
+            held, self._held = self._held, []
+            done = rebase(self._mover, held, keys, self._embeds)
+            self._held = list(keys)
+            self._pieces = done.pieces
+            self.stats.moved_tokens += done.moved
+            self._count(done.computed, keys, arrived)
             return
         same = 0
         while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
@@ -486,7 +476,14 @@ class StreamSession(Session):
         self.engine.truncate(same)
         del self._held[same:]
         new = keys[same:]
-        self.stats.prefilled_tokens += len(new)
-        self.stats.reprefilled_tokens += max(0, len(new) - (last_frame(keys) if arrived else 0))
+        self._count(len(new), keys, arrived)
         for rows in chunks(len(new), self.engine.bounds):
             self._forward(new[rows], self._embeds(new[rows]), 0)
+
+    def _count(self, computed: int, keys: list[Any], arrived: bool) -> None:
+        self.stats.prefilled_tokens += computed
+        self.stats.reprefilled_tokens += max(0, computed - (last_frame(keys) if arrived else 0))
+
+    def _encode(self, visuals: list[Visual], patches: list[Patches], clock: Clock) -> None:
+        self._encoded.append((len(patches), len(patches[0].rows)))
+        super()._encode(visuals, patches, clock)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import CountingEngine, picture, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,22 +17,25 @@ from penguin_edge.bundle import Bounds
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Work
 from penguin_edge.runtime.control import settings as all_settings
-from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.cost import fit
+from penguin_edge.runtime.stream import StreamSession
 
-COST = CostModel(
+SIDES = [4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0]
+COST = fit(
     {
-        "preprocess": [0.1, 1e-5],
-        "encode": [2.0, 0.2, 1e-4],
-        "project": [0.2, 0.01],
-        "prefill": [5.0, 1.0, 2e-4],
-        "decode": [20.0, 0.005],
+        "preprocess": {(x, p): [0.1 + 1e-5 * x + 1e-3 * p] for x in (3e3, 4e5) for p in (16.0, 1600.0)},
+        "encode": {(s * s, b): [2 + b * (0.2 * s**2 + 1e-4 * s**4)] for s in SIDES for b in (1.0, 4.0)},
+        "project": {(x,): [0.2 + 0.01 * x] for x in (4.0, 576.0)},
+        "prefill": {(n, past): [5 + n + 2e-4 * n * past] for n in (1.0, 256.0) for past in (0.0, 4096.0)},
+        "decode": {(x,): [20 + 0.005 * x] for x in (0.0, 4096.0)},
+        "move": {(x,): [0.01 * x] for x in (0.0, 4096.0)},
     }
 )
-DEVICE = Device(Bounds(max_seq_len=4096, max_chunk=256), 2, 9, 24, recompute=False)
+DEVICE = Device(Bounds(max_seq_len=4096, max_chunk=256), 2, 9, 24, False, pixels=391 * 784, floor_tokens=24, frames=120)
 CHOICES = all_settings(391, 24, 2048)
 
 
-def control(first: float = 900.0, frame: float | None = 600.0) -> LatencyControl:
+def control(first: float = 1300.0, frame: float | None = 1000.0) -> LatencyControl:
     return LatencyControl(LatencyTarget(first, frame), COST, DEVICE, CHOICES)
 
 
@@ -44,15 +50,16 @@ def simulate(
         if i % setting.stride:
             continue
         key = i % 6 == 0
-        tokens = setting.frame_tokens if key else min(24, setting.frame_tokens)
-        work = Work(tokens * 784, (4 * tokens,), tokens + 9, setting.budget)
+        small = Work(391 * 784, ((1, 4 * 24),), 24 + 9, run.window(setting))
+        work = run.costliest(setting) if key else small
         took = run.work_ms(work) * speed(now) * float(random.uniform(1 - noise, 1 + noise))
         if key:
             keys.append((now, took))
         run.observe_frame(work, took)
         if i % 4 == 0:
-            question = COST.prefill_ms(24, setting.budget, DEVICE.bounds) * speed(now)
-            run.observe_first(setting.budget, question * float(random.uniform(1 - noise, 1 + noise)))
+            past = run.window(setting)
+            question = COST.prefill_ms(24, past, DEVICE.bounds) * speed(now)
+            run.observe_answer(past, question * float(random.uniform(1 - noise, 1 + noise)))
         run.decide(now)
     return keys
 
@@ -60,11 +67,11 @@ def simulate(
 def test_settings_ask_less_and_less() -> None:
     run = control()
     costs = [run.predicted(setting) for setting in CHOICES]
-    assert all(b[0] <= a[0] and b[1] <= a[1] for a, b in pairwise(costs))
+    assert all(b.frame <= a.frame and b.first <= a.first and b.token <= a.token for a, b in pairwise(costs))
     assert CHOICES[0].frame_tokens == 391 and CHOICES[-1].stride == 8 and CHOICES[-1].budget == 96
     # In the stated order: frames, budget, drops.
     steps = [(b.frame_tokens < a.frame_tokens, b.budget < a.budget, b.stride > a.stride) for a, b in pairwise(CHOICES)]
-    assert steps == [(True, False, False)] * 2 + [(False, True, False)] * 5 + [(False, False, True)] * 3
+    assert steps == [(True, False, False)] * 3 + [(False, True, False)] * 5 + [(False, False, True)] * 3
 
 
 def test_a_steady_machine_is_left_alone() -> None:
@@ -72,7 +79,7 @@ def test_a_steady_machine_is_left_alone() -> None:
     begun = run.index
     keys = simulate(run, lambda t: 1.0, 300)
     assert abs(run.index - begun) <= 1 and len(run.decisions) <= 2
-    assert np.mean([took > 600 for _, took in keys]) <= 0.01
+    assert np.mean([took > 1000 for _, took in keys]) <= 0.01
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])
@@ -80,7 +87,7 @@ def test_it_recovers_within_five_seconds_from_a_step_and_returns(factor: float) 
     run = control()
     begun = run.index
     keys = simulate(run, lambda t: factor if 60 <= t < 180 else 1.0, 300)
-    late = [now for now, took in keys if took > 600]
+    late = [now for now, took in keys if took > 1000]
     assert all(60 <= now <= 65 for now in late), late
     assert max(CHOICES.index(d.after) for d in run.decisions) > begun
     assert abs(run.index - begun) <= 1, "the old speed is there again, and the old setting is not"
@@ -104,7 +111,7 @@ def test_it_never_swings(seed: int, noise: float, slope: float, level: float) ->
 
 
 def test_what_cannot_be_kept_is_said_at_once() -> None:
-    with pytest.raises(BudgetError, match=r"predicted to need \d+ and \d+ ms"):
+    with pytest.raises(BudgetError, match=r"\d+ ms to a first token, \d+ ms for a frame"):
         control(first=20.0)
     with pytest.raises(BudgetError, match="frames within 1 ms"):
         control(frame=1.0)
@@ -115,7 +122,7 @@ def test_what_cannot_be_kept_is_said_at_once() -> None:
 
 def test_decisions_are_told_and_bounded() -> None:
     told: list[Decision] = []
-    run = LatencyControl(LatencyTarget(900.0, 600.0), COST, DEVICE, CHOICES, told.append)
+    run = LatencyControl(LatencyTarget(1300.0, 1000.0), COST, DEVICE, CHOICES, told.append)
     simulate(run, lambda t: 1.0 if int(t / 40) % 2 else 6.0, 400)
     assert told == list(run.decisions) and told
     data = told[0].to_json()
@@ -124,6 +131,60 @@ def test_decisions_are_told_and_bounded() -> None:
 
 
 def test_recomputing_costs_the_whole_window() -> None:
-    recompute = Device(DEVICE.bounds, 2, 9, 24, recompute=True)
-    run = LatencyControl(LatencyTarget(60_000.0), COST, recompute, CHOICES)
-    assert run.predicted(CHOICES[0])[0] > 3 * control().predicted(CHOICES[0])[0]
+    moving = control()
+    run = LatencyControl(LatencyTarget(60_000.0), COST, replace(DEVICE, recompute=True), CHOICES)
+    setting = CHOICES[0]
+    more = run.predicted(setting).frame - moving.predicted(setting).frame
+    assert more > 0.7 * COST.prefill_ms(run.window(setting), 0, DEVICE.bounds)
+
+
+@pytest.mark.parametrize("cache", ["recompute", "rebase"])
+def test_the_costliest_frame_of_a_real_stream_is_foreseen(cache: Any) -> None:
+    """What frames make the engine do, priced by the same model: 95 of 100 cost no more, 98 at most half more."""
+    engine = CountingEngine(max_seq_len=2048)
+    for index in range(2):
+        engine.truncate(0)
+        session = StreamSession(engine, tiny_tokenizer(), budget=400, cache=cache)
+        session.push(picture(0, 280, 392), 0.0)
+        device = session.device()
+        setting = all_settings(session.native_tokens(), device.floor_tokens, 400)[index]
+        session.set_budget(setting.budget)
+        session.frame_tokens = setting.frame_tokens
+        run = LatencyControl(LatencyTarget(1e9), COST, device, [setting])
+        costs, windows = [], []
+        for i in range(1, 60):
+            session.push(picture(i // 6, 280, 392), float(i))
+            assert session.last_work is not None
+            costs.append(run.work_ms(session.last_work))
+            windows.append(engine.kv_len)
+        foreseen = run.predicted(setting).frame
+        assert np.quantile(costs, 0.95) <= foreseen <= 4 * max(costs)
+        assert np.quantile(costs, 0.98) <= 1.5 * foreseen
+        assert 0.8 * max(windows) <= run.window(setting) <= 1.5 * max(windows)
+
+
+def test_tokens_per_second_are_kept_by_a_smaller_window() -> None:
+    free = control(first=60_000.0, frame=None)
+    run = LatencyControl(LatencyTarget(60_000.0, None, 35.0), COST, DEVICE, CHOICES)
+    assert run.predicted(run.setting).token <= 1e3 / 35 < free.predicted(free.setting).token
+    with pytest.raises(BudgetError, match=r"to give 48.* tokens per second"):
+        LatencyControl(LatencyTarget(60_000.0, None, 60.0), COST, DEVICE, CHOICES)
+    for _ in range(8):
+        run.observe_answer(run.window(run.setting), 80.0, 2 * run.predicted(run.setting).token)
+    assert (found := run.decide(10.0)) is not None and found.after.budget < found.before.budget
+
+
+def test_frames_that_wait_for_answers_leave_less_time_for_themselves() -> None:
+    run = control(first=60_000.0, frame=2000.0)
+    begun = run.index
+    work = run.costliest(run.setting)
+    for now in range(3):
+        run.observe_frame(work, run.work_ms(work), 900.0)
+        run.decide(float(now))
+    assert run.index > begun and run.predicted(run.setting).frame <= 2000 - 900
+    # A wait that leaves nothing is not made good by asking for nothing.
+    stuck = control(first=60_000.0, frame=2000.0)
+    for now in range(100):
+        stuck.observe_frame(work, stuck.work_ms(work), 1e6)
+        stuck.decide(float(now))
+    assert stuck.predicted(stuck.setting).frame > 500

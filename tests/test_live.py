@@ -12,7 +12,7 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.runtime.bench_stream import SlowedEngine
 from penguin_edge.runtime.control import Decision, LatencyTarget
-from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.cost import AXES, CostModel, fit
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.profile import profile
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -221,9 +221,7 @@ def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
 
 def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
     engine = CountingEngine(max_seq_len=1024)
-    cost = CostModel(
-        {"preprocess": [1, 0], "encode": [1, 0, 0], "project": [1, 0], "prefill": [9, 0, 0], "decode": [9, 0]}
-    )
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [9.0]} for stage, axes in AXES.items()})
     with Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0), cost=cost) as run:
         run.push(picture(0), 0.0)
         with pytest.raises(BudgetError, match="cannot be kept here"):

@@ -18,40 +18,54 @@ from hypothesis import strategies as st
 
 from penguin_edge.bundle import Bounds, Bundle
 from penguin_edge.errors import BundleError
-from penguin_edge.runtime.cost import TERMS, CostModel, errors, fit
+from penguin_edge.runtime.cost import AXES, CostModel, errors, fit
 from penguin_edge.runtime.profile import PROFILE, load, profile
 
-COEFFICIENTS = st.floats(0, 10).map(lambda x: x if x > 1e-3 else 0.0)
+COUNTS, PASTS = (1.0, 8.0, 64.0, 256.0), (0.0, 512.0, 3000.0)
+MS = st.floats(1e-3, 1e4)
 
 
-@given(st.lists(COEFFICIENTS, min_size=3, max_size=3).filter(any), st.integers(0, 1000))
-def test_costs_of_the_models_form_are_found(wanted: list[float], seed: int) -> None:
-    points = [(float(n), float(past)) for n in (1, 8, 64, 256) for past in (0, 512, 3000)]
-    truth = {point: float(np.dot(TERMS["prefill"](point), wanted)) or 1e-6 for point in points}
-    noise = np.random.default_rng(seed).uniform(0.98, 1.02, (len(points), 5))
-    samples = {"prefill": {p: [truth[p] * f for f in row] for p, row in zip(points, noise, strict=True)}}
-    model = fit(samples)
-    if all(np.dot(TERMS["prefill"](point), wanted) for point in points):
-        assert max(errors(model, samples)["prefill"]) < 0.05
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=3).filter(lambda found: max(found) > 1e-3))
+def test_what_grows_along_straight_lines_is_found_between_points_and_beyond(wanted: list[float]) -> None:
+    def truth(n: float, past: float) -> float:
+        return wanted[0] + wanted[1] * n + wanted[2] * n * past
+
+    model = fit({"prefill": {(n, past): [truth(n, past) or 1e-9] * 3 for n in COUNTS for past in PASTS}})
+    for n, past in ((1, 0), (33, 700), (256, 3000), (200, 6000)):
+        assert model.stage_ms("prefill", n, past) == pytest.approx(truth(n, past), rel=1e-6, abs=1e-6)
+    assert model.stage_ms("prefill", 512, 700) == pytest.approx(2 * truth(256, 700), rel=1e-6, abs=1e-6)
     assert model.prefill_ms(300, 10, Bounds(max_seq_len=4096, max_chunk=256)) == pytest.approx(
         model.stage_ms("prefill", 256, 10) + model.stage_ms("prefill", 44, 266)
     )
+    # Below the first point, its value: no stage is free.
+    assert model.stage_ms("prefill", 0.5, 0) == pytest.approx(truth(1, 0), abs=1e-6)
 
 
-@given(st.lists(st.floats(1e-3, 1e4), min_size=6, max_size=6))
-def test_no_stage_gets_faster_when_it_has_more_to_do(measured: list[float]) -> None:
-    sides = (16.0, 64.0, 144.0, 256.0, 576.0, 1024.0)
-    model = fit({"encode": {(p,): [ms] for p, ms in zip(sides, measured, strict=True)}})
-    costs = [model.stage_ms("encode", p) for p in sides]
-    assert costs == sorted(costs) and costs[0] >= 0
-    assert CostModel.from_json(json.loads(json.dumps(model.to_json()))).to_json() == model.to_json()
+@given(
+    st.lists(st.lists(MS, min_size=3, max_size=3), min_size=4, max_size=4),
+    st.lists(st.tuples(st.floats(0, 600), st.floats(0, 5000)), min_size=2, max_size=2),
+)
+def test_no_stage_gets_faster_when_it_has_more_to_do(
+    measured: list[list[float]], at: list[tuple[float, float]]
+) -> None:
+    points = {
+        (n, past): [ms] for n, row in zip(COUNTS, measured, strict=True) for past, ms in zip(PASTS, row, strict=True)
+    }
+    model = fit({"prefill": points})
+    (n, past), (more, later) = at
+    least, most = (min(n, more), min(past, later)), (max(n, more), max(past, later))
+    assert 0 < model.stage_ms("prefill", *least) <= model.stage_ms("prefill", *most) * (1 + 1e-9)
+    assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+    # What is measured never fell: then it is kept as it is.
+    rising = {point: [float(np.dot(point, (1, 0.1)) + 1)] for point in points}
+    assert errors(fit({"prefill": rising}), {"prefill": rising})["prefill"] == pytest.approx([0] * 12, abs=1e-12)
 
 
 def test_all_stages_are_measured() -> None:
     engine = CountingEngine(max_seq_len=512)
     told: list[str] = []
     result = profile(engine, repeat=2, progress=told.append)
-    assert result["cost"].keys() == TERMS.keys() == result["error_by_stage"].keys() and engine.kv_len == 0
+    assert result["cost"].keys() == AXES.keys() == result["error_by_stage"].keys() and engine.kv_len == 0
     fitted, tried = (
         {stage: {tuple(p): v for p, v in points} for stage, points in result["samples"][name].items()}
         for name in ("fitted", "tried")
@@ -90,6 +104,8 @@ def test_a_profile_is_kept_beside_the_bundle(nano_bundle: Callable[[str, str], P
         "[]",
         json.dumps({"schema": "penguin-profile/9"}),
         json.dumps({**result, "cost": {"encode": [1]}}),
+        json.dumps({**result, "cost": {"decode": {"axes": [[0, 9], [0]], "ms": [[2], [1]]}}}),
+        json.dumps({**result, "cost": {"decode": {"axes": [[0, 9], [0]], "ms": [[2]]}}}),
     ):
         (folder / PROFILE).write_text(damage)
         with pytest.raises(BundleError, match="profile"):

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.generate import EagerEngine
+from penguin_edge.preprocess import preprocess_image
 from penguin_edge.runtime.pool import pooled
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
@@ -90,6 +91,24 @@ def test_a_full_budget_shrinks_old_frames_and_the_cache_follows(shrink: Any) -> 
     assert sum(visual.tokens for visual in run._features) == run.visual_tokens
     for frame, planned in zip(run._frames, run.planner.plan().frames, strict=True):
         assert frame.pixels.shape == (planned.height, planned.width, 3)
+
+
+def test_equal_pictures_at_two_sizes_are_each_encoded_from_enough_pixels() -> None:
+    run, _ = stream(budget=260)
+    for i in range(4):
+        run.push(picture(i % 2, 280, 280), float(i))
+    visuals = run._current().visuals
+    sizes: dict[str, set[int]] = {}
+    for frame, visual in zip(run._frames, visuals, strict=True):
+        sizes.setdefault(visual.digest, set()).add(visual.tokens)
+        assert frame.pixels.shape[0] >= visual.height
+    assert any(len(found) > 1 for found in sizes.values()), "the clip was to have a picture at two sizes"
+    newest = visuals[-1]
+    patches = preprocess_image(picture(3 % 2, 280, 280), run.config.image, 2, size=(newest.height, newest.width))
+    features = run.engine.encode(patches.pixels[None], patches.rows, patches.cols)
+    assert np.array_equal(run._features[newest], run.engine.project(features.reshape(1, newest.tokens, 4, -1))[0])
+    held = {id(frame.pixels): frame.pixels.nbytes for frame in run._frames}
+    assert sum(held.values()) <= 260 * 4 * 588
 
 
 def test_a_moved_cache_computes_changed_frames_alone() -> None:

@@ -8,7 +8,6 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.commands.common import emit, positive, say, table
 from penguin_edge.errors import BundleError
 from penguin_edge.machine import describe
-from penguin_edge.runtime.cost import TERMS
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.profile import PROFILE, keep, profile
 
@@ -22,25 +21,15 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-UNITS = {
-    "preprocess": ("1", "per pixel"),
-    "encode": ("1", "per patch", "per patch^2"),
-    "project": ("1", "per token"),
-    "prefill": ("1", "per position", "per position and past"),
-    "decode": ("1", "per past"),
-}
-assert UNITS.keys() == TERMS.keys()
-
-
 def run(args: argparse.Namespace) -> int:
     bundle = Bundle.read(args.bundle)
     engine = open_engine(bundle, threads=args.threads)
     result = profile(engine, repeat=args.repeat, progress=say)
     result |= {"machine": describe(), "threads": args.threads, "engine": engine.name}
-    rows: list[tuple[str, ...]] = [("stage", "milliseconds", "error of sizes not fitted, median")]
-    for stage, values in result["cost"].items():
-        terms = [f"{value:.3g} {unit}" for value, unit in zip(values, UNITS[stage], strict=True) if value]
-        rows.append((stage, " + ".join(terms), f"{result['error_by_stage'][stage]:.1%}"))
+    rows: list[tuple[str, ...]] = [("stage", "least ms", "most ms", "error of sizes not fitted, median")]
+    for stage, cost in result["cost"].items():
+        least, most = cost["ms"][0][0], cost["ms"][-1][-1]
+        rows.append((stage, f"{least:.2f}", f"{most:.2f}", f"{result['error_by_stage'][stage]:.1%}"))
     print(table(rows, indent=""))
     print(f"error: median {result['error']['median']:.1%}, p95 {result['error']['p95']:.1%}")
     try:
