@@ -6,11 +6,13 @@ the running stream; `cold` the same in a new session over the frames that the st
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import paced
 from penguin_edge.runtime.stream import StreamSession
@@ -43,6 +46,8 @@ class StreamOptions:
     answer_tokens: int = 16
     target: LatencyTarget | None = None
     cost: CostModel | None = None
+    brake: Brake | None = None
+    """That of the session's `SlowedEngine`: it slows the rest, too."""
     """Of this machine; a target needs it."""
 
     def __post_init__(self) -> None:
@@ -50,17 +55,49 @@ class StreamOptions:
             raise InputError("a stream of no duration, questions without a pause, or answers without a token")
 
 
-class SlowedEngine:
-    """An engine whose calls take `factor` times as long from a moment on: for trying what a slower machine does."""
+class Brake:
+    """Makes what is measured through it take `factor` times as long from `after_s` seconds on, until it is let go."""
 
-    def __init__(self, inner: Engine, factor: float, after_s: float) -> None:
+    def __init__(self, factor: float, after_s: float) -> None:
         """The clock of `after_s` begins with `start`."""
-        self.inner, self.factor, self.after_s = inner, factor, after_s
-        self.name, self.config, self.bounds = inner.name, inner.config, inner.bounds
+        self.factor, self.after_s = factor, after_s
         self._begin: float | None = None
 
     def start(self) -> None:
         self._begin = time.monotonic()
+
+    def let_go(self) -> None:
+        self._begin = None
+
+    def wait(self, since: float) -> None:
+        """Sleep so long that what began at `since` (`time.monotonic()`) has taken its time."""
+        now = time.monotonic()
+        if self._begin is not None and now - self._begin >= self.after_s:
+            time.sleep((self.factor - 1) * (now - since))
+
+
+class SlowedClock(Clock):
+    """Slows what is no engine's work; its phases are measured with the sleep."""
+
+    def __init__(self, brake: Brake) -> None:
+        super().__init__()
+        self._brake = brake
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        with super().__call__(phase):
+            begin = time.monotonic()
+            yield
+            if phase in ("plan", "preprocess"):
+                self._brake.wait(begin)
+
+
+class SlowedEngine:
+    """An engine on a machine that gets slower: for trying what a controller does."""
+
+    def __init__(self, inner: Engine, brake: Brake) -> None:
+        self.inner, self.brake = inner, brake
+        self.name, self.config, self.bounds = inner.name, inner.config, inner.bounds
 
     @property
     def kv_len(self) -> int:
@@ -77,10 +114,10 @@ class SlowedEngine:
         assert isinstance(self.inner, MovingEngine)
         begun = time.monotonic()
         self.inner.move(begin, end, to)
-        self._wait(begun)
+        self.brake.wait(begun)
 
     def embed(self, ids: I64) -> F32:
-        return self.inner.embed(ids)
+        return self._slowly(lambda: self.inner.embed(ids))
 
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         return self._slowly(lambda: self.inner.encode(pixels, rows, cols))
@@ -94,13 +131,8 @@ class SlowedEngine:
     def _slowly(self, call: Callable[[], F32]) -> F32:
         begin = time.monotonic()
         out = call()
-        self._wait(begin)
+        self.brake.wait(begin)
         return out
-
-    def _wait(self, begin: float) -> None:
-        now = time.monotonic()
-        if self._begin is not None and now - self._begin >= self.after_s:
-            time.sleep((self.factor - 1) * (now - begin))
 
 
 @dataclass
@@ -122,8 +154,9 @@ def bench_stream(
     """
     found, budget = _Samples(), session.planner.limits.budget
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
-    if isinstance(session.engine, SlowedEngine):
-        session.engine.start()
+    if options.brake is not None:
+        session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
+        options.brake.start()
     with Live(session, target=options.target, cost=options.cost) as live:
         live.stats.age_ms = deque()  # all of them: a deadline that is forgotten would count as kept
         begin = time.monotonic()
@@ -138,6 +171,8 @@ def bench_stream(
             raise found.failed
         live.wait()
         seconds = time.monotonic() - begin
+    if options.brake is not None:
+        options.brake.let_go()
     cold = _cold(session, choice)
     deadlines, missed = _deadlines(options.target, found.warm_ms, list(live.stats.age_ms))
     stats = session.stats

@@ -110,6 +110,8 @@ class Session:
         self.max_frames = max_frames or self.config.image.max_frames
         self.report = Report()
         self.library = Library(self.config.image, tra)
+        self.new_clock: Callable[[], Clock] = Clock
+        """Of an answer."""
         self._frames: list[Frame] = []
         self._stream = self.library.new_clip(lambda: self._frames)
         self._turns: list[Turn] = []
@@ -199,7 +201,7 @@ class Session:
             return self._turn_pieces(turns, plans[0] if plans else None)
 
         self.report = report = Report()
-        yield from self._answer(report, pieces, media, Clock(), options or SamplingOptions())
+        yield from self._answer(report, pieces, media, self.new_clock(), options or SamplingOptions())
         if keep:
             stops = self.config.eos_token_ids
             answer = tuple(i for i in report.token_ids if i not in stops)
@@ -216,7 +218,7 @@ class Session:
             InputError: a malformed conversation or unreadable media.
             BudgetError: it does not fit into the bundle's `max_seq_len`.
         """
-        clock = Clock()
+        clock = self.new_clock()
         self.report = report = Report()
         self._refuse_media(any(part_kind(part) != "text" for part in parts_of(messages)))
         media = open_media(messages, self.library, clock)

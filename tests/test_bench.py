@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.generate import EagerEngine
 from penguin_edge.runtime.bench import BenchOptions, bench_model, percentiles
-from penguin_edge.runtime.bench_stream import SlowedEngine, _deadlines, slope
+from penguin_edge.runtime.bench_stream import Brake, SlowedClock, SlowedEngine, _deadlines, slope
 from penguin_edge.runtime.compare import change, compare, read
 from penguin_edge.runtime.control import LatencyTarget
 
@@ -55,13 +55,21 @@ def test_an_engine_is_slowed_from_its_second_on(monkeypatch: pytest.MonkeyPatch)
             now[0] += 1.0
             return features
 
-    engine = SlowedEngine(Second(), 3.0, 2.5)
+    brake = Brake(3.0, 2.5)
+    engine, clock = SlowedEngine(Second(), brake), SlowedClock(brake)
     for _ in range(2):
         engine.project(np.zeros(1))
-    engine.start()
+    brake.start()
     for _ in range(4):
         engine.project(np.zeros(1))
     assert slept == [2.0, 2.0]
+    for phase in ("plan", "prefill"):  # An engine's work is slowed where it is done.
+        with clock(phase):
+            now[0] += 5.0
+    assert slept == [2.0, 2.0, 10.0]
+    brake.let_go()
+    engine.project(np.zeros(1))
+    assert len(slept) == 3
 
 
 def test_deadlines_are_those_of_answers_and_of_frames_that_have_one() -> None:
@@ -126,7 +134,8 @@ def test_a_stream_is_measured(tmp_path: Path) -> None:
     assert result["frames_in"] == result["frames_processed"] + result["frames_dropped"] and result["frames_in"] >= 12
     assert 0 < result["max_live_visual_tokens"] <= result["budget"] == 120 >= result["budget_at_end"]
     assert result["memory_slope_mb_per_h"] is None and result["live_kv_tokens"] > 0
-    assert result["deadlines"] == len(result["samples"]["warm_ms"]) >= 2 and result["deadline_misses"] == 0
+    asked, ready = (len(result["samples"][name]) for name in ("warm_ms", "frame_age_ms"))
+    assert result["deadlines"] == asked + ready and asked >= 2 and result["deadline_misses"] == 0
     assert all(one["reason"] for one in result["decisions"])
     for values in (result["frame_age_ms"], *result["first_token_ms"].values()):
         assert 0 < values["p50"] <= values["p95"] <= values["p99"]

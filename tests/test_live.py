@@ -10,7 +10,7 @@ import pytest
 from helpers import CountingEngine, picture, tiny_tokenizer
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
-from penguin_edge.runtime.bench_stream import SlowedEngine
+from penguin_edge.runtime.bench_stream import Brake, SlowedEngine
 from penguin_edge.runtime.control import Decision, LatencyTarget
 from penguin_edge.runtime.cost import AXES, CostModel, fit
 from penguin_edge.runtime.live import Live
@@ -199,7 +199,8 @@ def test_answers_that_nobody_reads_do_not_pile_up() -> None:
 def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
     inner = CountingEngine(max_seq_len=1024)
     cost = CostModel.from_json(profile(inner, repeat=1, progress=lambda line: None)["cost"])
-    engine = SlowedEngine(inner, 40.0, 0.0)
+    brake = Brake(40.0, 0.0)
+    engine = SlowedEngine(inner, brake)
     session = StreamSession(engine, tiny_tokenizer(), budget=400, cache="rebase")
     told: list[Decision] = []
     with Live(session, target=LatencyTarget(250.0, 200.0), cost=cost, trace=told.append) as run:
@@ -207,7 +208,7 @@ def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
             run.push(picture(i, 280, 280), float(i))
             run.wait()
         assert run.control is not None and session.frame_tokens is not None and session.frame_tokens >= 24
-        engine.start()
+        brake.start()
         for i in range(3, 12):
             run.push(picture(i, 280, 280), float(i))
             run.wait()

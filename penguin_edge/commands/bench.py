@@ -18,7 +18,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, peak_mb, resident_mb
 from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Row, bench_model, read_bandwidth
-from penguin_edge.runtime.bench_stream import SlowedEngine, StreamOptions, bench_stream
+from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamOptions, bench_stream
 from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.live import Live
@@ -51,7 +51,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="MS",
         help="adapt sizes, budget and rate so that answers begin within this",
     )
-    parser.add_argument("--target-frame", type=seconds_of, metavar="MS", help="and frames are ready within this")
+    parser.add_argument(
+        "--target-frame", type=seconds_of, metavar="MS", help="and frames are ready within this (default: as answers)"
+    )
     parser.add_argument("--slow-down", metavar="FACTOR@SECOND", help="make every stage so much slower from then on")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
@@ -106,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if args.stream:
-        slowed = SlowedEngine(engine, *slow) if slow else engine
+        brake = Brake(*slow) if slow else None
+        slowed = SlowedEngine(engine, brake) if brake else engine
         session = StreamSession(
             slowed,
             tokenizer,
@@ -118,12 +121,13 @@ def run(args: argparse.Namespace) -> int:
         )
         target = cost = None
         if args.target_first_token:
-            target = LatencyTarget(args.target_first_token, args.target_frame)
+            # A frame that is late makes the answer late that waits for it.
+            target = LatencyTarget(args.target_first_token, args.target_frame or args.target_first_token)
             cost = load(bundle) if bundle else None
             if cost is None:
                 say("no profile of this machine is kept with the model: measuring one")
                 cost = CostModel.from_json(profile(engine, repeat=2, progress=_line)["cost"])
-        options = StreamOptions(args.duration, target=target, cost=cost)
+        options = StreamOptions(args.duration, target=target, cost=cost, brake=brake)
         result |= bench_stream(session, _looped(args), options, _follow(args.duration))
         result["peak_mb"] = peak_mb()
         _stream_table(result)
