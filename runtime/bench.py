@@ -4,11 +4,14 @@
 |-------------------|-----------------------------------------------------------------|----------------------|
 | encode P          | one frame of P patches through the encoder                      | P                    |
 | project P         | its P / 4 tokens through the projector                          | P / 4                |
-| pp N              | N tokens into an empty cache, to the logits of the last one     | N                    |
-| tg N @ dD         | one token after D positions, to its greedy successor            | 1                    |
+| ppN               | N tokens into an empty cache, to the logits of the last one     | N                    |
+| tgN @ dD          | one token after D positions, to its greedy successor            | 1                    |
 
 `pp` and `tg` are llama-bench's words: prompt processing and token generation, `@ d` the depth of the cache before.
 All tests are measured in turn in every round, so that a change of the machine's mood meets them all.
+
+Steps also say what they read from memory: all of the decoder's weights, and the filled part of the KV cache. The other
+tests share one reading of the weights among many rows and are bound by arithmetic; GB/s would say nothing of them.
 """
 
 from __future__ import annotations
@@ -49,14 +52,27 @@ class BenchOptions:
             raise InputError("wanted prompts, tokens and rounds of at least 1, and no depth below 0")
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step reads: weights of decoder and head as they are stored, and one position of the KV cache."""
+
+    weights: int
+    position: int
+
+    def step(self, options: BenchOptions, depth: int) -> int:
+        """Bytes of a step, the mean over the steps after `depth`; each reads the position that it writes, too."""
+        return self.weights + round(self.position * (depth + (options.tokens + 1) / 2))
+
+
 @dataclass
 class Row:
-    """One test with its raw samples."""
+    """One test with its raw samples; `bytes` are those that a sample reads from memory, None where that is unknown."""
 
     test: str
     count: int
     depth: int = 0
     samples_ms: list[float] = field(default_factory=list)
+    bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         middle = percentiles(self.samples_ms)
@@ -66,6 +82,8 @@ class Row:
             "depth": self.depth,
             "ms": middle,
             "per_s": 1e3 * self.count / middle["p50"] if middle["p50"] else None,
+            "bytes": self.bytes,
+            "gb_s": self.bytes / middle["p50"] / 1e6 if self.bytes and middle["p50"] else None,
             "samples_ms": [round(sample, 4) for sample in self.samples_ms],
         }
 
@@ -78,11 +96,11 @@ def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
     return {name: float(value) for name, value in zip(("p50", "p95", "p99"), found, strict=True)}
 
 
-def bench_model(engine: Engine, options: BenchOptions, progress: Callable[[str], None]) -> list[Row]:
-    """Every stage alone, on random input.
+def check_room(engine: Engine, options: BenchOptions) -> None:
+    """Refuse what the cache does not hold.
 
     Raises:
-        BudgetError: a prompt or a depth that the cache does not hold.
+        BudgetError: a prompt, or a depth and the steps after it, above `max_seq_len`.
     """
     bound = engine.bounds.max_seq_len
     need = max(*options.prompts, *(depth + options.tokens + 1 for depth in options.depths))
@@ -91,7 +109,18 @@ def bench_model(engine: Engine, options: BenchOptions, progress: Callable[[str],
             f"the tests take {need} positions, but max_seq_len is {bound}; choose shorter prompts or depths, or "
             "export with a larger --max-seq-len"
         )
-    tests = _tests(engine, options)
+
+
+def bench_model(
+    engine: Engine, options: BenchOptions, progress: Callable[[str], None], traffic: Traffic | None = None
+) -> list[Row]:
+    """Every stage alone, on random input; `traffic` is what the model's steps read, None where that is unknown.
+
+    Raises:
+        BudgetError: a prompt or a depth that the cache does not hold.
+    """
+    check_room(engine, options)
+    tests = _tests(engine, options, traffic)
     for round_ in range(-options.warmup, options.repeat):
         for row, measure in tests:
             progress(f"round {max(0, round_ + 1)} of {options.repeat}: {row.test}")
@@ -102,7 +131,9 @@ def bench_model(engine: Engine, options: BenchOptions, progress: Callable[[str],
     return [row for row, _ in tests]
 
 
-def _tests(engine: Engine, options: BenchOptions) -> list[tuple[Row, Callable[[], list[float]]]]:
+def _tests(
+    engine: Engine, options: BenchOptions, traffic: Traffic | None
+) -> list[tuple[Row, Callable[[], list[float]]]]:
     random = np.random.default_rng(0)
     tests: list[tuple[Row, Callable[[], list[float]]]] = []
     if engine.config.vision is not None:
@@ -144,10 +175,11 @@ def _tests(engine: Engine, options: BenchOptions) -> list[tuple[Row, Callable[[]
         return samples
 
     for count in options.prompts:
-        tests.append((Row(f"pp {count}", count), lambda n=count: _timed(lambda: fill(n))))  # type: ignore[misc]
+        tests.append((Row(f"pp{count}", count), lambda n=count: _timed(lambda: fill(n))))  # type: ignore[misc]
     for depth in options.depths:
-        name = f"tg {options.tokens}" + (f" @ d{depth}" if depth else "")
-        tests.append((Row(name, 1, depth), lambda d=depth: steps(d)))  # type: ignore[misc]
+        name = f"tg{options.tokens}" + (f" @ d{depth}" if depth else "")
+        read = traffic.step(options, depth) if traffic else None
+        tests.append((Row(name, 1, depth, bytes=read), lambda d=depth: steps(d)))  # type: ignore[misc]
     return tests
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +24,12 @@ from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.power import Meter
 from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import paced
 from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.timeline import Ages, Timeline
 
 QUESTION = "What is happening now?"
 SLOPE_S = 600.0
@@ -138,28 +139,36 @@ class SlowedEngine:
 @dataclass
 class _Samples:
     warm_ms: list[float] = field(default_factory=list)
+    asked: float = 0.0
+    """When the last question was, by `time.monotonic`."""
     memory: list[tuple[float, float]] = field(default_factory=list)
     """Seconds since the beginning, MB."""
     failed: Exception | None = None
 
 
 def bench_stream(
-    session: StreamSession, frames: Iterator[Frame], options: StreamOptions, progress: Callable[[float, Live], None]
+    session: StreamSession,
+    frames: Iterator[Frame],
+    options: StreamOptions,
+    progress: Callable[[float, Live], None],
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Run a stream and measure it; see the interface in docs/benchmarking.md.
 
     Args:
         frames: of a source that goes on for long enough.
         progress: told after each frame, with the stream's time.
+        meter: reads power and temperature meanwhile; None: those of this machine.
     """
-    found, budget = _Samples(), session.planner.limits.budget
+    found, meter, budget = _Samples(), meter or Meter(), session.planner.limits.budget
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
         options.brake.start()
-    with Live(session, target=options.target, cost=options.cost) as live:
-        live.stats.age_ms = deque()  # all of them: a deadline that is forgotten would count as kept
-        begin = time.monotonic()
+    with Live(session, target=options.target, cost=options.cost) as live, meter:
+        timeline = Timeline(session)
+        live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept
+        begin = timeline.begin
         # A camera does not wait for answers.
         camera = threading.Thread(target=_feed, args=(live, frames, options, found, progress), daemon=True)
         camera.start()
@@ -167,6 +176,7 @@ def bench_stream(
             camera.join(max(0.0, begin + options.every_s * (len(found.warm_ms) + 1) - time.monotonic()))
             if camera.is_alive():
                 _ask(live, choice, found)
+                timeline.questions.append((found.asked - begin, found.warm_ms[-1]))
         if found.failed is not None:
             raise found.failed
         live.wait()
@@ -179,6 +189,8 @@ def bench_stream(
     frames_seen = max(1, stats.frames)
     return {
         "seconds": seconds,
+        "fps_in": live.stats.frames_in / seconds,
+        "fps_processed": live.stats.processed / seconds,
         "frames_in": live.stats.frames_in,
         "frames_processed": live.stats.processed,
         "frames_dropped": sum(live.stats.dropped.values()),
@@ -187,6 +199,7 @@ def bench_stream(
         "frame_age_ms": percentiles(list(live.stats.age_ms)),
         "deadlines": deadlines,
         "deadline_misses": missed,
+        "deadline_miss_percent": 100 * missed / deadlines if deadlines else None,
         "decisions": [decision.to_json() for decision in live.control.decisions] if live.control else [],
         "budget": budget,
         "budget_at_end": session.planner.limits.budget,
@@ -199,6 +212,8 @@ def bench_stream(
         "phases_ms_per_frame": {name: ns / 1e6 / frames_seen for name, ns in session.clock.spent.items() if ns},
         "memory_mb": found.memory[-1][1] if found.memory else None,
         "memory_slope_mb_per_h": slope(found.memory),
+        **meter.to_json(),
+        "timeline": timeline.to_json(found.memory, meter),
         "samples": {"frame_age_ms": list(live.stats.age_ms), "warm_ms": found.warm_ms, "cold_ms": cold},
     }
 
@@ -235,7 +250,7 @@ def _feed(
 
 def _ask(live: Live, choice: SamplingOptions, found: _Samples) -> None:
     """From the moment of asking, waiting for the frame in work included."""
-    begin = time.monotonic()
+    begin = found.asked = time.monotonic()
     for i, _ in enumerate(live.ask(QUESTION, options=choice)):
         if i == 0:
             found.warm_ms.append(1e3 * (time.monotonic() - begin))

@@ -45,13 +45,14 @@ def read(path: str | Path) -> dict[str, Any]:
 def samples(result: dict[str, Any]) -> dict[str, list[float]]:
     """Milliseconds by metric."""
     found = {row["test"]: row["samples_ms"] for row in result.get("rows", [])}
-    return found | result.get("samples", {})
+    clip = (result.get("video") or {}).get("samples", {})
+    return found | {f"video {name}": values for name, values in clip.items()} | result.get("samples", {})
 
 
 def change(before: Sequence[float], after: Sequence[float], tolerated: float) -> dict[str, Any]:
     """One metric; `tolerated` is a share, such as 0.05."""
     if min(len(before), len(after)) < LEAST:
-        return {"ratio": None, "ci95": None, "verdict": "too few samples"}
+        return {"ratio": None, "ci95": None, "verdict": "too few samples", "samples": [len(before), len(after)]}
     random = np.random.default_rng(0)
     a, b = np.array(before, float), np.array(after, float)
     drawn = [np.median(x[random.integers(0, len(x), (DRAWS, len(x)))], axis=1) for x in (a, b)]
@@ -62,7 +63,8 @@ def change(before: Sequence[float], after: Sequence[float], tolerated: float) ->
         verdict = "worse"
     elif high < 1:
         verdict = "better"
-    return {"ratio": ratio, "ci95": [float(low), float(high)], "verdict": verdict}
+    counts = [len(before), len(after)]
+    return {"ratio": ratio, "ci95": [float(low), float(high)], "verdict": verdict, "samples": counts}
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerated: float = 0.0) -> dict[str, Any]:
@@ -75,9 +77,11 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerated: float = 0.
     common = [name for name in left if name in right]
     if not common:
         raise InputError("the two files have no test in common; measure both with the same options")
+    metrics = {name: change(left[name], right[name], tolerated) for name in common}
     differing = [name for name in SAME if before["machine"].get(name) != after["machine"].get(name)]
     return {
-        "metrics": {name: change(left[name], right[name], tolerated) for name in common},
+        "metrics": metrics,
+        "not_judged": [name for name, metric in metrics.items() if metric["ratio"] is None],
         "left_out": sorted(set(left) ^ set(right)),
         "machines_differ": differing,
     }

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CLIP, CountingEngine, tiny_model
+from helpers import CLIP, CountingEngine, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penguin_edge.bundle import Bundle
+from penguin_edge.commands.bench import traffic
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.bench import BenchOptions, bench_model, percentiles
+from penguin_edge.runtime.bench import BenchOptions, Traffic, bench_model, percentiles
 from penguin_edge.runtime.bench_stream import Brake, SlowedClock, SlowedEngine, _deadlines, slope
+from penguin_edge.runtime.bench_video import VideoOptions, bench_video
 from penguin_edge.runtime.compare import change, compare, read
 from penguin_edge.runtime.control import LatencyTarget
+from penguin_edge.runtime.session import Session
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -32,17 +37,78 @@ def test_every_stage_is_measured_as_often_as_asked() -> None:
     told: list[str] = []
     rows = bench_model(engine, BenchOptions((8, 200), 3, (0, 100), repeat=2, warmup=1), told.append)
     found = {row.test: row for row in rows}
-    assert {"encode 64", "project 64", "pp 8", "pp 200", "tg 3", "tg 3 @ d100"} <= set(found)
+    assert {"encode 64", "project 64", "pp8", "pp200", "tg3", "tg3 @ d100"} <= set(found)
     assert all(len(row.samples_ms) == (6 if name.startswith("tg") else 2) for name, row in found.items())
     assert all(sample > 0 for row in rows for sample in row.samples_ms)
     # Three rounds: prompts, and steps behind a cache that was filled for them.
     assert engine.forwarded_tokens == 3 * (8 + 200 + 3 + 100 + 3) and engine.kv_len == 0
-    data = found["pp 200"].to_json()
+    data = found["pp200"].to_json()
     assert data["per_s"] == pytest.approx(200e3 / float(np.median(data["samples_ms"])), rel=1e-3)
     with pytest.raises(BudgetError, match="max_seq_len is 300"):
         bench_model(engine, BenchOptions((301,)), told.append)
     with pytest.raises(InputError, match="at least 1"):
         BenchOptions((0,))
+
+
+def test_a_step_reads_the_decoder_and_what_the_cache_holds() -> None:
+    engine = EagerEngine(tiny_model(), max_seq_len=300)
+    text = engine.config.text
+    read = traffic(None, engine)
+    # The head is the tied table; what remains are the layers and the last norm.
+    assert engine.model.decoder is not None and text.tie_word_embeddings
+    layers = sum(4 * p.numel() for p in engine.model.decoder.layers.parameters())
+    assert read == Traffic(
+        layers + 4 * text.hidden_size * (text.vocab_size + 1),
+        4 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim,
+    )
+    rows = {row.test: row for row in bench_model(engine, BenchOptions((8,), 3, (0, 100), 1, 0), str, read)}
+    # Steps after 100 positions see 101, 102 and 103.
+    assert (
+        rows["tg3 @ d100"].bytes == read.weights + 102 * read.position
+        and rows["tg3"].bytes == read.weights + 2 * read.position
+    )
+    data = rows["tg3"].to_json()
+    assert data["gb_s"] == pytest.approx(data["bytes"] / (data["ms"]["p50"] * 1e6))
+    assert rows["pp8"].to_json()["gb_s"] is None and rows["encode 64"].bytes is None
+    assert traffic(None, CountingEngine()) is None
+
+
+def test_a_bundle_reads_the_files_of_its_decoder(nano_bundle: Callable[[str, str], Path]) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = Bundle.read(nano_bundle("onnx", "int8-prefill"))
+    files = {path.name: path.stat().st_size for path in bundle.folder.iterdir()}
+    read = traffic(bundle, CountingEngine())
+    assert read is not None and read.weights == files["decoder.onnx"] + files["decoder.onnx.data"]
+    assert bundle.manifest.kv_dtype == "fp32"
+
+
+def test_a_clip_is_asked_about_cold_and_warm() -> None:
+    engine = CountingEngine(EagerEngine(tiny_model(), max_seq_len=1024))
+    sessions: list[Session] = []
+    encoded: list[int] = []
+
+    def make() -> Session:
+        sessions.append(Session(engine, tiny_tokenizer(), budget=100))
+        return sessions[-1]
+
+    options = VideoOptions(str(CLIP), "What?", fps=0.5, answer_tokens=4, repeat=3, warmup=1)
+    found = bench_video(make, options, lambda line: encoded.append(engine.encoded_frames))
+    per_round = encoded[1]
+    assert len(sessions) == 4 and per_round > 0
+    # Asking again encodes nothing, a new session everything.
+    assert encoded == [0, *(n * per_round for n in (1, 1, 2, 2, 3, 3)), 4 * per_round]
+    samples = found["samples"]
+    assert len(samples["cold_ms"]) == len(samples["warm_ms"]) == 3 and len(samples["token_ms"]) == 2 * 3 * 3
+    assert found["tpot_ms"] == pytest.approx(np.mean(samples["token_ms"])) == pytest.approx(1e3 / found["tokens_per_s"])
+    for kind in ("cold", "warm"):
+        # Three rounds: the one of the median is the median, and its parts are all of it.
+        assert sum(found["phases_ms"][kind].values()) == pytest.approx(found["first_token_ms"][kind]["p50"])
+        assert all(len(values) == 3 for values in found["phase_samples_ms"][kind].values())
+    assert {"decode_video", "encode", "project", "prefill"} <= found["phases_ms"]["cold"].keys()
+    assert not {"encode", "project", "preprocess"} & found["phases_ms"]["warm"].keys()
+    assert 0 < found["visual_tokens"] <= 100 and found["reused_tokens"] == found["prompt_tokens"] - 1
+    with pytest.raises(InputError, match="at least one"):
+        VideoOptions(str(CLIP), repeat=0)
 
 
 def test_an_engine_is_slowed_from_its_second_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +178,8 @@ def test_bench_and_compare_from_the_command_line(tmp_path: Path) -> None:
     slow["machine"]["processor"] = "another"
     (tmp_path / "b.json").write_text(json.dumps(slow))
     done = cli("compare", tmp_path / "a.json", tmp_path / "b.json", "--fail-above", "5%", "--json")
-    assert done.returncode == 1 and "different machines" in done.stderr and "pp 16" in done.stderr
-    assert "pp 16" in json.loads(done.stdout.splitlines()[-1])["worse"]
+    assert done.returncode == 1 and "different machines" in done.stderr and "pp16" in done.stderr
+    assert "pp16" in json.loads(done.stdout.splitlines()[-1])["worse"]
     assert cli("compare", tmp_path / "b.json", tmp_path / "a.json", "--fail-above", "5%").returncode == 0
     assert cli("compare", tmp_path / "a.json", tmp_path / "b.json").returncode == 0
     with pytest.raises(InputError, match="no test in common"):
@@ -122,6 +188,23 @@ def test_bench_and_compare_from_the_command_line(tmp_path: Path) -> None:
     for wrong, word in ((tmp_path / "c.json", "schema"), (tmp_path / "gone.json", "cannot be read"), (CLIP, "JSON")):
         done = cli("compare", tmp_path / "a.json", wrong)
         assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_nothing_judged_is_no_pass(tmp_path: Path) -> None:
+    result = {"schema": "penguin-bench/1", "machine": {}, "rows": [{"test": "pp8", "samples_ms": [1.0, 1.0]}]}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    done = cli("compare", tmp_path / "a.json", tmp_path / "a.json", "--fail-above", "5%", "--json")
+    assert done.returncode == 1 and "nothing could be judged" in done.stderr and "--repeat 3" in done.stderr
+    assert "not judged: too few samples (2 and 2, wanted 3)" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["not_judged"] == ["pp8"]
+    assert cli("compare", tmp_path / "a.json", tmp_path / "a.json").returncode == 0
+    # One that can be judged is enough, and a clip's samples count.
+    result["video"] = {"samples": {"cold_ms": [5.0, 5.1, 5.2]}}
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    done = cli("compare", tmp_path / "b.json", tmp_path / "b.json", "--fail-above", "5%", "--json")
+    assert done.returncode == 0, done.stderr
+    judged = json.loads(done.stdout.splitlines()[-1])
+    assert judged["metrics"]["video cold_ms"]["verdict"] == "same" and judged["not_judged"] == ["pp8"]
 
 
 def test_a_stream_is_measured(tmp_path: Path) -> None:
@@ -140,6 +223,17 @@ def test_a_stream_is_measured(tmp_path: Path) -> None:
     for values in (result["frame_age_ms"], *result["first_token_ms"].values()):
         assert 0 < values["p50"] <= values["p95"] <= values["p99"]
     assert len(result["samples"]["cold_ms"]) == 3
+    told = result["timeline"]
+    assert [one["age_ms"] for one in told["frames"]] == result["samples"]["frame_age_ms"]
+    assert [one["first_token_ms"] for one in told["questions"]] == result["samples"]["warm_ms"]
+    assert all(0 < one["visual_tokens"] <= one["budget"] <= 120 and one["kv_tokens"] > 0 for one in told["frames"])
+    assert max(one["visual_tokens"] for one in told["frames"]) == result["max_live_visual_tokens"]
+    for times in ([one["time"] for one in told["frames"]], [at for at, _ in told["memory_mb"]]):
+        assert times == sorted(times) and 0 <= times[0] <= times[-1] <= result["seconds"]
+    assert len(told["memory_mb"]) == result["frames_in"]
+    assert result["fps_in"] == pytest.approx(result["frames_in"] / result["seconds"])
+    assert result["fps_processed"] == pytest.approx(result["frames_processed"] / result["seconds"])
+    assert result["deadline_miss_percent"] == 0 and result["options"]["slow_down"] == {"factor": 2, "after_s": 3}
     for arguments, word in (
         (("--slow-down", "2@3"), "--stream CLIP"),
         (("--stream", CLIP, "--slow-down", "fast"), "FACTOR@SECOND"),
@@ -147,6 +241,12 @@ def test_a_stream_is_measured(tmp_path: Path) -> None:
         (("--stream", CLIP, "--target-frame", 5), "--target-first-token"),
         (("--stream", CLIP, "--target-first-token", 0.001, "--threads", 1, "--duration", 3), "cannot be kept here"),
         (("--stream", tmp_path / "gone.mp4", "--threads", 1), "no such file"),
+        (("--video", tmp_path / "gone.mp4"), "no such file"),
+        (("--video", CLIP, "--stream", CLIP), "one at a time"),
+        (("--html", tmp_path / "gone" / "r.html"), "its folder is not there"),
+        (("--csv", tmp_path), "a folder, wanted a file"),
+        (("-o", tmp_path), "a folder, wanted a file"),
     ):
         done = cli("bench", "tiny", *arguments)
+        assert "tg" not in done.stdout
         assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -51,10 +51,12 @@ TRAINING |= {"text_quality", "layer_study"}
 LEARNING = {"records", "samples", "packing", "losses", "schedule", "sampler", "feed"}  # what `train` is made of …
 LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
 EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
-EVERYTHING |= {"quantize", "export", "runtime"}
+EVERYTHING |= {"quantize", "export", "runtime", "bench_figures", "bench_report"}
 
 TORCHLESS = {
     "plan_report",
+    "bench_figures",
+    "bench_report",
     "records",
     "samples",
     "evaluate",
@@ -79,6 +81,8 @@ ALLOWED: dict[str, set[str]] = {
     "samples": DEVICE | {"records"},
     "bundle": BASE,
     "plan_report": BASE | {"frames", "keyframes", "tra"},
+    "bench_figures": BASE,
+    "bench_report": BASE | {"bench_figures", "machine"},
     "layers": BASE,
     "encoder": BASE | {"layers"},
     "projector": BASE | {"layers"},

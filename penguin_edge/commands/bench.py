@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from penguin_edge.bench_report import csv_text, html_text, require_matplotlib
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands.common import emit, is_bundle, open_model, positive, say, table
 from penguin_edge.commands.stream import seconds_of
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, peak_mb, resident_mb
-from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Row, bench_model, read_bandwidth
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamOptions, bench_stream
+from penguin_edge.runtime.bench_video import QUESTION, VideoOptions, bench_video
 from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.power import Meter
 from penguin_edge.runtime.profile import load, profile
+from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.sources import is_live, read_source
 from penguin_edge.runtime.stream import StreamSession
+
+KV_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,10 +49,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--repeat", type=positive, default=defaults.repeat, help="rounds (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=defaults.warmup, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--video", metavar="F", help="and ask about this clip from end to end, cold and warm")
+    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="of --video (default: %(default)s)")
     parser.add_argument("--stream", metavar="CLIP", help="stream this clip, again and again, and ask every 2 s instead")
-    parser.add_argument("--fps", type=seconds_of, default=1.0, help="frames per second (default: %(default)s)")
+    parser.add_argument("--fps", type=seconds_of, help="frames per second (default: the model's; of a stream 1)")
     parser.add_argument("--duration", type=seconds_of, default=30.0, metavar="S", help="default: %(default)s s")
-    parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens at any time (default: the model's)")
+    parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens, of a stream at any time")
     parser.add_argument("--window", type=seconds_of, default=60.0, metavar="S", help="default: %(default)s s")
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
@@ -59,6 +72,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE.json", help="write it there, too; for `compare`")
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="every sample on a line of its own")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="a report with pictures, in one file")
     parser.set_defaults(run=run)
 
 
@@ -91,8 +106,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--slow-down, --target-first-token and --target-frame are for --stream CLIP")
     if args.target_frame and not args.target_first_token:
         raise InputError("--target-frame goes with --target-first-token MS")
+    if args.stream and args.video:
+        raise InputError("--video and --stream are measured one at a time; leave out one of them")
     if args.stream and is_live(args.stream):
         raise InputError(f"{args.stream}: a live source shows other pictures each time; name a clip, or use `stream`")
+    if args.video and not Path(args.video).exists():
+        raise InputError(f"{args.video}: no such file; check the path")
+    outputs = [path for path in (args.out, args.csv, args.html) if path]
+    for path in outputs:
+        check_output(path)
+    if args.html:
+        require_matplotlib()
     begin = time.monotonic()
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
     bundle = Bundle.read(args.model) if is_bundle(args.model) else None
@@ -104,49 +128,147 @@ def run(args: argparse.Namespace) -> int:
         "precision": bundle.manifest.precision if bundle else None,
         "threads": args.threads,
         "disk_bytes": sum(entry.bytes for entry in bundle.manifest.files.values()) if bundle else None,
+        "load_ms": 1e3 * (time.monotonic() - begin),
         "machine": describe(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if args.stream:
-        brake = Brake(*slow) if slow else None
-        slowed = SlowedEngine(engine, brake) if brake else engine
-        session = StreamSession(
-            slowed,
-            tokenizer,
-            budget=args.budget,
-            window_s=args.window,
-            shrink=args.shrink,
-            cache=args.cache,
-            answer_tokens=16,
-        )
-        target = cost = None
-        if args.target_first_token:
-            # A frame that is late makes the answer late that waits for it.
-            target = LatencyTarget(args.target_first_token, args.target_frame or args.target_first_token)
-            cost = load(bundle) if bundle else None
-            if cost is None:
-                say("no profile of this machine is kept with the model: measuring one")
-                cost = CostModel.from_json(profile(engine, repeat=2, progress=_line)["cost"])
-        options = StreamOptions(args.duration, target=target, cost=cost, brake=brake)
-        result |= bench_stream(session, _looped(args), options, _follow(args.duration))
-        result["peak_mb"] = peak_mb()
+        _stream(args, result, engine, tokenizer, bundle, slow)
         _stream_table(result)
     else:
-        choice = BenchOptions(args.prompts, args.tokens, args.depths, args.repeat, args.warmup)
-        rows = bench_model(engine, choice, _line)
-        bandwidth = read_bandwidth(args.threads or result["machine"]["cores"])
-        result |= {"rows": [row.to_json() for row in rows], "read_gb_s": bandwidth}
-        result |= {"resident_mb": resident_mb(), "peak_mb": peak_mb(), "seconds": time.monotonic() - begin}
-        _model_table(rows, result)
+        _model(args, result, engine, tokenizer, bundle)
+        result["seconds"] = time.monotonic() - begin
+        _model_table(result)
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_aside(args.out, json.dumps(result, indent=1) + "\n")
+    if args.csv:
+        write_aside(args.csv, csv_text(result))
+    if args.html:
+        write_aside(args.html, html_text(result))
     if args.json:
         emit(result)
     return 0
 
 
+def check_output(path: Path) -> None:
+    """Refuse a file that could not be written, before anything is measured.
+
+    Raises:
+        InputError: a folder, a file in a folder that is not there, or one that may not be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, wanted a file; name one in it")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: its folder is not there; make it, or name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: its folder cannot be written; name a file in another one")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write beside the file, then rename, so that a reader never sees half of it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:
+    """What a step reads: of a bundle the decoder's files, of a checkpoint its parameters; None for anything else."""
+    values = engine.config.text.kv_values
+    if bundle is not None:
+        manifest = bundle.manifest
+        graph = manifest.graphs["decoder"].file
+        # ONNX keeps the weights in a second file beside the graph.
+        files = [entry.bytes for name, entry in manifest.files.items() if name.startswith(graph)]
+        return Traffic(sum(files), values * KV_BYTES[manifest.kv_dtype])
+    decoder = getattr(getattr(engine, "model", None), "decoder", None)
+    if decoder is None:
+        return None
+    parameters = [(one.numel(), one.element_size()) for one in decoder.parameters()]
+    return Traffic(sum(count * size for count, size in parameters), values * parameters[0][1])
+
+
+def _model(
+    args: argparse.Namespace, result: dict[str, Any], engine: Engine, tokenizer: Tokenizer, bundle: Bundle | None
+) -> None:
+    """Every stage alone, and the clip."""
+    choice = BenchOptions(args.prompts, args.tokens, args.depths, args.repeat, args.warmup)
+    check_room(engine, choice)
+    video = None
+    with Meter() as meter:
+        if args.video:  # first: a clip that cannot be read is found out at once
+            clip = VideoOptions(args.video, args.prompt, args.fps, args.tokens, args.repeat, args.warmup)
+            video = bench_video(lambda: Session(engine, tokenizer, budget=args.budget), clip, _line)
+        rows = bench_model(engine, choice, _line, traffic(bundle, engine))
+    result |= {
+        "options": asdict(choice),
+        "rows": [row.to_json() for row in rows],
+        "video": video,
+        "resident_mb": resident_mb(),
+        "peak_mb": peak_mb(),
+        **meter.to_json(),
+        "timeline": {
+            "power_w": [list(one) for one in meter.power],
+            "temperature_c": [list(one) for one in meter.celsius],
+        },
+        "read_gb_s": read_bandwidth(args.threads or result["machine"]["cores"]),
+    }
+
+
+def _stream(
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    engine: Engine,
+    tokenizer: Tokenizer,
+    bundle: Bundle | None,
+    slow: tuple[float, float] | None,
+) -> None:
+    brake = Brake(*slow) if slow else None
+    session = StreamSession(
+        SlowedEngine(engine, brake) if brake else engine,
+        tokenizer,
+        budget=args.budget,
+        window_s=args.window,
+        shrink=args.shrink,
+        cache=args.cache,
+        answer_tokens=16,
+    )
+    target = cost = None
+    if args.target_first_token:
+        # A frame that is late makes the answer late that waits for it.
+        target = LatencyTarget(args.target_first_token, args.target_frame or args.target_first_token)
+        cost = load(bundle) if bundle else None
+        if cost is None:
+            say("no profile of this machine is kept with the model: measuring one")
+            cost = CostModel.from_json(profile(engine, repeat=2, progress=_line)["cost"])
+    options = StreamOptions(args.duration, target=target, cost=cost, brake=brake)
+    result["options"] = {
+        "source": args.stream,
+        "fps": args.fps or 1.0,
+        "duration_s": args.duration,
+        "every_s": options.every_s,
+        "answer_tokens": options.answer_tokens,
+        "window_s": args.window,
+        "shrink": args.shrink,
+        "cache": args.cache,
+        "target_first_token_ms": args.target_first_token,
+        "target_frame_ms": target.frame_ms if target else None,
+        "slow_down": {"factor": slow[0], "after_s": slow[1]} if slow else None,
+    }
+    result |= bench_stream(session, _looped(args), options, _follow(args.duration))
+    result["peak_mb"] = peak_mb()
+
+
 def _looped(args: argparse.Namespace) -> Iterator[Frame]:
-    return read_source(args.stream, fps=args.fps, loop=True)
+    return read_source(args.stream, fps=args.fps or 1.0, loop=True)
 
 
 def _line(text: str) -> None:
@@ -166,18 +288,45 @@ def _ms(values: dict[str, float | None]) -> list[str]:
     return ["-" if value is None else f"{value:.1f}" for value in values.values()]
 
 
-def _model_table(rows: list[Row], result: dict[str, Any]) -> None:
+def _model_table(result: dict[str, Any]) -> None:
     _line("")
-    shown: list[tuple[str, ...]] = [("", "p50 ms", "p95", "p99", "per second")]
-    for row in rows:
-        data = row.to_json()
-        shown.append((row.test, *_ms(data["ms"]), f"{data['per_s']:.1f}"))
+    shown: list[tuple[str, ...]] = [("", "p50 ms", "p95", "p99", "per second", "GB/s")]
+    for row in result["rows"]:
+        rate = f"{row['gb_s']:.2f}" if row["gb_s"] else "-"
+        shown.append((row["test"], *_ms(row["ms"]), f"{row['per_s']:.1f}", rate))
     print(table(shown, indent=""))
+    if result["video"]:
+        _video_table(result["video"])
     disk = f", {human_bytes(result['disk_bytes'])} on disk" if result["disk_bytes"] else ""
     print(
         f"{result['engine']}{disk}, resident {result['resident_mb']:.0f} MB, at most {result['peak_mb']:.0f} MB; this "
         f"machine reads {result['read_gb_s']:.1f} GB/s"
     )
+    _sensors(result)
+
+
+def _video_table(video: dict[str, Any]) -> None:
+    shown = [
+        ("", "p50 ms", "p95", "p99"),
+        ("first token, cold", *_ms(video["first_token_ms"]["cold"])),
+        ("first token, warm", *_ms(video["first_token_ms"]["warm"])),
+        ("between tokens", *_ms(video["inter_token_ms"])),
+    ]
+    print(f"\n{video['source']}: {video['frames']} frames, {video['visual_tokens']} visual tokens")
+    print(table(shown, indent=""))
+    for kind, phases in video["phases_ms"].items():
+        print(f"{kind}: " + ", ".join(f"{name} {ms:.1f}" for name, ms in phases.items()) + " ms")
+    if video["tpot_ms"]:
+        print(f"per token after the first {video['tpot_ms']:.2f} ms, {video['tokens_per_s']:.1f} tokens/s")
+
+
+def _sensors(result: dict[str, Any]) -> None:
+    power, heat = result["power_w"], result["temperature_c"]
+    if power:
+        say(f"{power['mean']:.2f} W, at most {power['max']:.2f} ({result['sensors']['power']})")
+    if heat:
+        degrees = f"{heat['begin']:.0f} to {heat['end']:.0f} °C, at most {heat['max']:.0f}"
+        say(f"{degrees} ({result['sensors']['temperature']})")
 
 
 def _stream_table(result: dict[str, Any]) -> None:
@@ -199,3 +348,4 @@ def _stream_table(result: dict[str, Any]) -> None:
     for one in result["decisions"]:
         say(f"{one['time']:7.1f} s  {one['from']} -> {one['to']}: {one['reason']}")
     say(f"resident {result['memory_mb'] or 0:.0f} MB, at most {result['peak_mb']:.0f} MB")
+    _sensors(result)

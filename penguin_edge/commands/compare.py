@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.commands.common import emit, say, table
-from penguin_edge.runtime.compare import compare, read
+from penguin_edge.runtime.compare import LEAST, compare, read
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("compare", help="two results of `bench -o`: what got slower")
     parser.add_argument("before", metavar="A.json")
     parser.add_argument("after", metavar="B.json")
-    parser.add_argument("--fail-above", type=_share, metavar="5%", help="end with 1 when a test is so much slower")
+    parser.add_argument(
+        "--fail-above",
+        type=_share,
+        metavar="5%",
+        help="end with 1 when a test is so much slower, or none can be judged",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
 
@@ -38,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = [("", "B over A", "95 %", "")]
     for name, metric in result["metrics"].items():
         if metric["ratio"] is None:
-            rows.append((name, "-", "-", metric["verdict"]))
+            counts = " and ".join(map(str, metric["samples"]))
+            rows.append((name, "-", "-", f"not judged: {metric['verdict']} ({counts}, wanted {LEAST})"))
         else:
             low, high = metric["ci95"]
             rows.append((name, f"{metric['ratio']:.3f}", f"{low:.3f} to {high:.3f}", metric["verdict"]))
@@ -48,5 +54,11 @@ def run(args: argparse.Namespace) -> int:
         emit({**result, "worse": worse})
     if args.fail_above is not None and worse:
         say(f"slower by more than {args.fail_above:.1%}: {', '.join(worse)}")
+        return 1
+    if args.fail_above is not None and len(result["not_judged"]) == len(result["metrics"]):
+        say(
+            f"nothing could be judged: every metric has fewer than {LEAST} samples on one side; measure again with "
+            f"`bench --repeat {LEAST}` or more, or a longer stream"
+        )
         return 1
     return 0

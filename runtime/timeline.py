@@ -1,0 +1,70 @@
+"""What a stream was like at each moment: one entry per frame that became ready, and one per question.
+
+Times are seconds since the stream began, ages and first tokens milliseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from penguin_edge.runtime.power import Meter
+from penguin_edge.runtime.stream import StreamSession
+
+
+@dataclass(frozen=True)
+class FrameReady:
+    """The stream right after a frame's prefill: `budget` is what held for this frame."""
+
+    time: float
+    age_ms: float
+    budget: int
+    visual_tokens: int
+    kv_tokens: int
+
+
+@dataclass
+class Timeline:
+    """`begin` is that of `time.monotonic`."""
+
+    session: StreamSession
+    begin: float = field(default_factory=time.monotonic)
+    frames: list[FrameReady] = field(default_factory=list)
+    questions: list[tuple[float, float]] = field(default_factory=list)
+    """When each was asked, and its time to the first token."""
+
+    def frame(self, age_ms: float) -> None:
+        """A frame is ready; on the worker, which alone may look at the session."""
+        session = self.session
+        self.frames.append(
+            FrameReady(
+                time.monotonic() - self.begin,
+                age_ms,
+                session.planner.limits.budget,
+                session.visual_tokens,
+                session.engine.kv_len,
+            )
+        )
+
+    def to_json(self, memory: list[tuple[float, float]], meter: Meter) -> dict[str, Any]:
+        return {
+            "frames": [asdict(one) for one in self.frames],
+            "questions": [{"time": at, "first_token_ms": took} for at, took in self.questions],
+            "memory_mb": [list(one) for one in memory],
+            "power_w": [list(one) for one in meter.power],
+            "temperature_c": [list(one) for one in meter.celsius],
+        }
+
+
+class Ages(deque[float]):
+    """All ages of a stream; `Live` appends each on its worker when the frame is ready, and the timeline is told."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__()
+        self._timeline = timeline
+
+    def append(self, age_ms: float, /) -> None:
+        super().append(age_ms)
+        self._timeline.frame(age_ms)
