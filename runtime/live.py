@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
 from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting, settings
 from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.events import Kept, Ready, Said
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Token
@@ -126,6 +127,8 @@ class Live:
         target: LatencyTarget | None = None,
         cost: CostModel | None = None,
         trace: Callable[[Decision], None] = lambda decision: None,
+        ready: Callable[[Ready], None] | None = None,
+        said: Callable[[Said], None] | None = None,
     ) -> None:
         """
         Args:
@@ -135,6 +138,8 @@ class Live:
                 error of that frame, and given up.
             cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
             trace: is told every decision, on the worker.
+            ready: is told every frame that was worked on, on the worker: it must be quick and raise nothing.
+            said: is told every answer as it comes, token by token, likewise.
         Raises:
             InputError: a queue without room, no rate, or a target without a cost model.
         """
@@ -143,6 +148,7 @@ class Live:
         if target is not None and cost is None:
             raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
         self._target, self._cost, self._trace = target, cost, trace
+        self._ready, self._said, self._told = ready, said, 0
         self.control: LatencyControl | None = None
         self._stride, self._offered, self._begun = 1, 0, _now()
         self.session = session
@@ -190,15 +196,20 @@ class Live:
             self._changed.notify_all()
         return True
 
-    def ask(self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None) -> Iterator[Token]:
+    def ask(
+        self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None, wait: bool = False
+    ) -> Iterator[Token]:
         """Answer a question about what is ready now; errors of the answer are raised where its tokens are read.
 
+        Args:
+            wait: until another question is answered, which otherwise is an error.
         Raises:
             InputError: another question is being answered, or the stream was closed.
             PenguinError: what went wrong with an earlier frame.
         """
         question = _Question(prompt, keep, options)
         with self._changed:
+            self._changed.wait_for(lambda: not (wait and self._question) or self._closed)
             self._check()
             if self._question is not None:
                 raise InputError(
@@ -331,12 +342,16 @@ class Live:
             self.session.push(frame)
             self.stats.processed += 1
             self.stats.age_ms.append((_now() - arrived) / 1e6)
+            took = (_now() - begin) / 1e6
             if self._target is not None:
-                self._steer((_now() - begin) / 1e6, (begin - arrived) / 1e6)
+                self._steer(took, (begin - arrived) / 1e6)
+            if self._ready is not None:
+                number = self.session.stats.frames - 1
+                self._ready(Ready(frame, number, self.stats.age_ms[-1], took, self._window()))
             stream = self.session._stream
             for watch in list(self._watches):
                 if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
-                    text = "".join(token.text for token in self.session.ask(watch.prompt, options=watch.options))
+                    text = "".join(token.text for token in self._speak(watch.prompt, False, watch.options))
                     watch._put(Answer(frame.time, text, self.session.report))
         except Exception as error:  # whatever it is, the caller is told by the next call
             self.stats.dropped["error"] += 1
@@ -369,10 +384,38 @@ class Live:
             self.session.set_budget(setting.budget)
         self._stride = setting.stride
 
+    def _window(self) -> tuple[Kept, ...]:
+        session = self.session
+        kept = zip(session.planner.numbers, session.times, session.planner.plan().frames, strict=True)
+        return tuple(Kept(number, at, plan.kind, plan.tokens) for number, at, plan in kept)
+
+    def _speak(self, prompt: str, keep: bool, options: SamplingOptions | None) -> Generator[Token, None, None]:
+        """An answer of the session; `said` is told of it."""
+        answer = self.session.ask(prompt, keep=keep, options=options)
+        if self._said is None:
+            yield from answer
+            return
+        self._told += 1
+        times = self.session.times
+        said = Said(self._told, prompt, times[-1] if times else None)
+        self._said(said)
+        error = ""
+        try:
+            for token in answer:
+                self._said(replace(said, text=token.text))
+                yield token
+        except Exception as wrong:
+            error = str(wrong) or type(wrong).__name__
+            raise
+        finally:
+            answer.close()
+            first = None if error else self.session.report.first_token_ms
+            self._said(replace(said, done=True, error=error, first_token_ms=first))
+
     def _answer(self, question: _Question) -> None:
         past = self.session.engine.kv_len
         try:
-            answer = self.session.ask(question.prompt, keep=question.keep, options=question.options)
+            answer = self._speak(question.prompt, question.keep, question.options)
             for token in answer:
                 question.tokens.put(token)
                 if question.cancelled.is_set():

@@ -128,7 +128,7 @@ ALLOWED: dict[str, set[str]] = {
 # These bring torch along.
 TORCH = {"torch", "torchao", "torchvision", "safetensors.torch", "executorch", "transformers", "accelerate", "peft"}
 # These are optional or heavy: runtime/ imports them inside the function that needs them.
-ENGINES = {"onnxruntime", "executorch", "tensorrt", "tensorrt_rtx", "av", "cv2"}
+ENGINES = {"onnxruntime", "executorch", "tensorrt", "tensorrt_rtx", "av", "cv2", "starlette", "uvicorn"}
 # The ExecuTorch binding needs torch; nothing else in runtime/ does.
 TORCH_IN_RUNTIME = "runtime.executorch"
 

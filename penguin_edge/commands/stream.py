@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from penguin_edge.commands.common import emit, open_model, positive, say
@@ -17,6 +20,8 @@ from penguin_edge.runtime.live import QUEUE, Live, Watch
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import is_live, paced, read_source
 from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.view import View
+from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
 
 EVERY_SECONDS = 0.5
 """Between status lines on a terminal; elsewhere ten times as long."""
@@ -43,6 +48,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
+    parser.add_argument(
+        "--ui",
+        action="store_true",
+        help="show the stream on a page of this machine alone, and take questions there; it stays after the source has "
+        "ended, until Ctrl-C, unless --duration or --json says when to stop",
+    )
+    parser.add_argument("--port", type=port_of, metavar="N", help=f"of the page; 0: any (default: {PORT})")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
 
@@ -58,13 +70,24 @@ def seconds_of(text: str) -> float:
     return value
 
 
+def port_of(text: str) -> int:
+    """argparse type: a port of this machine, or 0."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; wanted 0 to 65535")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     live_source = is_live(args.source)
     if (args.every or args.on_change) and not args.prompt:
         raise InputError("--every and --on-change ask a question; name it with --prompt TEXT")
     if live_source and (args.fast or args.loop):
         raise InputError(f"{args.source}: a live source has its own speed and no end; leave out --fast and --loop")
+    if args.port is not None and not args.ui:
+        raise InputError("--port is that of the page; ask for it with --ui")
     frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say)
+    # Before the model is loaded: a port that is taken is said at once.
+    bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
     options = SamplingOptions(args.max_new_tokens)
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
     session = StreamSession(
@@ -78,7 +101,13 @@ def run(args: argparse.Namespace) -> int:
     )
     answers: list[dict[str, Any]] = []
     code = 0
-    with Live(session, queued=args.queue) as live:
+    view = View(_named(args.source), f"{Path(args.model).name} on {engine.name}")
+    ready, said = (view.ready, view.said) if bound is not None else (None, None)
+    with Live(session, queued=args.queue, ready=ready, said=said) as live, contextlib.ExitStack() as opened:
+        server = None
+        if bound is not None:
+            server = opened.enter_context(ViewServer(view, live, bound, options=options, note=_note))
+            say(f"live view: {server.address}")
         watch = None
         if args.every or args.on_change:
             watch = live.watch(args.prompt, every=args.every, on_change=args.on_change, options=options)
@@ -89,6 +118,10 @@ def run(args: argparse.Namespace) -> int:
             live.wait()
             if args.prompt and watch is None:
                 _ask(live, args.prompt, options, answers)
+            view.phase = "ended"
+            if server is not None and args.duration is None and not args.json:
+                _note(f"the source has ended; {server.address} stays until Ctrl-C")
+                server.wait()
         except KeyboardInterrupt:
             code = 130
         live.close()
@@ -139,7 +172,7 @@ def _read(watch: Watch, answers: list[dict[str, Any]]) -> None:
 
 
 def _ask(live: Live, prompt: str, options: SamplingOptions, answers: list[dict[str, Any]]) -> None:
-    text = "".join(token.text for token in live.ask(prompt, options=options))
+    text = "".join(token.text for token in live.ask(prompt, options=options, wait=True))
     times = live.session.times
     _show(times[-1] if times else None, text)
     answers.append(
@@ -147,9 +180,24 @@ def _ask(live: Live, prompt: str, options: SamplingOptions, answers: list[dict[s
     )
 
 
-def _show(at: float | None, text: str) -> None:
+def _named(source: str) -> str:
+    """A source without the user and password of its address."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source) if is_live(source) else Path(source).name
+
+
+def _note(text: str) -> None:
+    """A line that does not end up behind the status line."""
+    _clear()
+    say(text)
+
+
+def _clear() -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _show(at: float | None, text: str) -> None:
+    _clear()
     print(f"[{at or 0.0:.1f} s] {text.strip()}", flush=True)
 
 
