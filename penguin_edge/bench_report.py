@@ -341,8 +341,8 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
         (
             f"{i}, at {one['time']:.1f} s",
             *(change(one, name) for name in ("budget", "frame_tokens", "stride")),
-            number(one["predicted_ms"]),
-            number(one["observed_ms"]),
+            number(one["predicted"]),
+            number(one["observed"]),
             one["reason"],
         )
         for i, one in enumerate(decisions, 1)

@@ -166,6 +166,7 @@ def bench_stream(
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
         options.brake.start()
     with Live(session, target=options.target, cost=options.cost) as live, meter:
+        live.wait()  # for the engine to be warm
         timeline = Timeline(session)
         live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept
         begin = timeline.begin

@@ -93,7 +93,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Decision:
-    """One change of setting, `time` seconds after the beginning, in the stream's own clock."""
+    """One change of setting, `time` seconds after the beginning by the clock; milliseconds of what was to take longer,
+    a frame or a first token, and of what was seen last."""
 
     time: float
     before: Setting
@@ -103,8 +104,14 @@ class Decision:
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        return {"from": data.pop("before"), "to": data.pop("after"), **data}
+        return {
+            "time": self.time,
+            "from": asdict(self.before),
+            "to": asdict(self.after),
+            "predicted": self.predicted_ms,
+            "observed": self.observed_ms,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,11 @@ class LatencyControl:
                 f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
             )
         self.index = self._first(1.0)
+
+    def see(self, device: Device, choices: list[Setting]) -> None:
+        """Frames of another size, or another rate, from now on."""
+        self.device, self.choices = device, choices
+        self.index = min(self.index, len(choices) - 1)
 
     @property
     def setting(self) -> Setting:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
-from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.events import Kept, Ready, Said
 from penguin_edge.runtime.report import Report
@@ -134,8 +134,8 @@ class Live:
         Args:
             queued: frames that wait at most.
             fps: frames taken per second of their own time; None takes all.
-            target: what the controller keeps to, beginning with the first frame; a target that cannot be kept is an
-                error of that frame, and given up.
+            target: what the controller keeps to, beginning with the first frame, before which the engine is warmed up
+                (`wait` waits for it); a target that cannot be kept is an error of that frame, and given up.
             cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
             trace: is told every decision, on the worker.
             ready: is told every frame that was worked on, on the worker: it must be quick and raise nothing.
@@ -159,7 +159,8 @@ class Live:
         self._watches: list[Watch] = []
         self._taken: float | None = None
         self._error: BaseException | None = None
-        self._closed = self._busy = False
+        self._size: tuple[int, int] | None = None
+        self._closed, self._busy = False, True
         self._changed = threading.Condition()
         self._standing = self._stand()
         self._worker = threading.Thread(target=self._work, name="penguin-edge stream", daemon=True)
@@ -321,6 +322,11 @@ class Live:
         }
 
     def _work(self) -> None:
+        if self._target is not None:
+            try:
+                self.session.warm_up()
+            except Exception as error:  # the caller is told by the next call
+                self._error = error if isinstance(error, PenguinError) else _wrapped(error)
         while True:
             with self._changed:
                 self._standing, self._busy = self._stand(), False
@@ -339,12 +345,13 @@ class Live:
     def _add(self, frame: Frame, arrived: int) -> None:
         try:
             begin = _now()
+            self._steered(frame)
             self.session.push(frame)
             self.stats.processed += 1
             self.stats.age_ms.append((_now() - arrived) / 1e6)
             took = (_now() - begin) / 1e6
-            if self._target is not None:
-                self._steer(took, (begin - arrived) / 1e6)
+            if self.control is not None:
+                self._steer(self.control, took, (begin - arrived) / 1e6)
             if self._ready is not None:
                 number = self.session.stats.frames - 1
                 self._ready(Ready(frame, number, self.stats.age_ms[-1], took, self._window()))
@@ -357,26 +364,30 @@ class Live:
             self.stats.dropped["error"] += 1
             self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
-    def _steer(self, took_ms: float, waited_ms: float) -> None:
-        """Tell the controller what a frame took, and do what it decides."""
-        session = self.session
-        assert self._target is not None and self._cost is not None
-        device = session.device()
+    def _steered(self, frame: Frame) -> None:
+        """Open the controller, or tell it of frames of another size."""
+        size = (frame.pixels.shape[0], frame.pixels.shape[1])
+        if self._target is None or self._cost is None or size == self._size:
+            return
+        self._size = size
+        device, choices = self.session.device(size), self.session.settings(size)
         if self.control is None:
-            budget = session.planner.limits.budget
-            room = session.planner.limits.room or budget
-            choices = settings(session.native_tokens(), device.floor_tokens, min(budget, room))
             try:
                 self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
             except BudgetError as error:  # said once; the stream goes on as if without a target
                 self._target, self._error = None, error
                 return
-            self._apply(self.control.setting)
-        elif session.last_work is not None:
-            self.control.device = replace(device, frames=device.frames * self._stride)
-            self.control.observe_frame(session.last_work, took_ms, waited_ms)
-            if self.control.decide((_now() - self._begun) / 1e9) is not None:
-                self._apply(self.control.setting)
+        self.control.see(device, choices)
+        self._apply(self.control.setting)
+
+    def _steer(self, control: LatencyControl, took_ms: float, waited_ms: float) -> None:
+        """Tell the controller what a frame took, and do what it decides."""
+        assert self._size is not None and self.session.last_work is not None
+        device = self.session.device(self._size)
+        control.device = replace(device, frames=device.frames * self._stride)
+        control.observe_frame(self.session.last_work, took_ms, waited_ms)
+        if control.decide((_now() - self._begun) / 1e9) is not None:
+            self._apply(control.setting)
 
     def _apply(self, setting: Setting) -> None:
         self.session.frame_tokens = setting.frame_tokens

@@ -25,6 +25,7 @@ A question and its answer leave the cache when the next frame comes, unless they
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,9 +39,9 @@ from penguin_edge.bundle import TOKENIZER, Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
-from penguin_edge.preprocess import Patches
+from penguin_edge.preprocess import Patches, preprocess_image
 from penguin_edge.prompt import Tokenizer, frame_tag
-from penguin_edge.runtime.control import Device, Work
+from penguin_edge.runtime.control import Device, Setting, Work, settings
 from penguin_edge.runtime.engine import Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.ledger import last_frame, rebase
@@ -54,6 +55,7 @@ from penguin_edge.tra import Plan, size_ladder
 
 Shrink = Literal["encode", "pool"]
 Following = Literal["recompute", "rebase"]
+WARM_PATCHES = 256
 QUESTION_TOKENS, ANSWER_TOKENS = 128, 128
 """Positions that frames leave free, beside what stands around them."""
 
@@ -239,45 +241,42 @@ class StreamSession(Session):
         )
         return changes + found
 
-    def device(self) -> Device:
-        """What predictions of the next frames need to know.
+    def settings(self, size: tuple[int, int]) -> list[Setting]:
+        """What a controller can choose from, for frames of (height, width)."""
+        device, limits = self.device(size), self.planner.limits
+        native = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)][-1]
+        return settings(native, device.floor_tokens, min(limits.budget, limits.room or limits.budget))
 
-        Raises:
-            InputError: no frame has come yet.
-        """
-        floor, times = self.floor_tokens(), self.times
+    def device(self, size: tuple[int, int]) -> Device:
+        """What predictions of the next frames need to know, if they are of (height, width)."""
+        ladder = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)]
+        floor = next(tokens for tokens in ladder if tokens >= min(self.planner.least_tokens, ladder[-1]))
+        times, limits = self.times, self.planner.limits
         apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
-        frames = min(self.planner.limits.max_frames, int(self.planner.limits.window_s / max(apart, 1e-3)) + 1)
-        height, width = self._stream.size
         return Device(
             self.engine.bounds,
             self.config.image.video_merge_size,
             self.planner.tag_tokens,
             self.question_tokens,
             self._mover is None,
-            height * width,
+            size[0] * size[1],
             floor,
-            frames,
+            min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
         )
 
-    def native_tokens(self) -> int:
-        """Of a frame like the last one, at its own size.
-
-        Raises:
-            InputError: no frame has come yet.
-        """
-        if not self._frames:
-            raise InputError("no frame has come yet")
-        rows, columns = size_ladder(*self._stream.size, self.planner.factor)[-1]
-        return rows * columns
-
-    def floor_tokens(self) -> int:
-        """The least that a frame like the last one takes, where the budget has room for it."""
-        return next(
-            rows * columns
-            for rows, columns in size_ladder(*self._stream.size, self.planner.factor)
-            if rows * columns >= min(self.planner.least_tokens, self.native_tokens())
-        )
+    def warm_up(self) -> None:
+        """Have the engine do each of its stages once: the first call of a stage takes memory, and longer."""
+        side = math.isqrt(min(WARM_PATCHES, self.engine.bounds.max_patches)) // self.config.image.video_merge_size
+        blank = np.zeros((side * self.planner.factor, side * self.planner.factor, 3), np.uint8)
+        patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=blank.shape[:2])
+        features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
+        self.engine.project(features.reshape(1, patches.tokens, -1, features.shape[-1]))
+        self.engine.truncate(0)
+        self._held.clear()
+        for count in (self.engine.bounds.max_chunk, 1):
+            if self.engine.kv_len + count <= self.engine.bounds.max_seq_len:
+                self.engine.forward(self.engine.embed(np.zeros(count, np.int64)), np.array([-1]))
+        self.engine.truncate(0)
 
     def set_budget(self, budget: int) -> list[Change]:
         """Keep another budget of visual tokens from now on; frames that it has no room for shrink or go.

@@ -126,7 +126,7 @@ def test_decisions_are_told_and_bounded() -> None:
     simulate(run, lambda t: 1.0 if int(t / 40) % 2 else 6.0, 400)
     assert told == list(run.decisions) and told
     data = told[0].to_json()
-    assert {"time", "from", "to", "predicted_ms", "observed_ms", "reason"} == data.keys()
+    assert {"time", "from", "to", "predicted", "observed", "reason"} == data.keys()
     assert data["from"]["budget"] >= data["to"]["budget"]
 
 
@@ -146,14 +146,14 @@ def test_the_costliest_frame_of_a_real_stream_is_foreseen(cache: Any) -> None:
         engine.truncate(0)
         session = StreamSession(engine, tiny_tokenizer(), budget=400, cache=cache)
         session.push(picture(0, 280, 392), 0.0)
-        device = session.device()
-        setting = all_settings(session.native_tokens(), device.floor_tokens, 400)[index]
+        device, setting = session.device((280, 392)), session.settings((280, 392))[index]
         session.set_budget(setting.budget)
         session.frame_tokens = setting.frame_tokens
         run = LatencyControl(LatencyTarget(1e9), COST, device, [setting])
         costs, windows = [], []
         for i in range(1, 60):
             session.push(picture(i // 6, 280, 392), float(i))
+            run.device = session.device((280, 392))
             assert session.last_work is not None
             costs.append(run.work_ms(session.last_work))
             windows.append(engine.kv_len)

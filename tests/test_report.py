@@ -82,7 +82,7 @@ def busy(folder: Path) -> dict[str, Any]:
         after = {"budget": 60 + i, "frame_tokens": 16, "stride": 1 + i % 2}
         reason = "slower than the target allows"
         result["decisions"].append(
-            {"time": at, "from": before, "to": after, "predicted_ms": 41.0 + i, "observed_ms": 52.5, "reason": reason}
+            {"time": at, "from": before, "to": after, "predicted": 41.0 + i, "observed": 52.5, "reason": reason}
         )
         before = after
     result["options"] |= {"target_first_token_ms": 1e-3, "target_frame_ms": 1e4}

@@ -23,7 +23,7 @@ from penguin_edge.errors import BudgetError, InputError, TargetUnavailable
 from penguin_edge.frames import Frame
 from penguin_edge.runtime import view as bounds
 from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
-from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.cost import AXES, fit
 from penguin_edge.runtime.events import Kept, Ready, Said
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -32,9 +32,7 @@ from penguin_edge.runtime.view import View, thumbnail
 from penguin_edge.runtime.view_server import BODY, PROMPT, ViewServer, socket_at
 from penguin_edge.tra import DROPPED, KEY
 
-CHEAP = CostModel(
-    {"preprocess": [0, 0], "encode": [0, 0, 0], "project": [0, 0], "prefill": [0, 0, 0], "decode": [0.1, 0]}
-)
+CHEAP = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
 
 
 @contextlib.contextmanager
