@@ -8,7 +8,8 @@
 
 Every file has one method, `forward`. `start + S <= L <= max_seq_len`, and K is at least 1: XNNPACK crashes on empty
 tensors, so that a caller who wants no logits asks for one and drops it. KV state is two mutable buffers per layer,
-`[kv_heads, max_seq_len, D]` in the graph's precision, inside the method; they are not stored in the file.
+`[kv_heads, max_seq_len, D]` in the graph's precision, inside the method; they are not stored in the file. The file
+names them `keys_i` and `values_i`: a runtime finds their memory by `Method::get_attribute`, and moves positions there.
 
 XNNPACK takes a chain of operators as one subgraph and plans its memory at run time for the shapes it sees, while what
 lies between subgraphs is planned at export for the largest shapes. The modules here say the same sums as
@@ -405,6 +406,8 @@ def compile_method(
         ExecutorchBackendConfig(
             # Without it every step copies the whole of every KV buffer.
             run_reinplace_pass=True,
+            # A name makes a buffer's memory reachable from outside, where positions are moved.
+            emit_mutable_buffer_names=True,
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True, alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         )

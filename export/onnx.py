@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
-from penguin_edge.bundle import Bounds, TablePlace, TensorSpec, kv_names, signature
+from penguin_edge.bundle import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_names, signature
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
@@ -430,6 +430,9 @@ class OnnxTarget:
             # Traced without being read, so that no memory ever stands behind them.
             shape = (1, text.num_key_value_heads, bounds.max_seq_len, text.head_dim)
             form = model.decoder.kv_form
+            if form is not None and form.scales is not None:
+                # The graph's own constants, for a runtime that moves positions.
+                form.scales.float().numpy().astype("<f4").tofile(folder / KV_SCALES)
             dtype = KV_DTYPES[form.dtype] if form else torch.float32
             past = [torch.empty(shape, dtype=dtype) for _ in range(2 * text.num_hidden_layers)]
             inputs.append(past)

@@ -10,7 +10,8 @@
 | embedding | not a graph: a raw row-major table, read by the runtime                         | embeds [S,H]           |
 
 KV state is `[1, kv_heads, max_seq_len, D]` per layer for keys and for values, written in place at `start`. ONNX Runtime
-binds one buffer as `past_key_i`/`present_key_i` (and `…value_i`); ExecuTorch keeps mutable buffers inside.
+binds one buffer as `past_key_i`/`present_key_i` (and `…value_i`); ExecuTorch keeps mutable buffers inside, which the
+program names `keys_i` and `values_i`.
 Graph inputs and outputs are f32 whatever the graph computes in; only KV buffers have a dtype of their own.
 """
 
@@ -34,6 +35,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding.bin"
+KV_SCALES = "kv_scales.bin"
+"""Beside int8 buffers: f32 [2L, kv, D], the scales of all keys' channels, then of all values'."""
 CHECK = "check.safetensors"
 VERIFY = "verify.json"
 

@@ -105,7 +105,8 @@ class KVCache:
         both = torch.cat((angles, angles)).to(self.keys[0].device)
         cos, sin = both.cos().float(), both.sin().float()
         there = slice(to, to + end - begin)
-        for keys, values in zip(self.keys, self.values, strict=True):
-            keys[:, :, there] = rotate(keys[:, :, begin:end].float(), cos, sin).to(keys.dtype)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            turned = rotate(keys[:, :, begin:end].float(), cos, sin)
+            keys[:, :, there] = (turned if self.form is None else self.form.stored(layer, turned)).to(keys.dtype)
             values[:, :, there] = values[:, :, begin:end].clone()
         self.length = there.stop

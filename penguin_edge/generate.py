@@ -125,14 +125,13 @@ class EagerEngine:
             )
         self._cache.length = length
 
-    @property
-    def can_move(self) -> bool:
-        """Not with int8, whose keys would be rounded anew at every move."""
-        return self._cache.form is None or self._cache.form.dtype != "int8"
+    can_move = True
 
     @torch.no_grad()
     def move(self, begin: int, end: int, to: int) -> None:
         """Positions [begin, end) stand at `to` from now on, keys turned; see `penguin_edge.runtime.engine`."""
-        if not (self.can_move and 0 <= to <= begin < end <= self.bounds.max_seq_len):
-            raise InputError(f"move [{begin}, {end}) to {to}: wanted 0 <= to <= begin < end, and no int8 cache")
+        if not 0 <= to <= begin < end <= self.bounds.max_seq_len:
+            raise InputError(
+                f"move [{begin}, {end}) to {to}: wanted 0 <= to <= begin < end <= {self.bounds.max_seq_len}"
+            )
         self._cache.move(begin, end, to, self.config.text.rope_theta)

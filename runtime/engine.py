@@ -52,7 +52,7 @@ class MovingEngine(Engine, Protocol):
     """
 
     can_move: bool
-    """False where the cache's form forbids it."""
+    """False where the bundle lacks what a move needs, as those of earlier exports may."""
 
     def move(self, begin: int, end: int, to: int) -> None: ...
 

@@ -6,7 +6,7 @@
 | embeds, logits           | [1,S,H], [1,K,V]   | float32         | the caller; results are new arrays             |
 | start                    | [1]                | int64           | the engine                                     |
 | kv_positions             | [L]                | int64           | the engine; its length tells how much is filled |
-| keys, values             | [kv,max_seq_len,D] | manifest.kv_dtype | the loaded program                           |
+| keys_i, values_i         | [kv,max_seq_len,D] | manifest.kv_dtype | the loaded program; moved where they lie     |
 
 torch is needed by ExecuTorch's Python binding alone, and imported by `open` alone. Each graph is loaded when it is
 first called.
@@ -27,7 +27,8 @@ import numpy as np
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError, InputError, TargetUnavailable
 from penguin_edge.runtime.embedding import EmbeddingTable
-from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_truncate
+from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_move, check_truncate
+from penguin_edge.runtime.kv_shift import move_positions
 
 KV_STEP = 64
 """`kv_positions` grows by this many positions: XNNPACK plans anew for every new shape."""
@@ -49,6 +50,7 @@ class ExecutorchEngine:
         self._library = library
         self._torch = torch
         self._table = EmbeddingTable.of(bundle)
+        self._programs: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
         self._positions = np.arange(self.bounds.max_seq_len, dtype=np.int64)
         self._kv_len = 0
@@ -105,6 +107,25 @@ class ExecutorchEngine:
         check_truncate(self._kv_len, length)
         self._kv_len = length
 
+    @property
+    def can_move(self) -> bool:
+        """Whether the decoder's program names its KV buffers, which those of earlier exports do not."""
+        return bool(self._program("decoder").method_meta("forward").num_attributes())
+
+    def move(self, begin: int, end: int, to: int) -> None:
+        """See `penguin_edge.runtime.engine.MovingEngine`."""
+        check_move(self.bounds.max_seq_len, begin, end, to)
+        if not self.can_move:
+            raise InputError(
+                f"{self._bundle.folder}: its program does not name its KV buffers; recompute, or export it again"
+            )
+        method, text = self._method("decoder"), self.config.text
+        for layer in range(text.num_hidden_layers):
+            # Tensors over the program's own memory.
+            keys, values = (method.get_attribute(f"{what}_{layer}").numpy()[None] for what in ("keys", "values"))
+            move_positions(keys, values, begin, end, to, text.rope_theta)
+        self._kv_len = to + end - begin
+
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""
         return self._table.lookup(ids)
@@ -148,24 +169,40 @@ class ExecutorchEngine:
         """Load a graph at its first use.
 
         Raises:
+            BundleError: as `_program`.
+        """
+        if graph not in self._methods:
+            program = self._program(graph)
+            with self._loading(graph):
+                self._methods[graph] = program.load_method("forward")
+        return self._methods[graph]
+
+    def _program(self, graph: str) -> Any:
+        """Open a graph's file at its first use.
+
+        Raises:
             BundleError: the bundle has no such graph, or this ExecuTorch cannot load it.
         """
-        if graph in self._methods:
-            return self._methods[graph]
+        if graph in self._programs:
+            return self._programs[graph]
         manifest = self._bundle.manifest
         if graph not in manifest.graphs:
             raise BundleError(f"{self._bundle.folder}: has no {graph} (a text-only model); export a model with vision")
-        path = self._bundle.path(manifest.graphs[graph].file)
+        with self._loading(graph):
+            self._programs[graph] = self._library._load_program(str(self._bundle.path(manifest.graphs[graph].file)))
+        return self._programs[graph]
+
+    @contextlib.contextmanager
+    def _loading(self, graph: str) -> Iterator[None]:
+        manifest = self._bundle.manifest
         try:
-            method = self._library._load_program(str(path)).load_method("forward")
+            yield
         except RuntimeError as error:
             raise BundleError(
-                f"{path}: this ExecuTorch cannot load it ({error}); it was exported for executorch "
-                f"{manifest.tools.get('executorch', 'of an unknown version')}: install that one, copy the bundle "
-                "again, or export again"
+                f"{self._bundle.path(manifest.graphs[graph].file)}: this ExecuTorch cannot load it ({error}); it was "
+                f"exported for executorch {manifest.tools.get('executorch', 'of an unknown version')}: install that "
+                "one, copy the bundle again, or export again"
             ) from error
-        self._methods[graph] = method
-        return method
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 | name   | shape                       | dtype        | what                            |
 |--------|-----------------------------|--------------|---------------------------------|
-| keys   | [1, kv, max_seq_len, D]     | f32 or f16   | after the rotary step           |
-| values | [1, kv, max_seq_len, D]     | f32 or f16   |                                 |
+| keys   | [1, kv, max_seq_len, D]     | f32, f16, i8 | after the rotary step           |
+| values | [1, kv, max_seq_len, D]     | f32, f16, i8 |                                 |
+| scale  | [kv, 1, D]                  | f32          | of each channel of int8 keys    |
 
-A key at position p is R(p) k, and R(to - begin) R(p) = R(p + to - begin): the turn is exact but for rounding.
+A key at position p is R(p) k, and R(to - begin) R(p) = R(p + to - begin): the turn is exact but for rounding. In int8
+that is half a step of each channel, and it adds up over moves.
 """
 
 from __future__ import annotations
@@ -25,8 +27,16 @@ def turn(by: int, size: int, theta: float) -> tuple[NDArray[np.float32], NDArray
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def move_positions(keys: NDArray[Any], values: NDArray[Any], begin: int, end: int, to: int, theta: float) -> None:
-    """Move [begin, end) down to `to`, in place; the two may overlap."""
+def move_positions(
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    begin: int,
+    end: int,
+    to: int,
+    theta: float,
+    scale: NDArray[np.float32] | None = None,
+) -> None:
+    """Move [begin, end) down to `to`, in place; the two may overlap. int8 keys need `scale`."""
     if begin == to:
         return
     half = keys.shape[-1] // 2
@@ -34,7 +44,11 @@ def move_positions(keys: NDArray[Any], values: NDArray[Any], begin: int, end: in
     for at in range(begin, end, STEP):
         here = slice(at, min(at + STEP, end))
         there = slice(at - begin + to, here.stop - begin + to)
-        first, second = (keys[:, :, here, part].astype(np.float32) for part in (slice(half), slice(half, None)))
-        keys[:, :, there, :half] = first * cos - second * sin
-        keys[:, :, there, half:] = second * cos + first * sin
+        held = keys[:, :, here].astype(np.float32)
+        if scale is not None:
+            held *= scale
+        first, second = held[..., :half], held[..., half:]
+        turned = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        # The two channels of a pair have scales of their own: what one could hold may be too much for the other.
+        keys[:, :, there] = turned if scale is None else (turned / scale).round().clip(-128, 127)
         values[:, :, there] = values[:, :, here].copy()

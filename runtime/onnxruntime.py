@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import Bundle, kv_names
+from penguin_edge.bundle import KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
 from penguin_edge.runtime.embedding import EmbeddingTable
@@ -49,6 +49,7 @@ class OnnxRuntimeEngine:
         self._start = np.zeros(1, dtype=np.int64)
         self._bindings: dict[str, Any] = {}
         self._buffers: list[dict[str, np.ndarray]] = []
+        self._scales: list[F32] | None = None
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -86,17 +87,34 @@ class OnnxRuntimeEngine:
 
     @property
     def can_move(self) -> bool:
-        """Not with int8, whose keys would be rounded anew at every move."""
-        return self._bundle.manifest.kv_dtype != "int8"
+        """False for an int8 cache whose scales are in the graph alone, as earlier exports left them."""
+        return self._bundle.manifest.kv_dtype != "int8" or KV_SCALES in self._bundle.manifest.files
 
     def move(self, begin: int, end: int, to: int) -> None:
         """See `penguin_edge.runtime.engine.MovingEngine`."""
         check_move(self.bounds.max_seq_len, begin, end, to)
         if not self.can_move:
-            raise InputError("positions of an int8 cache cannot be moved; recompute, or export with another cache")
-        for buffers in self._buffers:
-            move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta)
+            raise InputError(f"{self._bundle.folder}: no {KV_SCALES} for its int8 cache; recompute, or export it again")
+        scales = self._key_scales()
+        for layer, buffers in enumerate(self._buffers):
+            scale = scales[layer] if scales else None
+            move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
         self._start[0] = to + end - begin
+
+    def _key_scales(self) -> list[F32]:
+        """[kv, 1, D] of each layer's keys; none where the cache is not int8.
+
+        Raises:
+            BundleError: a file that does not fit the model.
+        """
+        if self._scales is None and self._bundle.manifest.kv_dtype == "int8":
+            text, path = self.config.text, self._bundle.path(KV_SCALES)
+            shape = (2 * text.num_hidden_layers, text.num_key_value_heads, 1, text.head_dim)
+            found = np.fromfile(path, "<f4")
+            if found.size != math.prod(shape):
+                raise BundleError(f"{path}: {found.size} scales, wanted {math.prod(shape)}; export the model again")
+            self._scales = list(found.reshape(shape)[: text.num_hidden_layers].astype(np.float32))
+        return self._scales or []
 
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""

@@ -100,11 +100,11 @@ class StreamSession(Session):
             raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
         if cache not in ("recompute", "rebase"):
             raise InputError(f"the cache cannot follow by {cache!r}; known: recompute, rebase")
-        self._mover = engine if isinstance(engine, MovingEngine) and engine.can_move and cache == "rebase" else None
+        self._mover = engine if cache == "rebase" and isinstance(engine, MovingEngine) and engine.can_move else None
         if cache == "rebase" and self._mover is None:
             raise InputError(
-                f"{engine.name} cannot move positions of this bundle's cache; take cache='recompute', or an ONNX "
-                "bundle with a KV cache in fp32 or fp16"
+                f"{engine.name} cannot move positions of this bundle's cache: it was exported before that was known; "
+                "export the model again, or take cache='recompute'"
             )
         super().__init__(
             engine, tokenizer, budget=budget, max_frames=max_frames, thinking=thinking, policy=self._planned

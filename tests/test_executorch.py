@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import picture, tiny_tokenizer
 from numpy.testing import assert_array_equal
 
 pytest.importorskip("executorch", reason="executorch is not installed")
@@ -21,8 +22,12 @@ from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
 from penguin_edge.decoder import KVCache  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export import executorch as export  # noqa: E402
+from penguin_edge.generate import EagerEngine  # noqa: E402
 from penguin_edge.model import PenguinModel  # noqa: E402
+from penguin_edge.runtime.engine import MovingEngine  # noqa: E402
 from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
+from penguin_edge.runtime.sampling import SamplingOptions  # noqa: E402
+from penguin_edge.runtime.stream import StreamSession  # noqa: E402
 
 TINY = PRESETS["tiny"]
 ONE_LAYER = replace(
@@ -219,6 +224,113 @@ def test_projector(engine: ExecutorchEngine, model: PenguinModel, tokens: int, m
     wanted = model.project(torch.from_numpy(features), merge)
     got = engine.project(features.reshape(1, tokens, merge**2, 64))
     assert error(got, wanted) <= FP32_TOLERANCE
+
+
+MOVES = {
+    "a gap": [(100, 130, 20)],
+    "overlap": [(5, 125, 2)],
+    "chunks of a move": [(1, 160, 0)],
+    "from a full cache": [(40, 160, 10), (100, 130, 90)],
+    "the last alone": [(159, 160, 0)],
+    "to its own place": [(0, 160, 0)],
+    "what was written anew above": [(60, 90, 30), (70, 110, 60), (61, 99, 1)],
+}
+"""Calls of `move`, one after another, in a cache of 160 that is full."""
+
+
+def check_moves(engine: ExecutorchEngine, eager: EagerEngine, tolerance: float) -> None:
+    """Each list of `MOVES`, and tokens behind it: logits, and all that the cache holds, are the eager engine's."""
+    assert isinstance(engine, MovingEngine) and engine.can_move
+    config = engine.config
+    for seed, (name, moves) in enumerate(MOVES.items()):
+        found = []
+        for one in (engine, eager):
+            one.truncate(0)
+            filling = embeds(MAX_SEQ_LEN, seed, config)
+            for begin in range(0, MAX_SEQ_LEN, 80):
+                one.forward(filling[begin : begin + 80], np.empty(0, np.int64))
+            logits = []
+            for index, (begin, end, to) in enumerate(moves):
+                one.move(begin, end, to)
+                assert one.kv_len == to + end - begin
+                one.truncate(min(one.kv_len, MAX_SEQ_LEN - 3))
+                logits.append(one.forward(embeds(3, 10 + index, config), np.array([0, 2])))
+            found.append(np.concatenate(logits))
+        assert error(found[0], torch.from_numpy(found[1])) <= tolerance, name
+        for layer in range(config.text.num_hidden_layers):
+            for what, wanted in (("keys", eager._cache.keys[layer]), ("values", eager._cache.values[layer])):
+                held = engine._method("decoder").get_attribute(f"{what}_{layer}")
+                assert float((held - wanted[0]).norm() / wanted.float().norm()) <= tolerance, name
+
+
+def test_positions_move_as_eager_moves_them(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    check_moves(engine, EagerEngine(model, max_seq_len=MAX_SEQ_LEN), FP32_TOLERANCE)
+    for begin, end, to in ((10, 10, 5), (10, 20, 15), (10, MAX_SEQ_LEN + 1, 0)):
+        with pytest.raises(InputError, match="wanted 0 <= to <= begin < end <= 160"):
+            engine.move(begin, end, to)
+
+
+def test_positions_move_in_fp16(half_bundle: Bundle) -> None:
+    """Both turn in fp32 and round the result: what differs is what went into the cache."""
+    eager = EagerEngine(tiny(ONE_LAYER, torch.float16), max_seq_len=MAX_SEQ_LEN)
+    check_moves(ExecutorchEngine.open(half_bundle), eager, FP16_TOLERANCE)
+
+
+def test_a_move_is_exact(engine: ExecutorchEngine) -> None:
+    """The same token at another place: its key in the first layer is that of a token computed there."""
+    x, keys = embeds(40, 0), []
+    for before in (0, 120):
+        engine.truncate(0)
+        for count in (before, 40):
+            if count:
+                engine.forward(x if count == 40 else embeds(count, 1), np.empty(0, np.int64))
+        for begin in range(before, 0, -10):  # in steps, each of which rounds
+            engine.move(begin, begin + 40, begin - 10)
+        assert engine.kv_len == 40
+        keys.append(engine._method("decoder").get_attribute("keys_0")[:, :40].clone())
+    assert float((keys[0] - keys[1]).abs().max() / keys[0].abs().max()) <= 1e-5
+
+
+def test_a_program_that_does_not_name_its_buffers_cannot_move(
+    half_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier exports left it: it runs, and moves are refused."""
+    import executorch.exir
+
+    config = executorch.exir.ExecutorchBackendConfig
+    nameless = {"emit_mutable_buffer_names": False}
+    monkeypatch.setattr(executorch.exir, "ExecutorchBackendConfig", lambda **fields: config(**fields | nameless))
+    for file in half_bundle.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    bounds = half_bundle.manifest.bounds
+    export.ExecutorchTarget().export_part("decoder", tiny(ONE_LAYER, torch.float16), bounds, tmp_path)
+    engine = ExecutorchEngine.open(Bundle(tmp_path, half_bundle.manifest))
+    assert not engine.can_move
+    Stream(engine, tiny(ONE_LAYER, torch.float16), FP16_TOLERANCE).feed(12)
+    with pytest.raises(InputError, match="does not name its KV buffers; recompute, or export it again"):
+        engine.move(5, 12, 0)
+    with pytest.raises(InputError, match="executorch cannot move positions"):
+        StreamSession(engine, tiny_tokenizer(), cache="rebase")
+    assert engine.kv_len == 12
+    # The names are all that it costs, within the padding between segments.
+    sizes = [folder.joinpath("decoder.pte").stat().st_size for folder in (tmp_path, half_bundle.folder)]
+    assert 0 <= sizes[1] - sizes[0] <= 100 * 2 * ONE_LAYER.text.num_hidden_layers
+
+
+def test_a_stream_moves_its_cache(engine: ExecutorchEngine, model: PenguinModel) -> None:
+    runs = []
+    for one in (engine, EagerEngine(model, max_seq_len=MAX_SEQ_LEN)):
+        options = {"budget": 24, "window_s": 3.0, "question_tokens": 12, "answer_tokens": 8}
+        run = StreamSession(one, tiny_tokenizer(), cache="rebase", **options)  # type: ignore[arg-type]
+        for i in range(9):
+            run.push(picture(i, 56, 84), float(i))
+        asked = [token.id for token in run.ask("What?", options=SamplingOptions(max_new_tokens=6))]
+        keys = run.prompt_keys()
+        one.truncate(len(keys) - 1)
+        runs.append((run, asked, one.forward(run._embeds(keys[-1:]), np.array([-1]))))
+    (run, asked, logits), (wanted, answer, reference) = runs
+    assert run.stats == wanted.stats and run.stats.moved_tokens > 0 and run.prompt_keys() == wanted.prompt_keys()
+    assert asked == answer and error(logits, torch.from_numpy(reference)) <= FP32_TOLERANCE
 
 
 def test_fp16(half_bundle: Bundle) -> None:

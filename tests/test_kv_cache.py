@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature
+from penguin_edge.bundle import EMBEDDING, KV_SCALES, Bundle, GraphEntry, Manifest, finish, signature
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import PRESETS
 from penguin_edge.decoder import KVForm
-from penguin_edge.errors import InputError
+from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.executorch import ExecutorchTarget
 from penguin_edge.export.onnx import OnnxTarget
 from penguin_edge.export.pipeline import ExportOptions, check_options, kv_bytes
@@ -26,7 +26,9 @@ from penguin_edge.quantize.apply import kv_form
 from penguin_edge.quantize.calibrate import calibrate, ready_from
 from penguin_edge.quantize.recipe import PRESETS as RECIPES
 from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.runtime.engine import MovingEngine
 from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from penguin_edge.samples import Sample
 
 TINY = PRESETS["tiny"]
@@ -123,6 +125,58 @@ def test_the_engines_cache_is_the_references(
     # And the cache is what makes a difference to fp32, or this test would see nothing.
     lost = np.abs(np.array(exact) - np.array(wanted)).max() / np.abs(wanted).max()
     assert lost > (10 * difference if dtype == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"),
+    [
+        # Each engine computes its own keys: one at the border of two levels is a whole level apart, and stays so.
+        ("int8", 1e-3),
+        # As above: the engine multiplies in fp16.
+        ("fp16", 1e-2),
+    ],
+)
+def test_a_moved_cache_is_the_references(
+    checkpoint: Checkpoint, scales: torch.Tensor, tmp_path: Path, dtype: str, near: float
+) -> None:
+    form = KVForm("int8", scales) if dtype == "int8" else KVForm("fp16")
+    engine = open_engine(exported(checkpoint, form, tmp_path / "bundle"), threads=1)
+    model = checkpoint.load(("decoder", "embedding"), dtype=torch.float32)
+    assert model.decoder is not None
+    model.decoder.kv_form = form
+    eager = EagerEngine(model, max_seq_len=LENGTH)
+    assert isinstance(engine, MovingEngine) and engine.can_move
+    embeds = eager.embed(np.random.default_rng(3).integers(0, 500, LENGTH))
+    found = []
+    for one in (engine, eager):
+        rows = []
+        one.forward(embeds, np.empty(0, np.int64))
+        # An overlap from a full cache, one after the other, a gap, and a single last position.
+        for begin, end, to in ((7, 48, 1), (5, 42, 4), (30, 40, 12), (21, 22, 20)):
+            one.move(begin, end, to)
+            rows.append(one.forward(embeds[:2], np.array([0, 1])))
+        found.append(np.concatenate(rows))
+    assert np.abs(found[0] - found[1]).max() / np.abs(found[1]).max() <= near
+
+
+def test_an_int8_cache_without_its_scales_cannot_be_moved(
+    checkpoint: Checkpoint, scales: torch.Tensor, tmp_path: Path
+) -> None:
+    """As earlier exports left it: the scales are in the graph alone."""
+    bundle = exported(checkpoint, KVForm("int8", scales), tmp_path / "bundle")
+    assert np.array_equal(np.fromfile(bundle.path(KV_SCALES), "<f4"), scales.numpy().ravel())
+    embeds = np.zeros((4, TINY.text.hidden_size), np.float32)
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != KV_SCALES}
+    older = open_engine(Bundle(bundle.folder, replace(bundle.manifest, files=files)), threads=1)
+    assert isinstance(older, MovingEngine) and not older.can_move
+    older.forward(embeds, np.empty(0, np.int64))
+    with pytest.raises(InputError, match="recompute, or export it again"):
+        older.move(2, 4, 0)
+    bundle.path(KV_SCALES).write_bytes(bytes(12))
+    damaged = OnnxRuntimeEngine.open(bundle, threads=1)
+    damaged.forward(embeds, np.empty(0, np.int64))
+    with pytest.raises(BundleError, match="3 scales, wanted"):
+        damaged.move(2, 4, 0)
 
 
 def test_a_recipe_with_a_small_cache(checkpoint: Checkpoint) -> None:
