@@ -13,10 +13,11 @@ paper's, cut into levels whose areas differ by a factor of 4:
 | n + 1 | the floor               | dropped                  |
 | n + 2 | dropped                 | dropped                  |
 
-No frame is below the floor (`tra.py`) but the newest, when it alone is more than the budget. The oldest frames step
-down first, so a window holds two neighbouring levels, or more while the scene gets quieter: levels never rise with
-time. A frame steps at most once per level, and levels are four apart, so a window that fills for the first time encodes
-each frame at most 4/3 times more, and one that moves on at most once more.
+The newest frame is always kept: one that would be dropped stays, at the floor, until the next one comes. No frame is
+below the floor (`tra.py`) but the newest, when it alone is more than the budget. The oldest frames step down first, so
+a window holds two neighbouring levels, or more while the scene gets quieter: levels never rise with time. A frame steps
+at most once per level, and levels are four apart, so a window that fills for the first time encodes each frame at most
+4/3 times more, and one that moves on at most once more.
 
 A step down goes on until `LOW` of the limit is reached, so that the next frames find room: what follows a changed frame
 in a KV cache has to be computed again, and that should be rare. New frames rise to a better level when the whole window
@@ -80,6 +81,8 @@ class _Held:
     size: tuple[int, int]
     level: int
     rung: int
+    passing: bool = False
+    """Kept as the newest frame alone: the next one takes its place."""
 
 
 @lru_cache(maxsize=64)
@@ -156,8 +159,8 @@ class StreamPlanner:
         return Plan(tuple(frames), self.limits.budget, self.factor, "stream", stage)
 
     def push(self, kind: str, size: tuple[int, int], time: float) -> list[Change]:
-        """Add a frame of `size` (height, width) at `time` seconds; returns what became of others, and of this one if it
-        was not kept. Where the window has no key frame, this one becomes key.
+        """Add a frame of `size` (height, width) at `time` seconds; returns what became of others. Where the window has
+        no key frame, this one becomes key.
 
         Raises:
             InputError: an unknown label, an empty size, or a time before the last frame's.
@@ -176,6 +179,9 @@ class StreamPlanner:
         while self._held and (reason := self._leaves(self._held[0], time)):
             changes.append(Change(self._held[0].number, before.pop(self._held[0].number), 0, reason))
             self._remove(self._held[0])
+        if self._held and self._held[-1].passing:
+            changes.append(Change(self._held[-1].number, before.pop(self._held[-1].number), 0, "dropped"))
+            self._remove(self._held[-1])
         if all(held.kind != KEY for held in self._held):
             kind = KEY
         newest = _Held(self._next, kind, time, size, 0, 0)
@@ -184,15 +190,16 @@ class StreamPlanner:
         newest.level = self._level
         rung = self._rung(newest, newest.level)
         while rung is None:
-            if kind != KEY:  # Intermediate frames are being dropped.
-                return [*changes, Change(newest.number, 0, 0, "dropped")]
+            if kind != KEY:  # Intermediate frames are being dropped, but what is seen now is never left out.
+                newest.passing, rung = True, self._floor(newest)
+                break
             newest.level -= 1  # Smaller than the frames before it, whose floor is further down.
             rung = self._rung(newest, newest.level)
         newest.rung = rung
         self._held.append(newest)
         self._total += self._tokens(newest)
         self._settle()
-        return changes + self._changes(before | {newest.number: 0})
+        return changes + self._changes(before)
 
     def set_limits(self, limits: Limits) -> list[Change]:
         """Keep other limits from now on; returns which frames that shrinks or drops.
@@ -235,16 +242,21 @@ class StreamPlanner:
         levels = rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
         return levels[min(level, len(levels) - 1)][held.kind != KEY]
 
+    def _floor(self, held: _Held) -> int:
+        rung = rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)[-2][0]
+        assert rung is not None
+        return rung
+
     def _sizes(self) -> dict[int, int]:
         return {held.number: self._tokens(held) for held in self._held}
 
     def _changes(self, before: dict[int, int]) -> list[Change]:
-        """What differs now; of a new frame (`before` 0) only that it was not kept."""
+        """What differs now."""
         after = self._sizes()
         found = []
         for number, tokens in before.items():
             left = after.get(number, 0)
-            if left == 0 or (tokens and left != tokens):
+            if left != tokens:
                 found.append(Change(number, tokens, left, "budget" if left else "dropped"))
         return found
 
@@ -280,15 +292,17 @@ class StreamPlanner:
             if len(self._held) == 1:
                 self._shrink_last(self._held[0])
                 return
-            held = next((held for held in self._held if held.level <= self._level), None)
+            held = next((one for one in self._held if one.level <= self._level and not one.passing), None)
             if held is None:
                 self._level += 1
                 continue
             rung = self._rung(held, self._level + 1)
-            if rung is None:
+            if rung is None and held is not self._held[-1]:
                 self._remove(held)
                 continue
             held.level = self._level + 1
+            if rung is None:
+                held.passing, rung = held.kind != KEY, self._floor(held)
             if rung < held.rung:
                 before = held.rung
                 self._resize(held, rung)

@@ -20,7 +20,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import resident_mb
 from penguin_edge.runtime.bench import percentiles
-from penguin_edge.runtime.control import LatencyTarget
+from penguin_edge.runtime.control import Decision, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
 from penguin_edge.runtime.live import Live
@@ -47,6 +47,7 @@ class StreamOptions:
     answer_tokens: int = 16
     target: LatencyTarget | None = None
     cost: CostModel | None = None
+    trace: Callable[[Decision], None] = lambda decision: None
     brake: Brake | None = None
     """That of the session's `SlowedEngine`: it slows the rest, too."""
     """Of this machine; a target needs it."""
@@ -165,7 +166,7 @@ def bench_stream(
     if options.brake is not None:
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
         options.brake.start()
-    with Live(session, target=options.target, cost=options.cost) as live, meter:
+    with Live(session, target=options.target, cost=options.cost, trace=options.trace) as live, meter:
         live.wait()  # for the engine to be warm
         timeline = Timeline(session)
         live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept

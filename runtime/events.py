@@ -28,7 +28,7 @@ class Ready:
     work_ms: float
     """The part of it that was work, which a latency target is about; the rest was waiting."""
     window: tuple[Kept, ...]
-    """All frames that are kept now; without this one where the budget had no place for it."""
+    """All frames that are kept now, this one the last."""
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class StreamSession(Session):
         Args:
             frame: a `Frame`, or pixels [H, W, 3] uint8 RGB; `time` in seconds.
         Returns:
-            What became of earlier frames, and of this one if it was not kept.
+            What became of earlier frames.
         Raises:
             InputError: wrong shape or dtype, no time, or an answer that is being read.
         """
@@ -225,11 +225,9 @@ class StreamSession(Session):
             found = self.planner.push(self._stream.kinds[-1], capped, new.time)
             self.stats.frames += 1
             self._forget([change for change in found if not change.tokens])
-            kept = self._numbers[-1:] == [self.stats.frames - 1]
-            if kept:
-                self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
+            self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
         before, moved = self.stats.prefilled_tokens, self.stats.moved_tokens
-        self._update(found, arrived=kept)
+        self._update(found, arrived=True)
         prefilled = self.stats.prefilled_tokens - before
         self.last_work = Work(
             size[0] * size[1],

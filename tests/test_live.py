@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CountingEngine, picture, tiny_tokenizer
+from helpers import CLIP, CountingEngine, picture, tiny_tokenizer
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine
@@ -232,3 +236,29 @@ def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
         assert run.stats.processed == 2 and not run.stats.dropped
     with pytest.raises(InputError, match="penguin-edge profile"):
         Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0))
+
+
+def test_a_stream_with_a_target_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "penguin_edge", "stream", "tiny", "--source", str(CLIP), "--fps", "4", "--fast"]
+    command += ["--budget", "90", "--threads", "1", "--max-seq-len", "1024", "--max-new-tokens", "4", "--json"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=300)
+
+    trace = tmp_path / "trace.jsonl"
+    done = run("--target-first-token", "20000", "--trace", str(trace), "--duration", "2", "--prompt", "What?")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    told = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert told == result["decisions"] and result["frames_processed"] == 8
+    assert all({"time", "from", "to", "predicted", "observed", "reason"} == one.keys() for one in told)
+    for arguments, word in (
+        (("--target-frame", "5"), "--target-first-token"),
+        (("--trace", str(trace)), "--target-first-token"),
+        (("--target-first-token", "0.01"), "cannot be kept here"),
+        (("--target-first-token", "20000", "--target-tokens-per-s", "1e9"), "tokens per second"),
+        (("--target-first-token", "20000", "--trace", str(tmp_path / "none" / "x")), "folder that is there"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert run("--target-first-token", "soon").returncode == 2

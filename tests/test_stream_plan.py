@@ -39,7 +39,7 @@ class Planning(RuleBasedStateMachine):
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
             assert self.ledger[change.frame] == change.before, change
-            assert change.tokens < change.before or change.frame == self.next - 1
+            assert change.tokens < change.before
             self.ledger[change.frame] = change.tokens
             if not change.tokens:
                 del self.ledger[change.frame]
@@ -52,14 +52,13 @@ class Planning(RuleBasedStateMachine):
             changes = self.planner.push(KEY if key else INTERMEDIATE, self.size, self.time)
             self.next += 1
             frames = dict(zip(self.planner.numbers, self.planner.plan().frames, strict=True))
-            newest = frames.get(self.next - 1)
+            newest = frames[self.next - 1]  # What is seen now is never left out.
             for change in changes:
                 if change.reason in ("window", "full"):
                     del kinds[change.frame]
             # Where no key frame was left, this one is key.
-            assert newest is None or newest.kind == KEY or KEY in kinds.values()
-            # A frame that is not kept is told as a change from nothing to nothing.
-            self.ledger[self.next - 1] = newest.tokens if newest else 0
+            assert newest.kind == KEY or KEY in kinds.values()
+            self.ledger[self.next - 1] = newest.tokens
             self.times[self.next - 1] = self.time
             self.apply(changes)
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from typing import Any
 
 from penguin_edge.bench_report import csv_text, html_text, require_matplotlib
 from penguin_edge.bundle import Bundle
-from penguin_edge.commands.common import emit, is_bundle, open_model, positive, say, table
-from penguin_edge.commands.stream import seconds_of
+from penguin_edge.commands import latency
+from penguin_edge.commands.common import above_zero, emit, is_bundle, open_model, positive, say, status, table
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, peak_mb, resident_mb
@@ -26,11 +25,9 @@ from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Traffic, bench_mode
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamOptions, bench_stream
 from penguin_edge.runtime.bench_video import QUESTION, VideoOptions, bench_video
 from penguin_edge.runtime.control import LatencyTarget
-from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.power import Meter
-from penguin_edge.runtime.profile import load, profile
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.sources import is_live, read_source
 from penguin_edge.runtime.stream import StreamSession
@@ -52,21 +49,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--video", metavar="F", help="and ask about this clip from end to end, cold and warm")
     parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="of --video (default: %(default)s)")
     parser.add_argument("--stream", metavar="CLIP", help="stream this clip, again and again, and ask every 2 s instead")
-    parser.add_argument("--fps", type=seconds_of, help="frames per second (default: the model's; of a stream 1)")
-    parser.add_argument("--duration", type=seconds_of, default=30.0, metavar="S", help="default: %(default)s s")
+    parser.add_argument("--fps", type=above_zero, help="frames per second (default: the model's; of a stream 1)")
+    parser.add_argument("--duration", type=above_zero, default=30.0, metavar="S", help="default: %(default)s s")
     parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens, of a stream at any time")
-    parser.add_argument("--window", type=seconds_of, default=60.0, metavar="S", help="default: %(default)s s")
+    parser.add_argument("--window", type=above_zero, default=60.0, metavar="S", help="default: %(default)s s")
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
-    parser.add_argument(
-        "--target-first-token",
-        type=seconds_of,
-        metavar="MS",
-        help="adapt sizes, budget and rate so that answers begin within this",
-    )
-    parser.add_argument(
-        "--target-frame", type=seconds_of, metavar="MS", help="and frames are ready within this (default: as answers)"
-    )
+    latency.add(parser)
     parser.add_argument("--slow-down", metavar="FACTOR@SECOND", help="make every stage so much slower from then on")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
@@ -101,11 +90,9 @@ def slow_down(text: str | None) -> tuple[float, float] | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    slow = slow_down(args.slow_down)
-    if (slow or args.target_first_token or args.target_frame) and not args.stream:
-        raise InputError("--slow-down, --target-first-token and --target-frame are for --stream CLIP")
-    if args.target_frame and not args.target_first_token:
-        raise InputError("--target-frame goes with --target-first-token MS")
+    slow, target = slow_down(args.slow_down), latency.target(args)
+    if (slow or target) and not args.stream:
+        raise InputError("--slow-down and --target-first-token are for --stream CLIP")
     if args.stream and args.video:
         raise InputError("--video and --stream are measured one at a time; leave out one of them")
     if args.stream and is_live(args.stream):
@@ -133,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if args.stream:
-        _stream(args, result, engine, tokenizer, bundle, slow)
+        _stream(args, result, engine, tokenizer, slow, target)
         _stream_table(result)
     else:
         _model(args, result, engine, tokenizer, bundle)
@@ -206,8 +193,8 @@ def _model(
     with Meter() as meter:
         if args.video:  # first: a clip that cannot be read is found out at once
             clip = VideoOptions(args.video, args.prompt, args.fps, args.tokens, args.repeat, args.warmup)
-            video = bench_video(lambda: Session(engine, tokenizer, budget=args.budget), clip, _line)
-        rows = bench_model(engine, choice, _line, traffic(bundle, engine))
+            video = bench_video(lambda: Session(engine, tokenizer, budget=args.budget), clip, status)
+        rows = bench_model(engine, choice, status, traffic(bundle, engine))
     result |= {
         "options": asdict(choice),
         "rows": [row.to_json() for row in rows],
@@ -228,8 +215,8 @@ def _stream(
     result: dict[str, Any],
     engine: Engine,
     tokenizer: Tokenizer,
-    bundle: Bundle | None,
     slow: tuple[float, float] | None,
+    target: LatencyTarget | None,
 ) -> None:
     brake = Brake(*slow) if slow else None
     session = StreamSession(
@@ -241,15 +228,11 @@ def _stream(
         cache=args.cache,
         answer_tokens=16,
     )
-    target = cost = None
-    if args.target_first_token:
-        # A frame that is late makes the answer late that waits for it.
-        target = LatencyTarget(args.target_first_token, args.target_frame or args.target_first_token)
-        cost = load(bundle) if bundle else None
-        if cost is None:
-            say("no profile of this machine is kept with the model: measuring one")
-            cost = CostModel.from_json(profile(engine, repeat=2, progress=_line)["cost"])
-    options = StreamOptions(args.duration, target=target, cost=cost, brake=brake)
+    cost = latency.cost(args.model, engine) if target else None
+    with contextlib.ExitStack() as opened:
+        trace = latency.trace(args, opened)
+        options = StreamOptions(args.duration, target=target, cost=cost, brake=brake, trace=trace)
+        result |= bench_stream(session, _looped(args), options, _follow(args.duration))
     result["options"] = {
         "source": args.stream,
         "fps": args.fps or 1.0,
@@ -261,9 +244,9 @@ def _stream(
         "cache": args.cache,
         "target_first_token_ms": args.target_first_token,
         "target_frame_ms": target.frame_ms if target else None,
+        "target_tokens_per_s": target.tokens_per_s if target else None,
         "slow_down": {"factor": slow[0], "after_s": slow[1]} if slow else None,
     }
-    result |= bench_stream(session, _looped(args), options, _follow(args.duration))
     result["peak_mb"] = peak_mb()
 
 
@@ -271,15 +254,10 @@ def _looped(args: argparse.Namespace) -> Iterator[Frame]:
     return read_source(args.stream, fps=args.fps or 1.0, loop=True)
 
 
-def _line(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _follow(duration: float) -> Any:
     def follow(at: float, live: Live) -> None:
         stats = live.stats
-        _line(f"{at:.0f} of {duration:.0f} s: {stats.processed} frames ready, {sum(stats.dropped.values())} dropped")
+        status(f"{at:.0f} of {duration:.0f} s: {stats.processed} frames ready, {sum(stats.dropped.values())} dropped")
 
     return follow
 
@@ -289,7 +267,7 @@ def _ms(values: dict[str, float | None]) -> list[str]:
 
 
 def _model_table(result: dict[str, Any]) -> None:
-    _line("")
+    status("")
     shown: list[tuple[str, ...]] = [("", "p50 ms", "p95", "p99", "per second", "GB/s")]
     for row in result["rows"]:
         rate = f"{row['gb_s']:.2f}" if row["gb_s"] else "-"
@@ -330,7 +308,7 @@ def _sensors(result: dict[str, Any]) -> None:
 
 
 def _stream_table(result: dict[str, Any]) -> None:
-    _line("")
+    status("")
     shown = [
         ("", "p50 ms", "p95", "p99"),
         ("frame age", *_ms(result["frame_age_ms"])),

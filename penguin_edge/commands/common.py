@@ -29,6 +29,12 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def status(text: str) -> None:
+    """Show a line in the place of the last one, on a terminal alone."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def emit(data: dict[str, Any]) -> None:
     """The last line of stdout: one JSON object."""
     print(json.dumps(data), flush=True)
@@ -42,6 +48,17 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is too small; wanted at least 1")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.commands.common import emit, open_model, positive, say
+from penguin_edge.commands import latency
+from penguin_edge.commands.common import above_zero, emit, open_model, positive, say, status
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import peak_mb
@@ -32,20 +33,21 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT")
     parser.add_argument("--source", required=True, metavar="F", help="clip, folder of pictures, /dev/video0, rtsp://…")
     parser.add_argument("--prompt", metavar="TEXT", help="the question; asked at the end unless said otherwise")
-    parser.add_argument("--every", type=seconds_of, metavar="S", help="ask every S seconds of the stream")
+    parser.add_argument("--every", type=above_zero, metavar="S", help="ask every S seconds of the stream")
     parser.add_argument("--on-change", action="store_true", help="ask at key frames, with --every no sooner than that")
-    parser.add_argument("--fps", type=seconds_of, default=1.0, help="frames taken per second (default: %(default)s)")
+    parser.add_argument("--fps", type=above_zero, default=1.0, help="frames taken per second (default: %(default)s)")
     parser.add_argument("--loop", action="store_true", help="begin the clip again when it ends")
     parser.add_argument("--fast", action="store_true", help="a clip as fast as it can be worked on, dropping nothing")
-    parser.add_argument("--duration", type=seconds_of, metavar="S", help="stop after S seconds of the stream")
+    parser.add_argument("--duration", type=above_zero, metavar="S", help="stop after S seconds of the stream")
     parser.add_argument("--budget", type=positive, metavar="N", help="visual tokens at any time (default: the model's)")
     parser.add_argument(
-        "--window", type=seconds_of, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
+        "--window", type=above_zero, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
     )
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
     parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    latency.add(parser)
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
     parser.add_argument(
@@ -57,17 +59,6 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--port", type=port_of, metavar="N", help=f"of the page; 0: any (default: {PORT})")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
-
-
-def seconds_of(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def port_of(text: str) -> int:
@@ -85,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.source}: a live source has its own speed and no end; leave out --fast and --loop")
     if args.port is not None and not args.ui:
         raise InputError("--port is that of the page; ask for it with --ui")
+    target = latency.target(args)
     frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say)
     # Before the model is loaded: a port that is taken is said at once.
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
@@ -103,7 +95,13 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     view = View(_named(args.source), f"{Path(args.model).name} on {engine.name}")
     ready, said = (view.ready, view.said) if bound is not None else (None, None)
-    with Live(session, queued=args.queue, ready=ready, said=said) as live, contextlib.ExitStack() as opened:
+    cost = latency.cost(args.model, engine) if target else None
+    with contextlib.ExitStack() as opened:
+        trace = latency.trace(args, opened)
+        live = opened.enter_context(
+            Live(session, queued=args.queue, target=target, cost=cost, trace=trace, ready=ready, said=said)
+        )
+        live.wait()  # for the engine to be warm
         server = None
         if bound is not None:
             server = opened.enter_context(ViewServer(view, live, bound, options=options, note=_note))
@@ -127,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
         live.close()
         if watch is not None:
             reader.join()
-    result = {**live.status(), **_costs(session), "answers": answers, "peak_mb": peak_mb(), "engine": engine.name}
+    decisions = [decision.to_json() for decision in live.control.decisions] if live.control else []
+    result = {**live.status(), **_costs(session), "decisions": decisions, "answers": answers}
+    result |= {"peak_mb": peak_mb(), "engine": engine.name}
     _report(result)
     if args.json:
         emit(result)
@@ -159,10 +159,10 @@ def _line(live: Live, at: float) -> None:
         f"{at:8.1f} s  frames {now['frames_processed']} ready, {dropped} dropped, {now['frames_kept']} kept  visual "
         f"tokens {now['visual_tokens']}/{now['budget']}  cache {now['kv_tokens']}/{now['capacity']}  age {age}"
     )
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    else:
-        say(text)
+    if live.control is not None:
+        setting = live.control.setting
+        text += f"  frames of at most {setting.frame_tokens} tokens, 1 in {setting.stride}"
+    (status if sys.stderr.isatty() else say)(text)
 
 
 def _read(watch: Watch, answers: list[dict[str, Any]]) -> None:

@@ -1,0 +1,80 @@
+"""The flags of a latency target, and what they become: what `stream` and `bench --stream` share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from penguin_edge.bundle import Bundle
+from penguin_edge.commands.common import above_zero, is_bundle, say, status
+from penguin_edge.errors import InputError
+from penguin_edge.runtime.control import Decision, LatencyTarget
+from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.profile import load, profile
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of a target."""
+    parser.add_argument(
+        "--target-first-token",
+        type=above_zero,
+        metavar="MS",
+        help="adapt sizes, budget and rate so that answers begin within this",
+    )
+    parser.add_argument(
+        "--target-frame", type=above_zero, metavar="MS", help="and frames are ready within this (default: as answers)"
+    )
+    parser.add_argument("--target-tokens-per-s", type=above_zero, metavar="N", help="and answers come at this speed")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.jsonl", help="write every change that this makes there, a line each"
+    )
+
+
+def target(args: argparse.Namespace) -> LatencyTarget | None:
+    """The target that was asked for.
+
+    Raises:
+        InputError: a part of one without --target-first-token.
+    """
+    if args.target_first_token is None:
+        if args.target_frame or args.target_tokens_per_s or args.trace:
+            raise InputError("--target-frame, --target-tokens-per-s and --trace go with --target-first-token MS")
+        return None
+    # A frame that is late makes the answer late that waits for it.
+    return LatencyTarget(
+        args.target_first_token, args.target_frame or args.target_first_token, args.target_tokens_per_s
+    )
+
+
+def cost(model: str, engine: Engine) -> CostModel:
+    """What was kept beside the bundle, or is measured now.
+
+    Raises:
+        BundleError: what is kept cannot be read.
+    """
+    kept = load(Bundle.read(model)) if is_bundle(model) else None
+    if kept is not None:
+        return kept
+    say("no profile of this machine is kept with the model: measuring one (`penguin-edge profile` would keep it)")
+    return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])
+
+
+def trace(args: argparse.Namespace, opened: ExitStack) -> Callable[[Decision], None]:
+    """What writes decisions down, each at once; `opened` closes its file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if args.trace is None:
+        return lambda decision: None
+    try:
+        file = opened.enter_context(args.trace.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{args.trace}: cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from error
+    return lambda decision: print(json.dumps(decision.to_json()), file=file, flush=True)
