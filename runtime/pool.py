@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penguin_edge.frames import Frame
 from penguin_edge.preprocess import resize
@@ -16,17 +15,13 @@ from penguin_edge.runtime.media import Visual
 
 
 def retained(frames: Sequence[Frame], visuals: Sequence[Visual]) -> list[Frame]:
-    """Frames with pixels of their size in the prompt, never enlarged; equal pictures share those of the largest."""
-    sizes: dict[str, tuple[int, int]] = {}
-    pixels: dict[str, NDArray[np.uint8]] = {}
-    for frame, visual in zip(frames, visuals, strict=True):
-        name, size = visual.digest, (visual.height, visual.width)
-        sizes[name] = max(sizes.get(name, size), size, key=math.prod)
-        pixels[name] = max(pixels.get(name, frame.pixels), frame.pixels, key=np.size)
-    for name, size in sizes.items():
-        if math.prod(pixels[name].shape[:2]) > math.prod(size):
-            pixels[name] = resize(pixels[name], *size)
-    return [replace(frame, pixels=pixels[visual.digest]) for frame, visual in zip(frames, visuals, strict=True)]
+    """Frames with pixels of their size in the prompt, never enlarged."""
+    return [
+        replace(frame, pixels=resize(frame.pixels, visual.height, visual.width))
+        if math.prod(frame.pixels.shape[:2]) > visual.height * visual.width
+        else frame
+        for frame, visual in zip(frames, visuals, strict=True)
+    ]
 
 
 def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:

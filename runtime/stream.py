@@ -215,6 +215,9 @@ class StreamSession(Session):
                 changes += self.restart(reason)
         with self.clock("plan"):
             self._stream.add(new)
+            if self._stream.digests[-1] in self._stream.digests[:-1]:
+                # An older frame of the same picture may be kept smaller: neither pixels nor features are shared.
+                self._stream.digests[-1] += f" {self.stats.frames}"
             self._frames.append(new)
             self._numbers.append(self.stats.frames)
             self.planner.tag_tokens = max(self.planner.tag_tokens, self._tag_tokens(new.time))
