@@ -7,7 +7,8 @@ A setting is how much is asked of the machine. They are tried in this order, and
 3. frames are left out: every second is taken, every fourth, every eighth.
 
 A setting fits when the costliest frame and the first token of a question, as predicted and corrected, are within the
-target. One that no longer fits is left at once, for the first that does. A better one is taken one step at a time, when
+target. One that no longer fits is left at once, for the first that does, or that comes close to the least that can be
+reached: nothing is given up for nothing. A better one is taken one step at a time, when
 it would fit `MARGIN` of the target and nothing has changed for `HOLD_S` seconds; a rise that had to be taken back
 doubles that time, so that a machine at the border does not swing.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from penguin_edge.bundle import Bounds
@@ -26,8 +28,12 @@ from penguin_edge.stream_plan import LOW, STEP
 
 MARGIN = 0.8
 HOLD_S, LONGEST_S = 3.0, 60.0
-EASING = 0.25
-"""Weight of the newest observation when it is faster than the correction says; a slower one weighs twice that."""
+EASING, ALARM = 0.25, 0.75
+"""Weight of what was observed when it is faster than the correction says, and when it is slower."""
+SPIKE = 3
+"""The middle one of so many observations counts: one alone is an accident of the machine."""
+REACHED = 1.1
+"""Where nothing fits: what comes this close to the least that can be reached will do."""
 FADING, WAIT = 0.95, 0.5
 """Share of the longest wait that is left a frame later, and of the frame's limit that it may take."""
 KEPT = 1000
@@ -165,8 +171,9 @@ class LatencyControl:
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
         self._trace = trace
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
-        self._observed = self._waited = 0.0
-        self._changed, self._hold, self._rose = 0.0, HOLD_S, False
+        self._ratios = {name: deque([1.0], maxlen=SPIKE) for name in self._slower}
+        self._observed = self._held_up = self._queued = 0.0
+        self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
         if not self._within(least, 1.0):
             raise BudgetError(
@@ -228,10 +235,12 @@ class LatencyControl:
         # The frame in work is finished first.
         return Costs(frame, frame + question + token, token)
 
-    def observe_frame(self, work: Work, took_ms: float, waited_ms: float = 0.0) -> None:
-        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn."""
+    def observe_frame(self, work: Work, took_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0) -> None:
+        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn, for
+        answers and for other frames."""
         self._observe("frame", took_ms, self.work_ms(work))
-        self._waited = max(waited_ms, FADING * self._waited)
+        self._held_up = max(held_up_ms, FADING * self._held_up)
+        self._queued = max(queued_ms, FADING * self._queued)
 
     def observe_answer(self, past: int, first_ms: float, token_ms: float | None = None) -> None:
         """What a question took to its first token, after `past` positions, once the worker was free, and one more
@@ -242,10 +251,9 @@ class LatencyControl:
             self._observe("token", token_ms, self.cost.stage_ms("decode", past))
 
     def _observe(self, what: str, took: float, predicted: float) -> None:
-        ratio = min(max(took / max(predicted, 1e-3), 0.1), 100.0)
-        known = self._slower[what]
-        weight = EASING if ratio < known else 2 * EASING
-        self._slower[what] = known + weight * (ratio - known)
+        self._ratios[what].append(min(max(took / max(predicted, 1e-3), 0.1), 100.0))
+        ratio, known = median(self._ratios[what]), self._slower[what]
+        self._slower[what] = known + (EASING if ratio < known else ALARM) * (ratio - known)
         self._observed = took
 
     def decide(self, now: float) -> Decision | None:
@@ -275,10 +283,11 @@ class LatencyControl:
         return decision
 
     def _corrected(self, setting: Setting, slower: float) -> Costs:
-        """As observed: a frame waits for its turn, too, while a question is answered."""
-        found = self.predicted(setting)
-        # A wait of more than that no setting would make good.
-        wait = min(self._waited, WAIT * self.target.frame_ms) if self.target.frame_ms else 0.0
+        """As observed: a frame waits for its turn, too."""
+        found, limit = self.predicted(setting), self.target.frame_ms
+        # How long answers take is not the controller's: what they leave too little for, no setting makes good.
+        wait = min(self._held_up, WAIT * limit) if limit else 0.0
+        wait += self._queued * self.setting.stride / setting.stride
         return Costs(slower * found.frame + wait, slower * found.first, slower * found.token)
 
     def _within(self, costs: Costs, share: float) -> bool:
@@ -290,6 +299,13 @@ class LatencyControl:
         )
 
     def _first(self, slower: float) -> int:
-        """The first setting that fits, else the last."""
-        fitting = (i for i, one in enumerate(self.choices) if self._within(self._corrected(one, slower), 1.0))
-        return next(fitting, len(self.choices) - 1)
+        """The first setting that fits; where none does, the first that comes close to what the last one reaches."""
+        costs = [self._corrected(one, slower) for one in self.choices]
+        fitting = (i for i, one in enumerate(costs) if self._within(one, 1.0))
+        least = costs[-1]
+        close = (
+            i
+            for i, one in enumerate(costs)
+            if one.frame <= REACHED * least.frame and one.first <= REACHED * least.first
+        )
+        return next(fitting, next(close))

@@ -160,6 +160,7 @@ class Live:
         self._taken: float | None = None
         self._error: BaseException | None = None
         self._size: tuple[int, int] | None = None
+        self._spoke = (0, 0)  # When the last answer began and ended.
         self._closed, self._busy = False, True
         self._changed = threading.Condition()
         self._standing = self._stand()
@@ -351,14 +352,16 @@ class Live:
             self.stats.age_ms.append((_now() - arrived) / 1e6)
             took = (_now() - begin) / 1e6
             if self.control is not None:
-                self._steer(self.control, took, (begin - arrived) / 1e6)
+                self._steer(self.control, took, arrived, begin)
             if self._ready is not None:
                 number = self.session.stats.frames - 1
                 self._ready(Ready(frame, number, self.stats.age_ms[-1], took, self._window()))
             stream = self.session._stream
             for watch in list(self._watches):
                 if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
+                    begun = _now()
                     text = "".join(token.text for token in self._speak(watch.prompt, False, watch.options))
+                    self._spoke = begun, _now()
                     watch._put(Answer(frame.time, text, self.session.report))
         except Exception as error:  # whatever it is, the caller is told by the next call
             self.stats.dropped["error"] += 1
@@ -380,12 +383,13 @@ class Live:
         self.control.see(device, choices)
         self._apply(self.control.setting)
 
-    def _steer(self, control: LatencyControl, took_ms: float, waited_ms: float) -> None:
+    def _steer(self, control: LatencyControl, took_ms: float, arrived: int, begun: int) -> None:
         """Tell the controller what a frame took, and do what it decides."""
         assert self._size is not None and self.session.last_work is not None
         device = self.session.device(self._size)
         control.device = replace(device, frames=device.frames * self._stride)
-        control.observe_frame(self.session.last_work, took_ms, waited_ms)
+        held_up = max(0, min(begun, self._spoke[1]) - max(arrived, self._spoke[0])) / 1e6
+        control.observe_frame(self.session.last_work, took_ms, held_up, (begun - arrived) / 1e6 - held_up)
         if control.decide((_now() - self._begun) / 1e9) is not None:
             self._apply(control.setting)
 
@@ -424,7 +428,7 @@ class Live:
             self._said(replace(said, done=True, error=error, first_token_ms=first))
 
     def _answer(self, question: _Question) -> None:
-        past = self.session.engine.kv_len
+        past, begun = self.session.engine.kv_len, _now()
         try:
             answer = self._speak(question.prompt, question.keep, question.options)
             for token in answer:
@@ -439,6 +443,7 @@ class Live:
                 self.control.observe_answer(past, report.first_token_ms, each)
         except Exception as error:  # raised again where the tokens are read
             end = error if isinstance(error, PenguinError) else _wrapped(error)
+        self._spoke = begun, _now()
         with self._changed:
             self._question = None
             self._changed.notify_all()

@@ -188,3 +188,29 @@ def test_frames_that_wait_for_answers_leave_less_time_for_themselves() -> None:
         stuck.observe_frame(work, stuck.work_ms(work), 1e6)
         stuck.decide(float(now))
     assert stuck.predicted(stuck.setting).frame > 500
+    # Frames that wait for frames: fewer of them are taken.
+    busy = control(first=60_000.0, frame=2000.0)
+    for now in range(3):
+        busy.observe_frame(work, busy.work_ms(work), queued_ms=3000.0)
+        busy.decide(float(now))
+    assert busy.setting.stride >= 2
+
+
+def test_nothing_is_given_up_for_nothing() -> None:
+    """Where even the least is too much, the best of those that take as long is kept."""
+    run = control(frame=90.0)
+    for now in range(20):
+        work = run.costliest(run.setting)
+        run.observe_frame(work, 3 * run.work_ms(work))
+        run.decide(float(now))
+    least = run.predicted(CHOICES[-1])
+    assert run.predicted(run.setting).frame <= 1.1 * least.frame and run.setting.stride == 1
+    assert run.setting.budget > 2 * CHOICES[-1].budget
+
+
+def test_one_slow_frame_is_no_reason() -> None:
+    run = control()
+    work = run.costliest(run.setting)
+    for now in range(40):
+        run.observe_frame(work, run.work_ms(work) * (20 if now % 5 == 2 else 1))
+        assert run.decide(float(now)) is None or run.decisions[-1].reason == "room to spare"
