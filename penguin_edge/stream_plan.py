@@ -145,6 +145,16 @@ class StreamPlanner:
         return self._total
 
     @property
+    def saved_share(self) -> float:
+        """Of the tokens that the window would have if all its frames were key frames of their level; 0 when empty."""
+        wanted = 0
+        for held in self._held:
+            rung = self._levels(held)[min(held.level, len(self._levels(held)) - 1)][0]
+            rows, columns = size_ladder(*held.size, self.factor)[max(held.rung, rung or 0)]
+            wanted += rows * columns
+        return 1 - self._total / wanted if wanted else 0.0
+
+    @property
     def numbers(self) -> tuple[int, ...]:
         """Of the frames that are kept, in order; the first frame pushed was 0."""
         return tuple(held.number for held in self._held)
@@ -238,12 +248,15 @@ class StreamPlanner:
         rows, columns = size_ladder(*held.size, self.factor)[held.rung]
         return rows * columns
 
+    def _levels(self, held: _Held) -> tuple[tuple[int | None, int | None], ...]:
+        return rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
+
     def _rung(self, held: _Held, level: int) -> int | None:
-        levels = rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
+        levels = self._levels(held)
         return levels[min(level, len(levels) - 1)][held.kind != KEY]
 
     def _floor(self, held: _Held) -> int:
-        rung = rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)[-2][0]
+        rung = self._levels(held)[-2][0]
         assert rung is not None
         return rung
 

@@ -208,6 +208,7 @@ def bench_stream(
         "max_live_visual_tokens": stats.max_visual_tokens,
         "live_kv_tokens": len(session.prompt_keys()),
         "visual_tokens_per_frame": session.visual_tokens / max(1, len(session.times)),
+        "saved_against_all_key": session.planner.saved_share,
         "reencodings_per_frame": stats.reencoded / frames_seen,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames_seen,
         "first_token_ms": {"warm": percentiles(found.warm_ms), "cold": percentiles(cold)},

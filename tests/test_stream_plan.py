@@ -104,6 +104,18 @@ def test_what_fits_natively_is_planned_as_a_clip(data: st.DataObject, n: int) ->
     assert planner.plan().frames == plan_clip(n, kinds, size, budget).frames
 
 
+def test_what_labels_save_is_told() -> None:
+    planner = StreamPlanner(Limits(2000))
+    assert planner.saved_share == 0
+    planner.push(KEY, (280, 280), 0.0)
+    assert planner.saved_share == 0 and planner.total_tokens == 100
+    for i in range(1, 30):
+        planner.push(INTERMEDIATE, (280, 280), float(i))
+    keys = [frame.tokens for frame in planner.plan().frames if frame.kind == KEY]
+    assert planner.saved_share == pytest.approx(1 - planner.total_tokens / (30 * keys[0]))
+    assert 0.2 < planner.saved_share < 1
+
+
 def clip(seed: int, seconds: int, fps: float) -> list[tuple[str, float]]:
     """Shots of random length, some of them busy."""
     random = np.random.default_rng(seed)

@@ -206,6 +206,7 @@ def _costs(session: StreamSession) -> dict[str, Any]:
     frames = max(1, stats.frames)
     return {
         "max_live_visual_tokens": stats.max_visual_tokens,
+        "saved_against_all_key": session.planner.saved_share,
         "reencodings_per_frame": stats.reencoded / frames,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames,
         "given_up": dict(stats.given_up),
