@@ -165,9 +165,10 @@ def bench_stream(
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
-        options.brake.start()
     with Live(session, target=options.target, cost=options.cost, trace=options.trace) as live, meter:
         live.wait()  # for the engine to be warm
+        if options.brake is not None:
+            options.brake.start()
         timeline = Timeline(session)
         live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept
         begin = timeline.begin
@@ -186,7 +187,8 @@ def bench_stream(
     if options.brake is not None:
         options.brake.let_go()
     cold = _cold(session, choice)
-    deadlines, missed = _deadlines(options.target, found.warm_ms, list(live.stats.age_ms))
+    pushed_out = live.stats.dropped["queue"]
+    deadlines, missed = _deadlines(options.target, found.warm_ms, list(live.stats.age_ms), pushed_out)
     stats = session.stats
     frames_seen = max(1, stats.frames)
     return {
@@ -221,13 +223,16 @@ def bench_stream(
     }
 
 
-def _deadlines(target: LatencyTarget | None, first_ms: list[float], age_ms: list[float]) -> tuple[int, int]:
-    """Deadlines that there were, and those that were missed: first tokens, and frames if they have a limit."""
+def _deadlines(
+    target: LatencyTarget | None, first_ms: list[float], age_ms: list[float], pushed_out: int
+) -> tuple[int, int]:
+    """Deadlines that there were, and those that were missed: first tokens, and frames if they have a limit; those that
+    the queue had no room for were never ready."""
     if target is None:
         return 0, 0
     late = [took > target.first_token_ms for took in first_ms]
     if target.frame_ms is not None:
-        late += [age > target.frame_ms for age in age_ms]
+        late += [age > target.frame_ms for age in age_ms] + [True] * pushed_out
     return len(late), sum(late)
 
 

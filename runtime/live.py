@@ -328,6 +328,7 @@ class Live:
                 self.session.warm_up()
             except Exception as error:  # the caller is told by the next call
                 self._error = error if isinstance(error, PenguinError) else _wrapped(error)
+            self._begun = _now()
         while True:
             with self._changed:
                 self._standing, self._busy = self._stand(), False

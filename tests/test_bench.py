@@ -139,9 +139,11 @@ def test_an_engine_is_slowed_from_its_second_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_deadlines_are_those_of_answers_and_of_frames_that_have_one() -> None:
-    assert _deadlines(None, [1.0], [1.0]) == (0, 0)
-    assert _deadlines(LatencyTarget(10.0), [9.0, 11.0], [99.0]) == (2, 1)
-    assert _deadlines(LatencyTarget(10.0, 5.0), [9.0, 11.0], [4.0, 6.0, 7.0]) == (5, 3)
+    assert _deadlines(None, [1.0], [1.0], 3) == (0, 0)
+    assert _deadlines(LatencyTarget(10.0), [9.0, 11.0], [99.0], 3) == (2, 1)
+    assert _deadlines(LatencyTarget(10.0, 5.0), [9.0, 11.0], [4.0, 6.0, 7.0], 0) == (5, 3)
+    # A frame that the queue gave up for a newer one was never ready.
+    assert _deadlines(LatencyTarget(10.0, 5.0), [9.0], [4.0], 2) == (4, 2)
 
 
 def test_memory_is_extrapolated_after_ten_minutes_alone() -> None:

@@ -92,6 +92,7 @@ def report(result: dict[str, Any], args: argparse.Namespace, slowed_at: float | 
         "first_token_ms": first,
         "warm_over_cold": first["warm"]["p50"] / first["cold"]["p50"],
         "frames": [result["frames_processed"], result["frames_in"]],
+        "dropped": result["dropped"],
         "budget_at_end": result["budget_at_end"],
         "max_live_visual_tokens": result["max_live_visual_tokens"],
         "decisions": [[d["time"], d["from"], d["to"], d["reason"]] for d in result["decisions"]],
