@@ -10,14 +10,12 @@ paper's, cut into levels whose areas differ by a factor of 4:
 | 1     | native                  | 1/16 of native           |
 | 2 …   | 1/4, 1/16 … of native   | 1/16 of the key frames'  |
 | n     | the floor               | the floor                |
-| n + 1 | the floor               | dropped                  |
-| n + 2 | dropped                 | dropped                  |
 
-The newest frame is always kept: one that would be dropped stays, at the floor, until the next one comes. No frame is
-below the floor (`tra.py`) but the newest, when it alone is more than the budget. The oldest frames step down first, so
-a window holds two neighbouring levels, or more while the scene gets quieter: levels never rise with time. A frame steps
-at most once per level, and levels are four apart, so a window that fills for the first time encodes each frame at most
-4/3 times more, and one that moves on at most once more.
+When all are at the floor, intermediate frames are thinned evenly, then key frames: the one whose neighbours are closest
+to each other in time goes, never the newest. No frame is below the floor (`tra.py`) but the newest, when it alone is
+more than the budget. The oldest frames step down first, so a window holds two neighbouring levels, or more while the
+scene gets quieter: levels never rise with time. A frame steps at most once per level, and levels are four apart, so a
+window that fills for the first time encodes each frame at most 4/3 times more, and one that moves on at most once more.
 
 A step down goes on until `LOW` of the limit is reached, so that the next frames find room: what follows a changed frame
 in a KV cache has to be computed again, and that should be rare. New frames rise to a better level when the whole window
@@ -26,6 +24,7 @@ would fit `LOW` there.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
@@ -81,12 +80,10 @@ class _Held:
     size: tuple[int, int]
     level: int
     rung: int
-    passing: bool = False
-    """Kept as the newest frame alone: the next one takes its place."""
 
 
 @lru_cache(maxsize=64)
-def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple[tuple[int | None, int | None], ...]:
+def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple[tuple[int, int], ...]:
     """Rungs of the ladder, (key, intermediate), at each level for frames of a native size (height, width)."""
     tokens = [rows * columns for rows, columns in size_ladder(*size, factor)]
     native = len(tokens) - 1
@@ -95,7 +92,7 @@ def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple
     def at(area: float) -> int:
         return max(floor, bisect_right(tokens, area) - 1)
 
-    levels: list[tuple[int | None, int | None]] = [(native, native)]
+    levels = [(native, native)]
     area = float(tokens[native])
     while True:
         pair = at(area), min(at(area), at(area / ratio))
@@ -104,7 +101,7 @@ def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple
         if pair == (floor, floor):
             break
         area /= STEP
-    return (*levels, (floor, None), (None, None))
+    return tuple(levels)
 
 
 class StreamPlanner:
@@ -149,8 +146,9 @@ class StreamPlanner:
         """Of the tokens that the window would have if all its frames were key frames of their level; 0 when empty."""
         wanted = 0
         for held in self._held:
-            rung = self._levels(held)[min(held.level, len(self._levels(held)) - 1)][0]
-            rows, columns = size_ladder(*held.size, self.factor)[max(held.rung, rung or 0)]
+            levels = self._levels(held)
+            key = levels[min(held.level, len(levels) - 1)][0]
+            rows, columns = size_ladder(*held.size, self.factor)[max(held.rung, key)]
             wanted += rows * columns
         return 1 - self._total / wanted if wanted else 0.0
 
@@ -189,23 +187,13 @@ class StreamPlanner:
         while self._held and (reason := self._leaves(self._held[0], time)):
             changes.append(Change(self._held[0].number, before.pop(self._held[0].number), 0, reason))
             self._remove(self._held[0])
-        if self._held and self._held[-1].passing:
-            changes.append(Change(self._held[-1].number, before.pop(self._held[-1].number), 0, "dropped"))
-            self._remove(self._held[-1])
         if all(held.kind != KEY for held in self._held):
             kind = KEY
         newest = _Held(self._next, kind, time, size, 0, 0)
         self._next += 1
         self._rise(newest)
         newest.level = self._level
-        rung = self._rung(newest, newest.level)
-        while rung is None:
-            if kind != KEY:  # Intermediate frames are being dropped, but what is seen now is never left out.
-                newest.passing, rung = True, self._floor(newest)
-                break
-            newest.level -= 1  # Smaller than the frames before it, whose floor is further down.
-            rung = self._rung(newest, newest.level)
-        newest.rung = rung
+        newest.rung = self._rung(newest, newest.level)
         self._held.append(newest)
         self._total += self._tokens(newest)
         self._settle()
@@ -248,17 +236,12 @@ class StreamPlanner:
         rows, columns = size_ladder(*held.size, self.factor)[held.rung]
         return rows * columns
 
-    def _levels(self, held: _Held) -> tuple[tuple[int | None, int | None], ...]:
+    def _levels(self, held: _Held) -> tuple[tuple[int, int], ...]:
         return rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
 
-    def _rung(self, held: _Held, level: int) -> int | None:
+    def _rung(self, held: _Held, level: int) -> int:
         levels = self._levels(held)
         return levels[min(level, len(levels) - 1)][held.kind != KEY]
-
-    def _floor(self, held: _Held) -> int:
-        rung = self._levels(held)[-2][0]
-        assert rung is not None
-        return rung
 
     def _sizes(self) -> dict[int, int]:
         return {held.number: self._tokens(held) for held in self._held}
@@ -288,39 +271,47 @@ class StreamPlanner:
         while self._level:
             tokens = frames = 0
             for held in (*self._held, newest):
-                rung = self._rung(held, self._level - 1)
-                if rung is not None:
-                    rows, columns = size_ladder(*held.size, self.factor)[rung]
-                    tokens += rows * columns
-                    frames += 1
+                rows, columns = size_ladder(*held.size, self.factor)[self._rung(held, self._level - 1)]
+                tokens += rows * columns
+                frames += 1
             if self._share(tokens, frames) > LOW:
                 return
             self._level -= 1
 
     def _settle(self) -> None:
-        """Step down, the oldest first, when the limits are exceeded."""
+        """Step down, the oldest first, when the limits are exceeded; at the floor thin."""
         if self._filled() <= 1:
             return
         while self._filled() > LOW:
             if len(self._held) == 1:
                 self._shrink_last(self._held[0])
                 return
-            held = next((one for one in self._held if one.level <= self._level and not one.passing), None)
+            held = next((held for held in self._held if held.level <= self._level), None)
             if held is None:
                 self._level += 1
                 continue
-            rung = self._rung(held, self._level + 1)
-            if rung is None and held is not self._held[-1]:
-                self._remove(held)
+            if all(one.level >= len(self._levels(one)) - 1 for one in self._held):
+                self._remove(self._thinnest())
                 continue
+            rung = self._rung(held, self._level + 1)
             held.level = self._level + 1
-            if rung is None:
-                held.passing, rung = held.kind != KEY, self._floor(held)
             if rung < held.rung:
                 before = held.rung
                 self._resize(held, rung)
                 if self._filled() < COARSE:
                     self._widen(held, before)
+
+    def _thinnest(self) -> _Held:
+        """Of all but the newest, the one that leaves the smallest gap, the oldest of several; intermediate if there is
+        one."""
+        frames = list(self._held)
+        kind = KEY if all(held.kind == KEY for held in frames[:-1]) else INTERMEDIATE
+        gaps = [
+            (frames[i + 1].time - frames[i - 1].time if i else math.inf, i)
+            for i, held in enumerate(frames[:-1])
+            if held.kind == kind
+        ]
+        return frames[min(gaps)[1]]
 
     def _widen(self, held: _Held, before: int) -> None:
         """Take the largest size below the one before that leaves the window within `LOW`."""

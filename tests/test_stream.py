@@ -113,7 +113,7 @@ def test_equal_pictures_at_two_sizes_are_each_encoded_from_enough_pixels() -> No
 def test_a_moved_cache_computes_changed_frames_alone() -> None:
     told = {}
     for cache in ("recompute", "rebase"):
-        run, engine = stream(capacity=700, budget=90, cache=cache, window_s=5.0, question_tokens=32, answer_tokens=32)
+        run, engine = stream(capacity=700, budget=250, cache=cache, window_s=5.0, question_tokens=32, answer_tokens=32)
         for i in range(20):
             run.push(picture(i, 140, 168), i / 2)
         told[cache] = run.stats
