@@ -192,6 +192,10 @@ def as_text(pieces: Iterable[str | Special | Visual]) -> str:
     return "".join(p if isinstance(p, str) else p.name if isinstance(p, Special) else IMAGE for p in pieces)
 
 
+SHORT, REMEMBERED = 32, 1024
+"""Texts of at most so many characters, such as time stamps, are remembered: a stream renders them with every frame."""
+
+
 class Tokenizer:
     """The checkpoint's `tokenizer.json`, with the image token added where the file lacks it."""
 
@@ -205,6 +209,7 @@ class Tokenizer:
         self._special_ids = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         self.image_token_id = image_token_id
         self.source = source
+        self._known: dict[str, list[int]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -259,7 +264,14 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode ({error.reason}); wanted UTF-8") from None
-        return self._inner.encode(text, add_special_tokens=False).ids
+        known = self._known.get(text)
+        if known is None:
+            known = self._inner.encode(text, add_special_tokens=False).ids
+            if len(text) <= SHORT:
+                if len(self._known) == REMEMBERED:
+                    self._known.clear()
+                self._known[text] = known
+        return list(known)
 
     def special(self, name: str) -> int:
         """The id of a special token.

@@ -39,7 +39,7 @@ STEP = 4
 LOW = 0.85
 """Share of the limit that a step down leaves filled."""
 COARSE = 0.75
-"""A step that would leave less than this share filled is made no larger than it has to be."""
+"""What would leave less than this share filled is not done beyond what has to be."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,11 @@ class StreamPlanner:
                 self._level += 1
                 continue
             if all(one.level >= len(self._levels(one)) - 1 for one in self._held):
-                self._remove(self._thinnest())
+                thinnest = self._thinnest()
+                left = self._share(self._total - self._tokens(thinnest), len(self._held) - 1)
+                if self._filled() <= 1 and left < COARSE:
+                    return
+                self._remove(thinnest)
                 continue
             rung = self._rung(held, self._level + 1)
             held.level = self._level + 1

@@ -28,14 +28,16 @@ from penguin_edge.stream_plan import LOW, STEP
 
 MARGIN = 0.8
 HOLD_S, LONGEST_S = 3.0, 60.0
-EASING, ALARM = 0.25, 0.75
+EASING, ALARM = 0.25, 0.5
 """Weight of what was observed when it is faster than the correction says, and when it is slower."""
-SPIKE = 3
+SPIKE = 5
 """The middle one of so many observations counts: one alone is an accident of the machine."""
 REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
 FADING, WAIT = 0.95, 0.5
-"""Share of the longest wait that is left a frame later, and of the frame's limit that it may take."""
+"""Share of the longest wait for an answer that is left a frame later, and of a frame's limit that it may take."""
+NEARING = 0.05
+"""Share by which the corrections of answers follow that of frames, with every frame: questions may be rare."""
 KEPT = 1000
 """Decisions that are remembered."""
 
@@ -172,7 +174,9 @@ class LatencyControl:
         self._trace = trace
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
         self._ratios = {name: deque([1.0], maxlen=SPIKE) for name in self._slower}
-        self._observed = self._held_up = self._queued = 0.0
+        self._overheads: deque[float] = deque(maxlen=SPIKE)
+        self._queued: deque[float] = deque(maxlen=SPIKE)  # As if all frames had been taken.
+        self._observed = self._held_up = 0.0
         self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
         if not self._within(least, 1.0):
@@ -181,27 +185,34 @@ class LatencyControl:
                 f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "
                 f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
             )
-        self.index = self._first(1.0)
+        self.index = self._first()
 
     def see(self, device: Device, choices: list[Setting]) -> None:
-        """Frames of another size, or another rate, from now on."""
+        """Frames of another size from now on."""
+        self.index = 0  # Another thread may look.
         self.device, self.choices = device, choices
-        self.index = min(self.index, len(choices) - 1)
+        self.index = self._first()
 
     @property
     def setting(self) -> Setting:
         return self.choices[self.index]
 
-    def work_ms(self, work: Work) -> float:
-        """What one frame's work is predicted to take, uncorrected."""
+    def engine_ms(self, work: Work) -> float:
+        """What one frame makes the engine do is predicted to take, uncorrected."""
         cost, merged = self.cost, self.device.merge**2
-        spent = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+        spent = 0.0
         for frames, patches in work.encoded:
             spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merged)
         if work.prefilled:
             each = -(-work.prefilled // work.pieces)
             spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
         return spent + (cost.stage_ms("move", work.moved) if work.moved else 0.0)
+
+    def overhead_ms(self, work: Work) -> float:
+        """What a frame takes beside: label, resize, patches, and finding out what to do. Observed, if it was."""
+        if self._overheads:
+            return median(self._overheads)
+        return self.cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
 
     def window(self, setting: Setting) -> int:
         """Positions that the window will take when it is full."""
@@ -227,26 +238,38 @@ class LatencyControl:
         changed = again * (piece + device.tag_tokens)
         return Work(device.pixels, tuple(encoded), changed + new, window, again + 1, window)
 
-    def predicted(self, setting: Setting) -> Costs:
-        """Uncorrected."""
-        window, frame = self.window(setting), self.work_ms(self.costliest(setting))
-        question = self.cost.prefill_ms(self.device.question_tokens, window, self.device.bounds)
-        token = self.cost.stage_ms("decode", window)
-        # The frame in work is finished first.
-        return Costs(frame, frame + question + token, token)
+    def predicted(self, setting: Setting, corrected: bool = False) -> Costs:
+        """What the model says, or that corrected by what was observed."""
+        work, window = self.costliest(setting), self.window(setting)
+        slower = self._slower if corrected else dict.fromkeys(self._slower, 1.0)
+        frame = slower["frame"] * self.engine_ms(work) + self.overhead_ms(work)
+        question = slower["first"] * self.cost.prefill_ms(self.device.question_tokens, window, self.device.bounds)
+        token = slower["token"] * self.cost.stage_ms("decode", window)
+        wait, limit = 0.0, self.target.frame_ms
+        if corrected and limit:
+            # How long answers take is not the controller's: what they leave too little for, no setting makes good.
+            wait = min(self._held_up, WAIT * limit) + (median(self._queued) if self._queued else 0.0) / setting.stride
+        # A question waits for the frame in work; a frame for answers, and for frames.
+        return Costs(frame + wait, frame + question + token, token)
 
-    def observe_frame(self, work: Work, took_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0) -> None:
-        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn, for
-        answers and for other frames."""
-        self._observe("frame", took_ms, self.work_ms(work))
+    def observe_frame(
+        self, work: Work, took_ms: float, engine_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
+    ) -> None:
+        """What a frame took, from its turn to the end of its prefill, the engine's part of that, and how long it had
+        waited for its turn, for answers and for other frames."""
+        self._observe("frame", engine_ms, self.engine_ms(work))
+        self._observed = took_ms
+        self._overheads.append(max(0.0, took_ms - engine_ms))
         self._held_up = max(held_up_ms, FADING * self._held_up)
-        self._queued = max(queued_ms, FADING * self._queued)
+        self._queued.append(max(0.0, queued_ms) * self.setting.stride)
+        for name in ("first", "token"):
+            self._slower[name] += NEARING * (self._slower["frame"] - self._slower[name])
 
-    def observe_answer(self, past: int, first_ms: float, token_ms: float | None = None) -> None:
-        """What a question took to its first token, after `past` positions, once the worker was free, and one more
-        token of its answer."""
-        question = self.cost.prefill_ms(self.device.question_tokens, past, self.device.bounds)
-        self._observe("first", first_ms, question)
+    def observe_answer(self, past: int, tokens: int, first_ms: float, token_ms: float | None = None) -> None:
+        """What a question of so many tokens took to its first one, after `past` positions, once the worker was free,
+        and one more token of its answer."""
+        self._observe("first", first_ms, self.cost.prefill_ms(tokens, past, self.device.bounds))
+        self._observed = first_ms
         if token_ms is not None:
             self._observe("token", token_ms, self.cost.stage_ms("decode", past))
 
@@ -254,41 +277,33 @@ class LatencyControl:
         self._ratios[what].append(min(max(took / max(predicted, 1e-3), 0.1), 100.0))
         ratio, known = median(self._ratios[what]), self._slower[what]
         self._slower[what] = known + (EASING if ratio < known else ALARM) * (ratio - known)
-        self._observed = took
 
     def decide(self, now: float) -> Decision | None:
         """The next setting, if it is another one; `trace` is told, too."""
-        slower = max(self._slower.values())
-        wanted = self._first(slower)
-        reason = ""
+        wanted, reason = self._first(), ""
         if wanted > self.index:
             reason = "slower than the target allows"
-            if self._rose and now - self._changed < 2 * self._hold:
+            if self._rose and now - self._changed < 2 * LONGEST_S:
                 self._hold = min(2 * self._hold, LONGEST_S)
             self._rose = False
         elif self.index and now - self._changed >= self._hold:
-            wanted = self.index - 1
-            if self._within(self._corrected(self.choices[wanted], slower), MARGIN):
-                reason = "room to spare"
-                if not self._rose and now - self._changed >= 4 * self._hold:
+            better = self.index - 1
+            if self._within(self.predicted(self.choices[better], corrected=True), MARGIN):
+                wanted, reason = better, "room to spare"
+                if now - self._changed >= 2 * LONGEST_S:
                     self._hold = HOLD_S
                 self._rose = True
+            elif wanted < self.index and not self._within(self.predicted(self.choices[-1], corrected=True), 1.0):
+                reason = "less would not help"
         if not reason:
             return None
         before, self.index, self._changed = self.setting, wanted, now
-        found = self._corrected(self.setting, slower)
+        self._queued.clear()
+        found = self.predicted(self.setting, corrected=True)
         decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
         self.decisions.append(decision)
         self._trace(decision)
         return decision
-
-    def _corrected(self, setting: Setting, slower: float) -> Costs:
-        """As observed: a frame waits for its turn, too."""
-        found, limit = self.predicted(setting), self.target.frame_ms
-        # How long answers take is not the controller's: what they leave too little for, no setting makes good.
-        wait = min(self._held_up, WAIT * limit) if limit else 0.0
-        wait += self._queued * self.setting.stride / setting.stride
-        return Costs(slower * found.frame + wait, slower * found.first, slower * found.token)
 
     def _within(self, costs: Costs, share: float) -> bool:
         target = self.target
@@ -298,9 +313,9 @@ class LatencyControl:
             and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
         )
 
-    def _first(self, slower: float) -> int:
+    def _first(self) -> int:
         """The first setting that fits; where none does, the first that comes close to what the last one reaches."""
-        costs = [self._corrected(one, slower) for one in self.choices]
+        costs = [self.predicted(one, corrected=True) for one in self.choices]
         fitting = (i for i, one in enumerate(costs) if self._within(one, 1.0))
         least = costs[-1]
         close = (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.runtime.engine import F32, MovingEngine, chunks
+from penguin_edge.runtime.report import Clock
 
 
 def blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
@@ -45,7 +46,11 @@ class Rebased:
 
 
 def rebase(
-    mover: MovingEngine, held: Sequence[Any], keys: Sequence[Any], embeds: Callable[[list[Any]], F32]
+    mover: MovingEngine,
+    held: Sequence[Any],
+    keys: Sequence[Any],
+    embeds: Callable[[list[Any]], F32],
+    clock: Clock,
 ) -> Rebased:
     """Bring a KV cache that holds `held` to `keys`: frames in both are moved, the others computed where they stand.
 
@@ -57,7 +62,8 @@ def rebase(
     def flush() -> int:
         begin, end, to = run
         if end > begin:
-            mover.move(begin, end, to)
+            with clock("prefill"):
+                mover.move(begin, end, to)
         return (end - begin) * (begin != to)
 
     for block, (to, stop) in blocks(keys):
@@ -72,8 +78,9 @@ def rebase(
         run = stop, stop, stop
         mover.truncate(to)
         new = list(keys[to:stop])
-        for rows in chunks(len(new), mover.bounds):
-            mover.forward(embeds(new[rows]), np.empty(0, np.int64))
+        with clock("prefill"):
+            for rows in chunks(len(new), mover.bounds):
+                mover.forward(embeds(new[rows]), np.empty(0, np.int64))
         computed, pieces = computed + len(new), pieces + 1
     moved += flush()
     mover.truncate(len(keys))

@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
-from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting
+from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.events import Kept, Ready, Said
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Token
+from penguin_edge.runtime.steering import Steering
 from penguin_edge.runtime.stream import StreamSession
 from penguin_edge.tra import KEY
 
@@ -68,6 +69,7 @@ class _Question:
     prompt: str
     keep: bool
     options: SamplingOptions | None
+    asked: int = field(default_factory=lambda: _now())
     tokens: queue.SimpleQueue[Token | BaseException | None] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -147,10 +149,9 @@ class Live:
             raise InputError(f"a queue of {queued} frames at {fps} frames per second, wanted more than nothing")
         if target is not None and cost is None:
             raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
-        self._target, self._cost, self._trace = target, cost, trace
+        self._steering = Steering(session, target, cost, trace) if target is not None and cost is not None else None
         self._ready, self._said, self._told = ready, said, 0
-        self.control: LatencyControl | None = None
-        self._stride, self._offered, self._begun = 1, 0, _now()
+        self._offered = 0
         self.session = session
         self.stats = LiveStats()
         self._limit, self._fps = queued, fps
@@ -159,13 +160,16 @@ class Live:
         self._watches: list[Watch] = []
         self._taken: float | None = None
         self._error: BaseException | None = None
-        self._size: tuple[int, int] | None = None
-        self._spoke = (0, 0)  # When the last answer began and ended.
         self._closed, self._busy = False, True
         self._changed = threading.Condition()
         self._standing = self._stand()
         self._worker = threading.Thread(target=self._work, name="penguin-edge stream", daemon=True)
         self._worker.start()
+
+    @property
+    def control(self) -> LatencyControl | None:
+        """The controller of a target, from the first frame on."""
+        return self._steering.control if self._steering is not None else None
 
     def __enter__(self) -> Live:
         return self
@@ -187,8 +191,9 @@ class Live:
         with self._changed:
             self._check()
             self.stats.frames_in += 1
-            self._offered += 1
-            if self._too_soon(copied.time) or self._offered % self._stride:
+            wanted = not self._too_soon(copied.time)
+            self._offered += wanted
+            if not wanted or (self._steering is not None and self._offered % self._steering.stride):
                 self.stats.dropped["rate"] += 1
                 return False
             if len(self._frames) == self._limit:
@@ -323,12 +328,11 @@ class Live:
         }
 
     def _work(self) -> None:
-        if self._target is not None:
-            try:
-                self.session.warm_up()
-            except Exception as error:  # the caller is told by the next call
-                self._error = error if isinstance(error, PenguinError) else _wrapped(error)
-            self._begun = _now()
+        try:
+            if self._steering is not None:
+                self._steering.begin()
+        except Exception as error:  # the caller is told by the next call
+            self._fail(error)
         while True:
             with self._changed:
                 self._standing, self._busy = self._stand(), False
@@ -345,106 +349,93 @@ class Live:
                 self._add(*item)
 
     def _add(self, frame: Frame, arrived: int) -> None:
+        begun = _now()
         try:
-            begin = _now()
-            self._steered(frame)
+            try:
+                if self._steering is not None:
+                    self._steering.before(frame)
+            except BudgetError as error:
+                self._fail(error)
             self.session.push(frame)
-            self.stats.processed += 1
-            self.stats.age_ms.append((_now() - arrived) / 1e6)
-            took = (_now() - begin) / 1e6
-            if self.control is not None:
-                self._steer(self.control, took, arrived, begin)
-            if self._ready is not None:
-                number = self.session.stats.frames - 1
-                self._ready(Ready(frame, number, self.stats.age_ms[-1], took, self._window()))
-            stream = self.session._stream
-            for watch in list(self._watches):
-                if stream.times and stream.times[-1] == frame.time and watch.due(stream.kinds[-1], frame.time or 0.0):
-                    begun = _now()
-                    text = "".join(token.text for token in self._speak(watch.prompt, False, watch.options))
-                    self._spoke = begun, _now()
-                    watch._put(Answer(frame.time, text, self.session.report))
         except Exception as error:  # whatever it is, the caller is told by the next call
             self.stats.dropped["error"] += 1
-            self._error = error if isinstance(error, PenguinError) else _wrapped(error)
-
-    def _steered(self, frame: Frame) -> None:
-        """Open the controller, or tell it of frames of another size."""
-        size = (frame.pixels.shape[0], frame.pixels.shape[1])
-        if self._target is None or self._cost is None or size == self._size:
+            self._fail(error)
             return
-        self._size = size
-        device, choices = self.session.device(size), self.session.settings(size)
-        if self.control is None:
-            try:
-                self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
-            except BudgetError as error:  # said once; the stream goes on as if without a target
-                self._target, self._error = None, error
-                return
-        self.control.see(device, choices)
-        self._apply(self.control.setting)
+        ended = _now()
+        self.stats.processed += 1
+        self.stats.age_ms.append((ended - arrived) / 1e6)
+        try:
+            if self._steering is not None:
+                self._steering.frame(arrived, begun, ended)
+            if self._ready is not None:
+                number = self.session.stats.frames - 1
+                self._ready(Ready(frame, number, self.stats.age_ms[-1], (ended - begun) / 1e6, self._window()))
+        except Exception as error:
+            self._fail(error)
+        kind = self.session._stream.kinds[-1]
+        for watch in list(self._watches):
+            if watch.due(kind, frame.time or 0.0):
+                self._report(watch, frame.time)
 
-    def _steer(self, control: LatencyControl, took_ms: float, arrived: int, begun: int) -> None:
-        """Tell the controller what a frame took, and do what it decides."""
-        assert self._size is not None and self.session.last_work is not None
-        device = self.session.device(self._size)
-        control.device = replace(device, frames=device.frames * self._stride)
-        held_up = max(0, min(begun, self._spoke[1]) - max(arrived, self._spoke[0])) / 1e6
-        control.observe_frame(self.session.last_work, took_ms, held_up, (begun - arrived) / 1e6 - held_up)
-        if control.decide((_now() - self._begun) / 1e9) is not None:
-            self._apply(control.setting)
+    def _report(self, watch: Watch, at: float | None) -> None:
+        """What a watch says; nothing when the stream is closed meanwhile."""
+        try:
+            text = ""
+            with contextlib.closing(self._speak(watch.prompt, False, watch.options, _now())) as answer:
+                for token in answer:
+                    text += token.text
+                    if self._closed:
+                        return
+            watch._put(Answer(at, text, self.session.report))
+        except Exception as error:
+            self._fail(error)
 
-    def _apply(self, setting: Setting) -> None:
-        self.session.frame_tokens = setting.frame_tokens
-        if setting.budget != self.session.planner.limits.budget:
-            self.session.set_budget(setting.budget)
-        self._stride = setting.stride
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
     def _window(self) -> tuple[Kept, ...]:
         session = self.session
         kept = zip(session.planner.numbers, session.times, session.planner.plan().frames, strict=True)
         return tuple(Kept(number, at, plan.kind, plan.tokens) for number, at, plan in kept)
 
-    def _speak(self, prompt: str, keep: bool, options: SamplingOptions | None) -> Generator[Token, None, None]:
-        """An answer of the session; `said` is told of it."""
+    def _speak(
+        self, prompt: str, keep: bool, options: SamplingOptions | None, asked: int
+    ) -> Generator[Token, None, None]:
+        """An answer of the session; `said` and the controller are told of it."""
+        begun, past = _now(), self.session.engine.kv_len
         answer = self.session.ask(prompt, keep=keep, options=options)
-        if self._said is None:
-            yield from answer
-            return
         self._told += 1
         times = self.session.times
-        said = Said(self._told, prompt, times[-1] if times else None)
-        self._said(said)
-        error = ""
+        said, first, error = Said(self._told, prompt, times[-1] if times else None), None, ""
+        tell = self._said or (lambda piece: None)
+        tell(said)
         try:
             for token in answer:
-                self._said(replace(said, text=token.text))
+                first = (_now() - asked) / 1e6 if first is None else first
+                tell(replace(said, text=token.text))
                 yield token
         except Exception as wrong:
             error = str(wrong) or type(wrong).__name__
             raise
         finally:
             answer.close()
-            first = None if error else self.session.report.first_token_ms
-            self._said(replace(said, done=True, error=error, first_token_ms=first))
+            if self._steering is not None and not error:
+                self._steering.answer(begun, past, self.session.report)
+            tell(replace(said, done=True, error=error, first_token_ms=None if error else first))
 
     def _answer(self, question: _Question) -> None:
-        past, begun = self.session.engine.kv_len, _now()
+        end: BaseException | None = None
+        answer = self._speak(question.prompt, question.keep, question.options, question.asked)
         try:
-            answer = self._speak(question.prompt, question.keep, question.options)
             for token in answer:
                 question.tokens.put(token)
                 if question.cancelled.is_set():
-                    answer.close()
                     break
-            end: BaseException | None = None
-            report = self.session.report
-            if self.control is not None and report.first_token_ms is not None:
-                each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
-                self.control.observe_answer(past, report.first_token_ms, each)
         except Exception as error:  # raised again where the tokens are read
             end = error if isinstance(error, PenguinError) else _wrapped(error)
-        self._spoke = begun, _now()
+        finally:
+            answer.close()
         with self._changed:
             self._question = None
             self._changed.notify_all()

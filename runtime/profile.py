@@ -30,12 +30,12 @@ PROFILE = "profile.json"
 SCHEMA = "penguin-profile/2"
 SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
 """Frames of side x side patches, as far as the bundle takes them."""
-SOURCES, TRIED_SOURCES = ((120, 160), (480, 640), (1080, 1920)), ((240, 320), (720, 1280))
+SOURCES, TRIED_SOURCES = ((240, 320), (480, 640), (1080, 1920)), ((360, 480), (720, 1280))
 """Frames as they come, (height, width), made into every second of these sizes."""
 BATCH, BATCHED = 4, 256
 """Frames in one call, and the most patches each that this is measured for: larger ones take as long one by one."""
 CHUNKS, TRIED_CHUNKS = (1, 8, 32, 128, 256), (4, 16, 64, 192)
-PASTS, TRIED_PASTS = (0.0, 0.25, 0.5, 0.9), (0.12, 0.7)
+PASTS, TRIED_PASTS = (0.0, 0.03, 0.25, 0.5, 0.9), (0.12, 0.7)
 """Depths of the cache before, as shares of `max_seq_len`."""
 DEEPEST = 4096
 """Beyond it the cache is not filled: that takes minutes and tells nothing new."""

@@ -242,11 +242,12 @@ class StreamSession(Session):
         )
         return changes + found
 
-    def settings(self, size: tuple[int, int]) -> list[Setting]:
-        """What a controller can choose from, for frames of (height, width)."""
-        device, limits = self.device(size), self.planner.limits
+    def settings(self, size: tuple[int, int], budget: int) -> list[Setting]:
+        """What a controller can choose from, for frames of (height, width) under a budget."""
+        device, room = self.device(size), self.planner.limits.room
         native = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)][-1]
-        return settings(native, device.floor_tokens, min(limits.budget, limits.room or limits.budget))
+        largest = self.engine.bounds.max_patches // self.config.image.video_merge_size**2
+        return settings(min(native, largest), device.floor_tokens, min(budget, room or budget))
 
     def device(self, size: tuple[int, int]) -> Device:
         """What predictions of the next frames need to know, if they are of (height, width)."""
@@ -339,7 +340,10 @@ class StreamSession(Session):
 
     def prompt_keys(self) -> list[Any]:
         """What stands at each position of the KV cache before a question is asked."""
-        keys = self._keys(self._current())
+        return self._prompt_keys(self._current())
+
+    def _prompt_keys(self, layout: Any) -> list[Any]:
+        keys = self._keys(layout)
         while keys and not isinstance(keys[-1], tuple):
             keys.pop()
         return keys
@@ -437,8 +441,9 @@ class StreamSession(Session):
         self.stats.reencoded += len(shrunk)
         for visual in set(self._features) - set(layout.visuals):
             self._feature_rows -= len(self._features.pop(visual))
-        with self.clock("prefill"):
-            self._extend(self.prompt_keys(), arrived=arrived)
+        with self.clock("plan"):
+            keys = self._prompt_keys(layout)
+        self._extend(keys, arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
 
     def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
@@ -461,7 +466,7 @@ class StreamSession(Session):
         if self._mover is not None:
             # Should an engine fail on the way, nothing in the cache is where it was.
             held, self._held = self._held, []
-            done = rebase(self._mover, held, keys, self._embeds)
+            done = rebase(self._mover, held, keys, self._embeds, self.clock)
             self._held = list(keys)
             self._pieces = done.pieces
             self.stats.moved_tokens += done.moved
@@ -477,8 +482,9 @@ class StreamSession(Session):
         del self._held[same:]
         new = keys[same:]
         self._count(len(new), keys, arrived)
-        for rows in chunks(len(new), self.engine.bounds):
-            self._forward(new[rows], self._embeds(new[rows]), 0)
+        with self.clock("prefill"):
+            for rows in chunks(len(new), self.engine.bounds):
+                self._forward(new[rows], self._embeds(new[rows]), 0)
 
     def _count(self, computed: int, keys: list[Any], arrived: bool) -> None:
         self.stats.prefilled_tokens += computed

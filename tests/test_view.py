@@ -95,7 +95,9 @@ def test_the_stream_tells_frames_and_answers_as_they_come() -> None:
         got = list(live.ask("What is it?", options=SHORT))
         assert [piece.text for piece in said] == ["", *(token.text for token in got), ""]
         assert [piece.done for piece in said] == [False] * (len(got) + 1) + [True]
-        assert {piece.number for piece in said} == {1} and said[-1].first_token_ms == session.report.first_token_ms
+        assert {piece.number for piece in said} == {1}
+        # From asking, which is no later than the session's own beginning.
+        assert said[-1].first_token_ms >= (session.report.first_token_ms or 0) > 0  # type: ignore[operator]
         said.clear()
         with pytest.raises(BudgetError):
             list(live.ask("word " * 600))

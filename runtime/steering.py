@@ -1,0 +1,98 @@
+"""Between a stream and its latency controller: observations go one way, settings the other. The worker's alone."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from penguin_edge.errors import BudgetError
+from penguin_edge.frames import Frame
+from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting
+from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.report import Report
+from penguin_edge.runtime.stream import StreamSession
+
+ENGINE = ("encode", "project", "prefill")
+"""Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
+
+
+class Steering:
+    """Keeps a session at the controller's setting."""
+
+    def __init__(
+        self, session: StreamSession, target: LatencyTarget, cost: CostModel, trace: Callable[[Decision], None]
+    ) -> None:
+        self.control: LatencyControl | None = None
+        self.stride = 1
+        """Of how many frames that come one is taken."""
+        self._session, self._target, self._cost, self._trace = session, target, cost, trace
+        self._budget = session.planner.limits.budget
+        self._size: tuple[int, int] | None = None
+        self._given_up = False
+        self._begun = 0
+        self._engine_ms = 0.0
+        self._spoken: deque[tuple[int, int]] = deque(maxlen=16)
+        """When answers began and ended, nanoseconds."""
+
+    def begin(self) -> None:
+        """Warm the engine up; the clock of decisions begins."""
+        self._session.warm_up()
+        self._begun = time.monotonic_ns()
+
+    def before(self, frame: Frame) -> None:
+        """Choose for a frame of another size than the last.
+
+        Raises:
+            BudgetError: the target cannot be kept; said once, and the stream goes on as if without one.
+        """
+        size = frame.pixels.shape[:2]
+        if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
+            return
+        device = self._session.device(size)
+        choices = self._session.settings(size, self._budget)
+        if self.control is None:
+            try:
+                self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
+            except BudgetError:
+                self._given_up = True
+                raise
+        else:
+            self.control.see(device, choices)
+        self._size = size
+        self._apply(self.control.setting)
+
+    def frame(self, arrived: int, begun: int, ended: int) -> None:
+        """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
+        control, work = self.control, self._session.last_work
+        before, self._engine_ms = self._engine_ms, sum(self._session.clock.spent[name] for name in ENGINE) / 1e6
+        if control is None or work is None or self._size is None:
+            return
+        device = self._session.device(self._size)
+        control.device = replace(device, frames=device.frames * self.stride)
+        held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end in self._spoken) / 1e6
+        took = (ended - begun) / 1e6
+        control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
+        asked = control.setting
+        try:
+            control.decide((time.monotonic_ns() - self._begun) / 1e9)
+        finally:  # Whoever is told of a decision may fail.
+            if control.setting != asked:
+                self._apply(control.setting)
+
+    def answer(self, begun: int, past: int, report: Report) -> None:
+        """An answer has ended that began after `past` positions."""
+        self._spoken.append((begun, time.monotonic_ns()))
+        if self.control is not None and report.first_token_ms is not None:
+            each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
+            asked = max(1, report.prompt_tokens - report.reused_tokens)
+            self.control.observe_answer(past, asked, report.first_token_ms, each)
+
+    def _apply(self, setting: Setting) -> None:
+        self.stride = setting.stride
+        self._session.frame_tokens = setting.frame_tokens
+        if setting.budget != self._session.planner.limits.budget:
+            self._session.set_budget(setting.budget)
+            # Not a frame's work.
+            self._engine_ms = sum(self._session.clock.spent[name] for name in ENGINE) / 1e6
