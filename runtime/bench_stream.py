@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -47,10 +48,10 @@ class StreamOptions:
     answer_tokens: int = 16
     target: LatencyTarget | None = None
     cost: CostModel | None = None
+    """Of this machine; a target needs it."""
     trace: Callable[[Decision], None] = lambda decision: None
     brake: Brake | None = None
     """That of the session's `SlowedEngine`: it slows the rest, too."""
-    """Of this machine; a target needs it."""
 
     def __post_init__(self) -> None:
         if not all(value > 0 for value in (self.duration_s, self.every_s, self.answer_tokens)):
@@ -165,8 +166,9 @@ def bench_stream(
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
-    with Live(session, target=options.target, cost=options.cost, trace=options.trace) as live, meter:
+    with Live(session, target=options.target, cost=options.cost, trace=options.trace) as live, ExitStack() as metered:
         live.wait()  # for the engine to be warm
+        metered.enter_context(meter)
         if options.brake is not None:
             options.brake.start()
         timeline = Timeline(session)
@@ -176,7 +178,9 @@ def bench_stream(
         camera = threading.Thread(target=_feed, args=(live, frames, options, found, progress), daemon=True)
         camera.start()
         while camera.is_alive():
-            camera.join(max(0.0, begin + options.every_s * (len(found.warm_ms) + 1) - time.monotonic()))
+            # Where an answer took longer than that, the next moment is waited for.
+            turn = int((time.monotonic() - begin) / options.every_s) + 1
+            camera.join(max(0.0, begin + options.every_s * turn - time.monotonic()))
             if camera.is_alive():
                 _ask(live, choice, found)
                 timeline.questions.append((found.asked - begin, found.warm_ms[-1]))
@@ -187,7 +191,7 @@ def bench_stream(
     if options.brake is not None:
         options.brake.let_go()
     cold = _cold(session, choice)
-    pushed_out = live.stats.dropped["queue"]
+    pushed_out = live.stats.dropped["queue"] + live.stats.dropped["late"]
     deadlines, missed = _deadlines(options.target, found.warm_ms, list(live.stats.age_ms), pushed_out)
     stats = session.stats
     frames_seen = max(1, stats.frames)

@@ -39,6 +39,13 @@ def read(path: str | Path) -> dict[str, Any]:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path}: its schema is {schema!r}, wanted {SCHEMA!r}; measure again with `bench -o`")
+    try:
+        machine, found = data["machine"], samples(data)
+        whole = isinstance(machine, dict) and all(isinstance(x, (int, float)) for v in found.values() for x in v)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: a part of it is missing or no number; measure again with `bench -o`")
     return data
 
 

@@ -7,14 +7,15 @@ A setting is how much is asked of the machine. They are tried in this order, and
 3. frames are left out: every second is taken, every fourth, every eighth.
 
 A setting fits when the costliest frame and the first token of a question, as predicted and corrected, are within the
-target. One that no longer fits is left at once, for the first that does, or that comes close to the least that can be
-reached: nothing is given up for nothing. A better one is taken one step at a time, when
-it would fit `MARGIN` of the target and nothing has changed for `HOLD_S` seconds; a rise that had to be taken back
-doubles that time, so that a machine at the border does not swing.
+target, and usual frames do not come faster than they can be worked on. One that no longer fits is left at once, for the
+first that does, or that comes close to the least that can be reached: nothing is given up for nothing. A better one is
+taken one step at a time, when it would fit `MARGIN` of the target and nothing has changed for `HOLD_S` seconds; a rise
+that had to be taken back doubles that time, so that a machine at the border does not swing.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,8 +31,11 @@ MARGIN = 0.8
 HOLD_S, LONGEST_S = 3.0, 60.0
 EASING, ALARM = 0.25, 0.5
 """Weight of what was observed when it is faster than the correction says, and when it is slower."""
-SPIKE = 5
-"""The middle one of so many observations counts: one alone is an accident of the machine."""
+SPIKE, LONG_MS = 5, 200.0
+"""The middle one of so many observations counts: one alone is an accident of the machine. Of work that takes longer
+than this, three: it is less of an accident, and there is less time."""
+BUSY = 0.95
+"""Share of the time that frames and answers may take; beyond, frames would wait for frames."""
 REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
 FADING, WAIT = 0.95, 0.5
@@ -92,11 +96,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds: the costliest frame, a question's first token, one more token."""
+    """Milliseconds: the costliest frame, a question's first token, one more token; and the share of the time that usual
+    frames take, and answers."""
 
     frame: float
     first: float
     token: float
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ class Device:
     """The least that a kept frame takes."""
     frames: int
     """Frames that the window will hold if all are taken."""
+    interval_ms: float = math.inf
+    """Between frames that come."""
 
 
 def settings(native: int, floor: int, budget: int) -> list[Setting]:
@@ -176,7 +184,7 @@ class LatencyControl:
         self._ratios = {name: deque([1.0], maxlen=SPIKE) for name in self._slower}
         self._overheads: deque[float] = deque(maxlen=SPIKE)
         self._queued: deque[float] = deque(maxlen=SPIKE)  # As if all frames had been taken.
-        self._observed = self._held_up = 0.0
+        self._observed = self._held_up = self._answering = 0.0
         self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
         if not self._within(least, 1.0):
@@ -249,8 +257,11 @@ class LatencyControl:
         if corrected and limit:
             # How long answers take is not the controller's: what they leave too little for, no setting makes good.
             wait = min(self._held_up, WAIT * limit) + (median(self._queued) if self._queued else 0.0) / setting.stride
+        usual = Work(self.device.pixels, work.encoded[-1:], setting.frame_tokens + self.device.tag_tokens, window)
+        each = slower["frame"] * self.engine_ms(usual) + self.overhead_ms(usual)
+        busy = each / (self.device.interval_ms * setting.stride) + (self._answering if corrected else 0.0)
         # A question waits for the frame in work; a frame for answers, and for frames.
-        return Costs(frame + wait, frame + question + token, token)
+        return Costs(frame + wait, frame + question + token, token, busy)
 
     def observe_frame(
         self, work: Work, took_ms: float, engine_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
@@ -273,9 +284,14 @@ class LatencyControl:
         if token_ms is not None:
             self._observe("token", token_ms, self.cost.stage_ms("decode", past))
 
+    def observe_share(self, answering: float) -> None:
+        """The share of the time that answers take."""
+        self._answering = min(max(answering, 0.0), WAIT)
+
     def _observe(self, what: str, took: float, predicted: float) -> None:
         self._ratios[what].append(min(max(took / max(predicted, 1e-3), 0.1), 100.0))
-        ratio, known = median(self._ratios[what]), self._slower[what]
+        latest = list(self._ratios[what])[-3 if predicted >= LONG_MS else 0 :]
+        ratio, known = median(latest), self._slower[what]
         self._slower[what] = known + (EASING if ratio < known else ALARM) * (ratio - known)
 
     def decide(self, now: float) -> Decision | None:
@@ -309,6 +325,7 @@ class LatencyControl:
         target = self.target
         return (
             costs.first <= share * target.first_token_ms
+            and costs.busy <= share * BUSY
             and (target.frame_ms is None or costs.frame <= share * target.frame_ms)
             and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
         )
@@ -321,6 +338,8 @@ class LatencyControl:
         close = (
             i
             for i, one in enumerate(costs)
-            if one.frame <= REACHED * least.frame and one.first <= REACHED * least.first
+            if one.frame <= REACHED * least.frame
+            and one.first <= REACHED * least.first
+            and one.busy <= max(BUSY, REACHED * least.busy)
         )
         return next(fitting, next(close))

@@ -87,7 +87,8 @@ class CostModel:
             raise BundleError(
                 f"the cost model cannot be read ({type(error).__name__}: {error}); run `penguin-edge profile` again"
             ) from error
-        if not found:
+        needed = AXES.keys() - {"move"} if found.keys() & {"preprocess", "encode", "project"} else {"prefill", "decode"}
+        if needed - found.keys():
             raise BundleError("the cost model is not one of this version; run `penguin-edge profile` again")
         return cls(found)
 

@@ -24,9 +24,9 @@ class Ready:
     frame: Frame
     number: int
     age_ms: float
-    """From `push` to the end of its prefill."""
+    """From `push` to the end of its prefill, which a latency target is about."""
     work_ms: float
-    """The part of it that was work, which a latency target is about; the rest was waiting."""
+    """The part of it that was work; the rest was waiting."""
     window: tuple[Kept, ...]
     """All frames that are kept now, this one the last."""
 
@@ -43,4 +43,4 @@ class Said:
     done: bool = False
     error: str = ""
     first_token_ms: float | None = None
-    """With the last piece."""
+    """From asking; with the last piece."""

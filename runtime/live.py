@@ -60,7 +60,8 @@ class LiveStats:
     frames_in: int = 0
     processed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Frames that were never looked at, by reason: `rate`, `queue`, `error`, `closed`."""
+    """Frames that were never looked at, by reason: `rate`, `queue`, `late` (a newer one could still be ready in time),
+    `error`, `closed`."""
     age_ms: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
 
 
@@ -192,6 +193,8 @@ class Live:
             self._check()
             self.stats.frames_in += 1
             wanted = not self._too_soon(copied.time)
+            if self._steering is not None and wanted:
+                self._steering.offered(copied.time)
             self._offered += wanted
             if not wanted or (self._steering is not None and self._offered % self._steering.stride):
                 self.stats.dropped["rate"] += 1
@@ -342,6 +345,10 @@ class Live:
                 if question is None and self._closed:
                     return
                 self._busy = True
+                if self._steering is not None:
+                    while len(self._frames) > 1 and self._steering.late(self._frames[0][1]):
+                        self._frames.popleft()
+                        self.stats.dropped["late"] += 1
                 item = self._frames.popleft() if question is None else None
             if question is not None:
                 self._answer(question)

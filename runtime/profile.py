@@ -20,6 +20,7 @@ from penguin_edge.bundle import Bundle, write_json
 from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.frames import Frame
+from penguin_edge.machine import describe
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.cost import CostModel, Point, errors, fit
 from penguin_edge.runtime.engine import F32, Engine, MovingEngine
@@ -177,6 +178,16 @@ def keep(bundle: Bundle, result: dict[str, Any]) -> None:
     write_json(bundle.path(PROFILE), result)
 
 
+def differences(bundle: Bundle, threads: int | None) -> str:
+    """What the profile that is kept was measured with, where that is not this machine and as many threads."""
+    data = json.loads(bundle.path(PROFILE).read_text(encoding="utf-8"))
+    now, then = describe(), data.get("machine") or {}
+    names = [f"{name} {then.get(name)!r}" for name in ("processor", "cores") if then.get(name) != now[name]]
+    if data.get("threads") != threads:
+        names.append(f"{data.get('threads') or 'all'} threads")
+    return ", ".join(names)
+
+
 def load(bundle: Bundle) -> CostModel | None:
     """The model that was kept, or None.
 
@@ -194,4 +205,4 @@ def load(bundle: Bundle) -> CostModel | None:
         ) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise BundleError(f"{path}: not of this version; run `penguin-edge profile` again")
-    return CostModel.from_json(data["cost"])
+    return CostModel.from_json(data.get("cost"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from dataclasses import replace
 
 from penguin_edge.errors import BudgetError
 from penguin_edge.frames import Frame
-from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget, Setting
+from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.stream import StreamSession
 
+LONGEST_MS = 10_000.0
+"""Of pauses between frames that are no end of the stream, and of the time over which answers are counted."""
 ENGINE = ("encode", "project", "prefill")
 """Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
 
@@ -32,7 +35,8 @@ class Steering:
         self._size: tuple[int, int] | None = None
         self._given_up = False
         self._begun = 0
-        self._engine_ms = 0.0
+        self._engine_ms = self._took_ms = 0.0
+        self._apart_ms, self._last = math.inf, math.nan
         self._spoken: deque[tuple[int, int]] = deque(maxlen=16)
         """When answers began and ended, nanoseconds."""
 
@@ -40,6 +44,18 @@ class Steering:
         """Warm the engine up; the clock of decisions begins."""
         self._session.warm_up()
         self._begun = time.monotonic_ns()
+
+    def offered(self, at: float | None) -> None:
+        """A frame of `at` seconds has come, taken or not; from the thread that pushes."""
+        apart = (at - self._last) * 1e3 if at is not None else math.nan
+        if 0 < apart < LONGEST_MS:
+            self._apart_ms = apart if math.isinf(self._apart_ms) else 0.8 * self._apart_ms + 0.2 * apart
+        self._last = at if at is not None else math.nan
+
+    def late(self, arrived: int) -> bool:
+        """Whether a frame that has waited since then would not be ready in time any more."""
+        limit = self._target.frame_ms
+        return limit is not None and (time.monotonic_ns() - arrived) / 1e6 + self._took_ms > limit
 
     def before(self, frame: Frame) -> None:
         """Choose for a frame of another size than the last.
@@ -50,7 +66,7 @@ class Steering:
         size = frame.pixels.shape[:2]
         if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
             return
-        device = self._session.device(size)
+        device = self._device(size)
         choices = self._session.settings(size, self._budget)
         if self.control is None:
             try:
@@ -69,10 +85,13 @@ class Steering:
         before, self._engine_ms = self._engine_ms, sum(self._session.clock.spent[name] for name in ENGINE) / 1e6
         if control is None or work is None or self._size is None:
             return
-        device = self._session.device(self._size)
-        control.device = replace(device, frames=device.frames * self.stride)
+        control.device = self._device(self._size)
         held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end in self._spoken) / 1e6
         took = (ended - begun) / 1e6
+        self._took_ms = min(took, 2 * self._took_ms) if self._took_ms else took
+        since = max(self._begun, ended - int(1e6 * LONGEST_MS))
+        spoken = sum(max(0, end - max(begin, since)) for begin, end in self._spoken)
+        control.observe_share(spoken / max(1, ended - since))
         control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
         asked = control.setting
         try:
@@ -88,6 +107,15 @@ class Steering:
             each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
             asked = max(1, report.prompt_tokens - report.reused_tokens)
             self.control.observe_answer(past, asked, report.first_token_ms, each)
+
+    def _device(self, size: tuple[int, int]) -> Device:
+        """Frames by their time stamps: those that are left out count, too."""
+        device = self._session.device(size)
+        if math.isinf(self._apart_ms):
+            return device
+        limits = self._session.planner.limits
+        frames = min(limits.max_frames, int(1e3 * limits.window_s / self._apart_ms) + 1)
+        return replace(device, frames=frames, interval_ms=self._apart_ms)
 
     def _apply(self, setting: Setting) -> None:
         self.stride = setting.stride

@@ -186,6 +186,14 @@ def test_bench_and_compare_from_the_command_line(tmp_path: Path) -> None:
     assert cli("compare", tmp_path / "a.json", tmp_path / "b.json").returncode == 0
     with pytest.raises(InputError, match="no test in common"):
         compare(result, {**result, "rows": []})
+    for name, damage in (
+        ("d", {"rows": [{"test": "pp16"}]}),
+        ("e", {"machine": None}),
+        ("f", {"samples": {"x": ["a"]}}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result, **damage}))
+        with pytest.raises(InputError, match="missing or no number"):
+            read(tmp_path / f"{name}.json")
     (tmp_path / "c.json").write_text("{}")
     for wrong, word in ((tmp_path / "c.json", "schema"), (tmp_path / "gone.json", "cannot be read"), (CLIP, "JSON")):
         done = cli("compare", tmp_path / "a.json", wrong)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 from helpers import CLIP, CountingEngine, picture, tiny_tokenizer
 
+from penguin_edge.commands import latency
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine
-from penguin_edge.runtime.control import Decision, LatencyTarget
+from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
 from penguin_edge.runtime.cost import AXES, CostModel, fit
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.profile import profile
@@ -238,6 +241,47 @@ def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
         Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0))
 
 
+def test_decisions_are_written_down_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    with ExitStack() as opened:
+        tell = latency.trace(argparse.Namespace(trace=path), opened)
+        for i in range(3):
+            tell(Decision(float(i), Setting(400, 60), Setting(200, 30, 2), 12.5, 40.0, "slower than the target allows"))
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            assert [line["time"] for line in lines] == list(range(i + 1))
+    assert lines[-1]["to"] == {"budget": 200, "frame_tokens": 30, "stride": 2} and lines[-1]["observed"] == 40.0
+
+
+def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> None:
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
+    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
+    with Live(session, target=LatencyTarget(60_000.0), cost=cost) as run:
+        for i in range(4):
+            run.push(picture(i, 280, 280), float(i))
+            run.wait()
+            assert run.control is not None and session.planner.limits.budget == 400
+            # As if the machine had become slow: then frames get another size.
+            run.control.index = 3
+            run._steering._apply(run.control.setting)  # type: ignore[union-attr]
+            assert session.planner.limits.budget < 400
+            run.push(picture(i, 140, 168), float(i) + 0.5)
+            run.wait()
+            assert session.planner.limits.budget == 400 == run.control.choices[0].budget
+
+
+def test_every_frame_of_another_rate_counts_for_the_controller() -> None:
+    """30 frames a second of which one is taken: every second one of those that are."""
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
+    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
+    with Live(session, target=LatencyTarget(60_000.0), cost=cost, fps=1.0, queued=100) as run:
+        run.push(picture(0), 0.0)
+        run.wait()
+        run._steering.stride = 2  # type: ignore[union-attr]
+        taken = [run.push(picture(0), i / 30) for i in range(1, 300)]
+        run.wait()
+    assert sum(taken) == 5
+
+
 def test_a_stream_with_a_target_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "penguin_edge", "stream", "tiny", "--source", str(CLIP), "--fps", "4", "--fast"]
     command += ["--budget", "90", "--threads", "1", "--max-seq-len", "1024", "--max-new-tokens", "4", "--json"]
@@ -262,3 +306,23 @@ def test_a_stream_with_a_target_from_the_command_line(tmp_path: Path) -> None:
         done = run(*arguments)
         assert done.returncode == 1 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert run("--target-first-token", "soon").returncode == 2
+
+
+def test_a_frame_that_cannot_be_in_time_gives_way_to_a_newer_one() -> None:
+    engine = GatedEngine()
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
+    engine.gate.set()
+    target = LatencyTarget(60_000.0, 300.0)
+    with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
+        run.wait()
+        engine.gate.clear()
+        engine.waiting.clear()
+        run.push(picture(0), 0.0)
+        assert engine.waiting.wait(20)
+        for i in range(1, 6):
+            run.push(picture(i), float(i))
+        threading.Event().wait(0.5)  # all of them have waited for longer than they have
+        engine.gate.set()
+        run.wait()
+        assert run.stats.dropped["late"] == 4 and run.session.times[-1] == 5.0
+        assert run.stats.frames_in == run.stats.processed + sum(run.stats.dropped.values()) == 6

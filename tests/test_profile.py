@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from penguin_edge.bundle import Bounds, Bundle
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.cost import AXES, CostModel, errors, fit
-from penguin_edge.runtime.profile import PROFILE, load, profile
+from penguin_edge.runtime.profile import PROFILE, SCHEMA, differences, load, profile
 
 COUNTS, PASTS = (1.0, 8.0, 64.0, 256.0), (0.0, 512.0, 3000.0)
 MS = st.floats(1e-3, 1e4)
@@ -55,7 +55,8 @@ def test_no_stage_gets_faster_when_it_has_more_to_do(
     (n, past), (more, later) = at
     least, most = (min(n, more), min(past, later)), (max(n, more), max(past, later))
     assert 0 < model.stage_ms("prefill", *least) <= model.stage_ms("prefill", *most) * (1 + 1e-9)
-    assert CostModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+    whole = fit({"prefill": points, "decode": {(0.0,): [1.0]}})
+    assert CostModel.from_json(json.loads(json.dumps(whole.to_json()))) == whole
     # What is measured never fell: then it is kept as it is.
     rising = {point: [float(np.dot(point, (1, 0.1)) + 1)] for point in points}
     assert errors(fit({"prefill": rising}), {"prefill": rising})["prefill"] == pytest.approx([0] * 12, abs=1e-12)
@@ -99,7 +100,11 @@ def test_a_profile_is_kept_beside_the_bundle(nano_bundle: Callable[[str, str], P
     bundle = Bundle.read(folder)  # Its own hash does not cover what was measured.
     found = load(bundle)
     assert found is not None and found.to_json() == result["cost"]
+    assert differences(bundle, 1) == "" and differences(bundle, None) == "1 threads"
+    without = {stage: cost for stage, cost in result["cost"].items() if stage != "project"}
     for damage in (
+        json.dumps({"schema": SCHEMA}),
+        json.dumps({**result, "cost": without}),
         "{",
         "[]",
         json.dumps({"schema": "penguin-profile/9"}),

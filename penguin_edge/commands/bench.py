@@ -228,7 +228,7 @@ def _stream(
         cache=args.cache,
         answer_tokens=16,
     )
-    cost = latency.cost(args.model, engine) if target else None
+    cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
         trace = latency.trace(args, opened)
         options = StreamOptions(args.duration, target=target, cost=cost, brake=brake, trace=trace)

@@ -14,7 +14,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.runtime.control import Decision, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.profile import load, profile
+from penguin_edge.runtime.profile import differences, load, profile
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,26 +38,31 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
     """The target that was asked for.
 
     Raises:
-        InputError: a part of one without --target-first-token.
+        InputError: a part of one without --target-first-token, or a trace that has no place.
     """
     if args.target_first_token is None:
         if args.target_frame or args.target_tokens_per_s or args.trace:
             raise InputError("--target-frame, --target-tokens-per-s and --trace go with --target-first-token MS")
         return None
+    if args.trace and (args.trace.is_dir() or not args.trace.parent.is_dir()):
+        raise InputError(f"{args.trace}: cannot be written; name a file in a folder that is there")
     # A frame that is late makes the answer late that waits for it.
     return LatencyTarget(
         args.target_first_token, args.target_frame or args.target_first_token, args.target_tokens_per_s
     )
 
 
-def cost(model: str, engine: Engine) -> CostModel:
+def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
     """What was kept beside the bundle, or is measured now.
 
     Raises:
         BundleError: what is kept cannot be read.
     """
-    kept = load(Bundle.read(model)) if is_bundle(model) else None
-    if kept is not None:
+    bundle = Bundle.read(model) if is_bundle(model) else None
+    kept = load(bundle) if bundle else None
+    if kept is not None and bundle is not None:
+        if other := differences(bundle, threads):
+            say(f"the profile beside the model is of {other}: decisions begin wrong; run `penguin-edge profile` here")
         return kept
     say("no profile of this machine is kept with the model: measuring one (`penguin-edge profile` would keep it)")
     return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])

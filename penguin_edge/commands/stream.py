@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from penguin_edge.runtime.stream import StreamSession
 from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
 
+ANSWERS = 1000
+"""The last ones, for `--json`."""
 EVERY_SECONDS = 0.5
 """Between status lines on a terminal; elsewhere ten times as long."""
 
@@ -91,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
         answer_tokens=args.max_new_tokens,
     )
-    answers: list[dict[str, Any]] = []
+    answers: deque[dict[str, Any]] = deque(maxlen=ANSWERS)
     code = 0
     view = View(_named(args.source), f"{Path(args.model).name} on {engine.name}")
     ready, said = (view.ready, view.said) if bound is not None else (None, None)
-    cost = latency.cost(args.model, engine) if target else None
+    cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
         trace = latency.trace(args, opened)
         live = opened.enter_context(
@@ -126,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         if watch is not None:
             reader.join()
     decisions = [decision.to_json() for decision in live.control.decisions] if live.control else []
-    result = {**live.status(), **_costs(session), "decisions": decisions, "answers": answers}
+    result = {**live.status(), **_costs(session), "decisions": decisions, "answers": list(answers)}
     result |= {"peak_mb": peak_mb(), "engine": engine.name}
     _report(result)
     if args.json:
@@ -165,13 +168,13 @@ def _line(live: Live, at: float) -> None:
     (status if sys.stderr.isatty() else say)(text)
 
 
-def _read(watch: Watch, answers: list[dict[str, Any]]) -> None:
+def _read(watch: Watch, answers: deque[dict[str, Any]]) -> None:
     for answer in watch:
         _show(answer.time, answer.text)
         answers.append({"time": answer.time, "text": answer.text, "first_token_ms": answer.report.first_token_ms})
 
 
-def _ask(live: Live, prompt: str, options: SamplingOptions, answers: list[dict[str, Any]]) -> None:
+def _ask(live: Live, prompt: str, options: SamplingOptions, answers: deque[dict[str, Any]]) -> None:
     text = "".join(token.text for token in live.ask(prompt, options=options, wait=True))
     times = live.session.times
     _show(times[-1] if times else None, text)
