@@ -329,7 +329,7 @@ class StreamPlanner:
 
     def _shrink_last(self, held: _Held) -> None:
         """The one frame left: the largest size that fits, below the floor if need be."""
-        while self._filled() > 1:
+        while self._filled() > 1 and held.rung:
             self._resize(held, held.rung - 1)
         held.level = self._level
 
