@@ -214,7 +214,8 @@ class LatencyControl:
         if work.prefilled:
             each = -(-work.prefilled // work.pieces)
             spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
-        return spent + (cost.stage_ms("move", work.moved) if work.moved else 0.0)
+        # A cache of a few positions is profiled without.
+        return spent + (cost.stage_ms("move", work.moved) if work.moved and "move" in cost.tables else 0.0)
 
     def overhead_ms(self, work: Work) -> float:
         """What a frame takes beside: label, resize, patches, and finding out what to do. Observed, if it was."""

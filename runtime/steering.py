@@ -55,7 +55,9 @@ class Steering:
     def late(self, arrived: int) -> bool:
         """Whether a frame that has waited since then would not be ready in time any more."""
         limit = self._target.frame_ms
-        return limit is not None and (time.monotonic_ns() - arrived) / 1e6 + self._took_ms > limit
+        if self.control is None or limit is None:  # also where the target was given up
+            return False
+        return (time.monotonic_ns() - arrived) / 1e6 + self._took_ms > limit
 
     def before(self, frame: Frame) -> None:
         """Choose for a frame of another size than the last.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penguin_edge.bundle import Bounds
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Work
+from penguin_edge.runtime.control import KEPT, Decision, Device, LatencyControl, LatencyTarget, Work
 from penguin_edge.runtime.control import settings as all_settings
 from penguin_edge.runtime.cost import fit
 from penguin_edge.runtime.stream import StreamSession
@@ -125,7 +125,7 @@ def test_decisions_are_told_and_bounded() -> None:
     told: list[Decision] = []
     run = LatencyControl(LatencyTarget(1300.0, 1000.0), COST, DEVICE, CHOICES, told.append)
     simulate(run, lambda t: 1.0 if int(t / 40) % 2 else 6.0, 400)
-    assert told == list(run.decisions) and told
+    assert told == list(run.decisions) and told and run.decisions.maxlen == KEPT
     data = told[0].to_json()
     assert {"time", "from", "to", "predicted", "observed", "reason"} == data.keys()
     assert data["from"]["budget"] >= data["to"]["budget"]

@@ -269,6 +269,25 @@ def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> No
             assert session.planner.limits.budget == 400 == run.control.choices[0].budget
 
 
+def test_a_target_that_was_given_up_drops_nothing() -> None:
+    engine = GatedEngine()
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [9.0]} for stage, axes in AXES.items()})
+    target = LatencyTarget(5.0, 5.0)
+    with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
+        run.wait()
+        engine.gate.clear()
+        engine.waiting.clear()
+        run.push(picture(0), 0.0)
+        assert engine.waiting.wait(20)
+        with pytest.raises(BudgetError, match="cannot be kept here"):
+            run.push(picture(1), 1.0)
+        for i in range(1, 5):
+            run.push(picture(i), float(i))
+        engine.gate.set()
+        run.wait()
+        assert run.stats.processed == 5 and not run.stats.dropped
+
+
 def test_every_frame_of_another_rate_counts_for_the_controller() -> None:
     """30 frames a second of which one is taken: every second one of those that are."""
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
