@@ -9,8 +9,9 @@ A setting is how much is asked of the machine. They are tried in this order, and
 A setting fits when the costliest frame and the first token of a question, as predicted and corrected, are within the
 target, and usual frames do not come faster than they can be worked on. One that no longer fits is left at once, for the
 first that does, or that comes close to the least that can be reached: nothing is given up for nothing. A better one is
-taken one step at a time, when it would fit `MARGIN` of the target and nothing has changed for `HOLD_S` seconds; a rise
-that had to be taken back doubles that time, so that a machine at the border does not swing.
+taken one step at a time, when it would fit `MARGIN` of the target on the machine at its slowest of late, and nothing has
+changed for `HOLD_S` seconds; a rise that had to be taken back makes that time four times as long, so that a machine at
+the border does not swing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from penguin_edge.runtime.cost import CostModel
 from penguin_edge.stream_plan import LOW, STEP
 
 MARGIN = 0.8
-HOLD_S, LONGEST_S = 3.0, 60.0
+HOLD_S, LONGEST_S, BACK_OFF = 3.0, 120.0, 4
 EASING, ALARM = 0.25, 0.5
 """Weight of what was observed when it is faster than the correction says, and when it is slower."""
 SPIKE, LONG_MS = 5, 200.0
@@ -40,6 +41,8 @@ REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
 FADING, WAIT = 0.95, 0.5
 """Share of the longest wait for an answer that is left a frame later, and of a frame's limit that it may take."""
+RECALL = 0.985
+"""Share of the slowest correction that is left a frame later."""
 NEARING = 0.05
 """Share by which the corrections of answers follow that of frames, with every frame: questions may be rare."""
 KEPT = 1000
@@ -181,6 +184,7 @@ class LatencyControl:
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
         self._trace = trace
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
+        self._slowest = dict(self._slower)
         self._ratios = {name: deque([1.0], maxlen=SPIKE) for name in self._slower}
         self._overheads: deque[float] = deque(maxlen=SPIKE)
         self._queued: deque[float] = deque(maxlen=SPIKE)  # As if all frames had been taken.
@@ -247,10 +251,10 @@ class LatencyControl:
         changed = again * (piece + device.tag_tokens)
         return Work(device.pixels, tuple(encoded), changed + new, window, again + 1, window)
 
-    def predicted(self, setting: Setting, corrected: bool = False) -> Costs:
-        """What the model says, or that corrected by what was observed."""
+    def predicted(self, setting: Setting, corrected: bool = False, slowest: bool = False) -> Costs:
+        """What the model says, or that corrected by what was observed, of late or at its slowest."""
         work, window = self.costliest(setting), self.window(setting)
-        slower = self._slower if corrected else dict.fromkeys(self._slower, 1.0)
+        slower = (self._slowest if slowest else self._slower) if corrected else dict.fromkeys(self._slower, 1.0)
         frame = slower["frame"] * self.engine_ms(work) + self.overhead_ms(work)
         question = slower["first"] * self.cost.prefill_ms(self.device.question_tokens, window, self.device.bounds)
         token = slower["token"] * self.cost.stage_ms("decode", window)
@@ -276,6 +280,8 @@ class LatencyControl:
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)
         for name in ("first", "token"):
             self._slower[name] += NEARING * (self._slower["frame"] - self._slower[name])
+        for name, known in self._slower.items():
+            self._slowest[name] = max(known, RECALL**self.setting.stride * self._slowest[name])
 
     def observe_answer(self, past: int, tokens: int, first_ms: float, token_ms: float | None = None) -> None:
         """What a question of so many tokens took to its first one, after `past` positions, once the worker was free,
@@ -301,11 +307,11 @@ class LatencyControl:
         if wanted > self.index:
             reason = "slower than the target allows"
             if self._rose and now - self._changed < 2 * LONGEST_S:
-                self._hold = min(2 * self._hold, LONGEST_S)
+                self._hold = min(BACK_OFF * self._hold, LONGEST_S)
             self._rose = False
         elif self.index and now - self._changed >= self._hold:
             better = self.index - 1
-            if self._within(self.predicted(self.choices[better], corrected=True), MARGIN):
+            if self._within(self.predicted(self.choices[better], corrected=True, slowest=True), MARGIN):
                 wanted, reason = better, "room to spare"
                 if now - self._changed >= 2 * LONGEST_S:
                     self._hold = HOLD_S
