@@ -30,7 +30,7 @@ from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import paced
 from penguin_edge.runtime.stream import StreamSession
-from penguin_edge.runtime.timeline import Ages, Timeline
+from penguin_edge.runtime.timeline import Ages, Drops, Timeline
 
 QUESTION = "What is happening now?"
 SLOPE_S = 600.0
@@ -50,6 +50,8 @@ class StreamOptions:
     cost: CostModel | None = None
     """Of this machine; a target needs it."""
     trace: Callable[[Decision], None] = lambda decision: None
+    rate: float | None = None
+    """Frames per second that the controller expects."""
     brake: Brake | None = None
     """That of the session's `SlowedEngine`: it slows the rest, too."""
 
@@ -166,12 +168,14 @@ def bench_stream(
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
-    with Live(session, target=options.target, cost=options.cost, trace=options.trace) as live, ExitStack() as metered:
+    live = Live(session, target=options.target, cost=options.cost, rate=options.rate, trace=options.trace)
+    with live, ExitStack() as metered:
         live.wait()  # for the engine to be warm
         metered.enter_context(meter)
         if options.brake is not None:
             options.brake.start()
         timeline = Timeline(session)
+        live.stats.dropped = Drops(timeline)
         live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept
         begin = timeline.begin
         # A camera does not wait for answers.

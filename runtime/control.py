@@ -9,9 +9,9 @@ A setting is how much is asked of the machine. They are tried in this order, and
 A setting fits when the costliest frame and the first token of a question, as predicted and corrected, are within the
 target, and usual frames do not come faster than they can be worked on. One that no longer fits is left at once, for the
 first that does, or that comes close to the least that can be reached: nothing is given up for nothing. A better one is
-taken one step at a time, when it would fit `MARGIN` of the target on the machine at its slowest of late, and nothing has
-changed for `HOLD_S` seconds; a rise that had to be taken back makes that time four times as long, so that a machine at
-the border does not swing.
+taken one step at a time, when it would fit `MARGIN` of the target on the machine at its slowest of late, and nothing
+has changed for `HOLD_S` seconds; a rise that had to be taken back makes that time `BACK_OFF` times as long, so that a
+machine at the border does not swing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EASING, ALARM = 0.25, 0.5
 SPIKE, LONG_MS = 5, 200.0
 """The middle one of so many observations counts: one alone is an accident of the machine. Of work that takes longer
 than this, three: it is less of an accident, and there is less time."""
-BUSY = 0.95
+BUSY = 0.9
 """Share of the time that frames and answers may take; beyond, frames would wait for frames."""
 REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
@@ -208,6 +208,11 @@ class LatencyControl:
     @property
     def setting(self) -> Setting:
         return self.choices[self.index]
+
+    @property
+    def slower(self) -> float:
+        """How many times as long as was predicted the engine takes for frames now."""
+        return self._slower["frame"]
 
     def engine_ms(self, work: Work) -> float:
         """What one frame makes the engine do is predicted to take, uncorrected."""

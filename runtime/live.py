@@ -129,6 +129,7 @@ class Live:
         fps: float | None = None,
         target: LatencyTarget | None = None,
         cost: CostModel | None = None,
+        rate: float | None = None,
         trace: Callable[[Decision], None] = lambda decision: None,
         ready: Callable[[Ready], None] | None = None,
         said: Callable[[Said], None] | None = None,
@@ -140,6 +141,7 @@ class Live:
             target: what the controller keeps to, beginning with the first frame, before which the engine is warmed up
                 (`wait` waits for it); a target that cannot be kept is an error of that frame, and given up.
             cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
+            rate: frames per second that the controller expects before they come; None: `fps`.
             trace: is told every decision, on the worker.
             ready: is told every frame that was worked on, on the worker: it must be quick and raise nothing.
             said: is told every answer as it comes, token by token, likewise.
@@ -150,7 +152,9 @@ class Live:
             raise InputError(f"a queue of {queued} frames at {fps} frames per second, wanted more than nothing")
         if target is not None and cost is None:
             raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
-        self._steering = Steering(session, target, cost, trace) if target is not None and cost is not None else None
+        self._steering: Steering | None = None
+        if target is not None and cost is not None:
+            self._steering = Steering(session, target, cost, trace, rate or fps)
         self._ready, self._said, self._told = ready, said, 0
         self._offered = 0
         self.session = session

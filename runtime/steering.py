@@ -25,8 +25,17 @@ class Steering:
     """Keeps a session at the controller's setting."""
 
     def __init__(
-        self, session: StreamSession, target: LatencyTarget, cost: CostModel, trace: Callable[[Decision], None]
+        self,
+        session: StreamSession,
+        target: LatencyTarget,
+        cost: CostModel,
+        trace: Callable[[Decision], None],
+        rate: float | None = None,
     ) -> None:
+        """
+        Args:
+            rate: frames per second that are to come, until they have shown it themselves.
+        """
         self.control: LatencyControl | None = None
         self.stride = 1
         """Of how many frames that come one is taken."""
@@ -36,9 +45,9 @@ class Steering:
         self._given_up = False
         self._begun = 0
         self._engine_ms = self._took_ms = 0.0
-        self._apart_ms, self._last = math.inf, math.nan
-        self._spoken: deque[tuple[int, int]] = deque(maxlen=16)
-        """When answers began and ended, nanoseconds."""
+        self._apart_ms, self._last = 1e3 / rate if rate else math.inf, math.nan
+        self._spoken: deque[tuple[int, int, float]] = deque(maxlen=16)
+        """When answers began and ended, nanoseconds, and how slow the engine was then."""
 
     def begin(self) -> None:
         """Warm the engine up; the clock of decisions begins."""
@@ -88,13 +97,15 @@ class Steering:
         if control is None or work is None or self._size is None:
             return
         control.device = self._device(self._size)
-        held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end in self._spoken) / 1e6
+        held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end, _ in self._spoken) / 1e6
         took = (ended - begun) / 1e6
         self._took_ms = min(took, 2 * self._took_ms) if self._took_ms else took
         since = max(self._begun, ended - int(1e6 * LONGEST_MS))
-        spoken = sum(max(0, end - max(begin, since)) for begin, end in self._spoken)
-        control.observe_share(spoken / max(1, ended - since))
+        # Those of before count as long as they would take now.
+        spoken = sum(max(0, end - max(begin, since)) / slower for begin, end, slower in self._spoken)
+        spoken_share = spoken / max(1, ended - since)
         control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
+        control.observe_share(control.slower * spoken_share)
         asked = control.setting
         try:
             control.decide((time.monotonic_ns() - self._begun) / 1e9)
@@ -104,7 +115,7 @@ class Steering:
 
     def answer(self, begun: int, past: int, report: Report) -> None:
         """An answer has ended that began after `past` positions."""
-        self._spoken.append((begun, time.monotonic_ns()))
+        self._spoken.append((begun, time.monotonic_ns(), self.control.slower if self.control is not None else 1.0))
         if self.control is not None and report.first_token_ms is not None:
             each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
             asked = max(1, report.prompt_tokens - report.reused_tokens)

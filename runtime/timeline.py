@@ -1,4 +1,4 @@
-"""What a stream was like at each moment: one entry per frame that became ready, and one per question.
+"""What a stream was like at each moment: one entry per frame that became ready or never did, and one per question.
 
 Times are seconds since the stream began, ages and first tokens milliseconds.
 """
@@ -6,7 +6,7 @@ Times are seconds since the stream began, ages and first tokens milliseconds.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class Timeline:
     frames: list[FrameReady] = field(default_factory=list)
     questions: list[tuple[float, float]] = field(default_factory=list)
     """When each was asked, and its time to the first token."""
+    dropped: list[tuple[float, str]] = field(default_factory=list)
+    """When a frame was given up unseen, and why."""
 
     def frame(self, age_ms: float) -> None:
         """A frame is ready; on the worker, which alone may look at the session."""
@@ -52,6 +54,7 @@ class Timeline:
         return {
             "frames": [asdict(one) for one in self.frames],
             "questions": [{"time": at, "first_token_ms": took} for at, took in self.questions],
+            "dropped": [{"time": at, "reason": why} for at, why in self.dropped],
             "memory_mb": [list(one) for one in memory],
             "power_w": [list(one) for one in meter.power],
             "temperature_c": [list(one) for one in meter.celsius],
@@ -68,3 +71,16 @@ class Ages(deque[float]):
     def append(self, age_ms: float, /) -> None:
         super().append(age_ms)
         self._timeline.frame(age_ms)
+
+
+class Drops(Counter[str]):
+    """Frames given up unseen, by reason; `Live` counts each when that happens, and the timeline is told."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__()
+        self._timeline = timeline
+
+    def __setitem__(self, reason: str, count: int, /) -> None:
+        now = time.monotonic() - self._timeline.begin
+        self._timeline.dropped += [(now, reason)] * (count - self[reason])
+        super().__setitem__(reason, count)

@@ -25,7 +25,6 @@ from PIL import Image
 
 from penguin_edge.runtime.events import Ready, Said
 from penguin_edge.runtime.live import Live
-from penguin_edge.tra import DROPPED
 
 SHOTS, STORED, WIDTH, QUALITY = 12, 36, 320, 80
 """Pictures that are shown and that are kept, for a page that is late to fetch one; pixels; JPEG's own scale."""
@@ -109,15 +108,8 @@ class View:
             ready, self._pending = self._pending, None
         if ready is None:
             return False
-        kept = ready.window[-1] if ready.window and ready.window[-1].number == ready.number else None
-        shot = Shot(
-            ready.number,
-            ready.frame.time or 0.0,
-            DROPPED if kept is None else kept.kind,
-            0 if kept is None else kept.tokens,
-            round(ready.age_ms, 1),
-            thumbnail(ready.frame.pixels),
-        )
+        newest, age = ready.window[-1], round(ready.age_ms, 1)  # A window keeps its newest frame whatever the budget.
+        shot = Shot(newest.number, newest.time, newest.kind, newest.tokens, age, thumbnail(ready.frame.pixels))
         with self._lock:
             self._shots.append(shot)
         return True

@@ -261,15 +261,15 @@ def test_a_better_setting_is_taken_where_less_does_not_help() -> None:
 def test_frames_that_come_faster_than_they_can_be_worked_on_are_left_out() -> None:
     """Each is in time by itself; nothing has had to wait yet."""
     run = LatencyControl(LatencyTarget(10_000.0, 8000.0), COST, replace(DEVICE, interval_ms=1000.0), CHOICES)
-    assert run.predicted(run.setting).busy <= 0.95
+    assert run.predicted(run.setting).busy <= 0.9
     work = run.costliest(run.setting)
     for now in range(6):
         run.observe_frame(work, 4 * run.engine_ms(work), 4 * run.engine_ms(work))
         run.observe_share(0.3)
         run.decide(float(now))
-    assert run.predicted(run.setting, corrected=True).busy <= 0.95
+    assert run.predicted(run.setting, corrected=True).busy <= 0.9
     busy = LatencyControl(LatencyTarget(10_000.0, 8000.0), COST, replace(DEVICE, interval_ms=100.0), CHOICES)
-    assert busy.setting.stride == 1 and busy.predicted(busy.setting).busy <= 0.95
+    assert busy.setting.stride == 1 and busy.predicted(busy.setting).busy <= 0.9
     for now in range(6):
         work = busy.costliest(busy.setting)
         busy.observe_frame(work, 4 * busy.engine_ms(work), 4 * busy.engine_ms(work))

@@ -231,7 +231,7 @@ def _stream(
     cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
         trace = latency.trace(args, opened)
-        options = StreamOptions(args.duration, target=target, cost=cost, brake=brake, trace=trace)
+        options = StreamOptions(args.duration, target=target, cost=cost, rate=args.fps or 1.0, brake=brake, trace=trace)
         result |= bench_stream(session, _looped(args), options, _follow(args.duration))
     result["options"] = {
         "source": args.stream,

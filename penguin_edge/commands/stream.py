@@ -102,7 +102,16 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as opened:
         trace = latency.trace(args, opened)
         live = opened.enter_context(
-            Live(session, queued=args.queue, target=target, cost=cost, trace=trace, ready=ready, said=said)
+            Live(
+                session,
+                queued=args.queue,
+                target=target,
+                cost=cost,
+                rate=args.fps,
+                trace=trace,
+                ready=ready,
+                said=said,
+            )
         )
         live.wait()  # for the engine to be warm
         server = None
@@ -175,12 +184,14 @@ def _read(watch: Watch, answers: deque[dict[str, Any]]) -> None:
 
 
 def _ask(live: Live, prompt: str, options: SamplingOptions, answers: deque[dict[str, Any]]) -> None:
-    text = "".join(token.text for token in live.ask(prompt, options=options, wait=True))
-    times = live.session.times
-    _show(times[-1] if times else None, text)
-    answers.append(
-        {"time": times[-1] if times else None, "text": text, "first_token_ms": live.session.report.first_token_ms}
-    )
+    text, first, asked = "", None, time.monotonic()
+    for token in live.ask(prompt, options=options, wait=True):
+        # Not the session's report, which may be of a question from the page by now.
+        first = 1e3 * (time.monotonic() - asked) if first is None else first
+        text += token.text
+    at = live.session.times[-1] if live.session.times else None
+    _show(at, text)
+    answers.append({"time": at, "text": text, "first_token_ms": first})
 
 
 def _named(source: str) -> str:

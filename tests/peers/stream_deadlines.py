@@ -64,16 +64,18 @@ def measure(bundle: Path, args: argparse.Namespace, slow: str | None) -> dict[st
     return result
 
 
-def late(result: dict[str, Any], args: argparse.Namespace) -> list[tuple[float, str, float]]:
-    """When each deadline was missed, whose, and milliseconds."""
+def late(result: dict[str, Any], args: argparse.Namespace) -> list[tuple[float, str, float | None]]:
+    """When each deadline was missed, whose, and milliseconds; None of a frame that the queue gave up then."""
     line = result["timeline"]
+    found: list[tuple[float, str, float | None]]
     found = [(one["time"], "frame", one["age_ms"]) for one in line["frames"] if one["age_ms"] > args.frame]
     found += [
         (one["time"], "answer", one["first_token_ms"])
         for one in line["questions"]
         if one["first_token_ms"] > args.first
     ]
-    return sorted(found)
+    found += [(one["time"], one["reason"], None) for one in line["dropped"] if one["reason"] in ("queue", "late")]
+    return sorted(found, key=lambda one: one[0])
 
 
 def report(result: dict[str, Any], args: argparse.Namespace, slowed_at: float | None) -> dict[str, Any]:
