@@ -39,6 +39,8 @@ PACKAGES = (
 
 MADV_PAGEOUT = 21
 """Of Linux from 5.4 on: write what is dirty, forget what is not."""
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 18
+"""Of glibc's mallopt; bytes of a block that does not come from the heap."""
 
 
 def human_bytes(count: float) -> str:
@@ -112,6 +114,16 @@ def trim_heap() -> None:
     """Give memory that was freed back to the system, where the C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_heap_compact() -> None:
+    """Have large blocks come from the system and go back to it, for a program that runs for days. glibc only.
+
+    Left alone, glibc raises that limit to the largest block that was ever freed: pictures then lie in the heap between
+    small arrays that stay, and leave holes that the next, larger one does not fit into.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def peak_mb() -> float:

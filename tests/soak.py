@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.machine import peak_mb, resident_mb
+from penguin_edge.machine import keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -65,10 +66,10 @@ def fresh(of: StreamSession, other: StreamSession, question: str, options: Sampl
     return [token.id for token in other.ask(question, options=options)]
 
 
-def slope(samples: list[tuple[float, float]]) -> float:
+def slope(samples: NDArray[np.float64], column: int) -> float:
     """Per hour, by least squares over what is judged."""
-    judged = np.array(samples[int(SETTLED * len(samples)) :])
-    return float(np.polyfit(judged[:, 0] / 3600, judged[:, 1], 1)[0])
+    judged = samples[int(SETTLED * len(samples)) :]
+    return float(np.polyfit(judged[:, 0] / 3600, judged[:, column], 1)[0])
 
 
 def main() -> int:
@@ -86,16 +87,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    keep_heap_compact()
     bundle = Bundle.read(args.bundle)
     session = StreamSession.open(bundle, threads=args.threads, budget=args.budget, cache=args.cache)
     other = StreamSession(open_engine(bundle, threads=args.threads), session.tokenizer, budget=args.budget)
     options = SamplingOptions(max_new_tokens=16)
     frames, seconds = round(3600 * args.hours * args.fps), 3600 * args.hours
-    memory: list[tuple[float, float]] = []
-    containers: list[tuple[float, float]] = []
-    objects: list[tuple[float, float]] = []
+    step = round(10 * args.fps)
+    # Seconds of the stream, MB, items of containers, Python's objects. Made beforehand: it is not to grow meanwhile.
+    samples = np.full((-(-frames // step), 4), np.nan)
     same = compared = equal = tokens = 0
-    first_ms: list[float] = []
+    questions, first_ms = 0, np.zeros(int(seconds / args.every) + 1)
     begin = time.monotonic()
     with Live(session, queued=8) as live:
         for i, frame in enumerate(read_source(args.source, fps=args.fps, loop=True)):
@@ -109,22 +111,19 @@ def main() -> int:
                 question = QUESTIONS[asked % len(QUESTIONS)]
                 answer = [token.id for token in live.ask(question, options=options)]
                 live.wait()
-                first_ms.append(session.report.first_token_ms or 0.0)
+                first_ms[questions] = session.report.first_token_ms or 0.0
+                questions += 1
                 if int(args.checks * at / seconds) > int(args.checks * (at - args.every) / seconds):
                     wanted = fresh(session, other, question, options)
                     compared, same = compared + 1, same + (answer == wanted)
                     tokens += max(len(answer), len(wanted))
                     equal += sum(a == b for a, b in zip(answer, wanted, strict=False))
-            if i % round(10 * args.fps) == 0:
+            if i % step == 0:
                 gc.collect()
-                memory.append((at, resident_mb()))
-                containers.append((at, float(items(live))))
-                objects.append((at, float(len(gc.get_objects()))))
+                samples[i // step] = at, resident_mb(), items(live), len(gc.get_objects())
                 left = (time.monotonic() - begin) * (frames - i) / max(1, i) / 60
-                line = (
-                    f"{at:.0f} of {seconds:.0f} s, {left:.0f} min left, {memory[-1][1]:.1f} MB, {same}/{compared} equal"
-                )
-                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+                line = f"{at:.0f} of {seconds:.0f} s, {left:.0f} min left, {samples[i // step, 1]:.1f} MB"
+                print(f"\r\x1b[K{line}, {same}/{compared} equal", end="", file=sys.stderr, flush=True)
             ahead = begin + 60 * args.minutes * i / frames - time.monotonic()
             if ahead > 0:
                 time.sleep(ahead)
@@ -138,31 +137,28 @@ def main() -> int:
         "real_minutes": (time.monotonic() - begin) / 60,
         "frames": stats.frames,
         "dropped": dropped,
-        "questions": len(first_ms),
+        "questions": questions,
         "max_visual_tokens": stats.max_visual_tokens,
         "budget": args.budget,
-        "memory_slope_mb_per_h": slope(memory),
-        "resident_mb": memory[-1][1],
+        "memory_slope_mb_per_h": slope(samples, 1),
+        "resident_mb": samples[-1, 1],
         "peak_mb": peak_mb(),
-        "container_items_per_h": slope(containers),
-        "container_items": containers[-1][1],
-        "python_objects_per_h": slope(objects),
-        "python_objects": objects[-1][1],
+        "container_items_per_h": slope(samples, 2),
+        "container_items": samples[-1, 2],
+        "python_objects_per_h": slope(samples, 3),
+        "python_objects": samples[-1, 3],
         "answers_compared": compared,
         "answers_equal": same,
         "tokens_compared": tokens,
         "tokens_equal": equal,
-        "first_token_ms_p50": float(np.median(first_ms)),
-        "memory_mb": memory,
-        "containers": containers,
+        "first_token_ms_p50": float(np.median(first_ms[:questions])),
+        "memory_mb": samples[:, :2].tolist(),
     }
     if args.json:
         args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(
-        json.dumps({name: value for name, value in result.items() if name not in ("memory_mb", "containers")}, indent=1)
-    )
+    print(json.dumps({name: value for name, value in result.items() if name != "memory_mb"}, indent=1))
     # A window that breathes has no trend: its items may differ by what one frame brings.
-    grown = result["memory_slope_mb_per_h"] >= MB_PER_HOUR or slope(containers) > 0.02 * containers[-1][1]
+    grown = result["memory_slope_mb_per_h"] >= MB_PER_HOUR or slope(samples, 2) > 0.02 * samples[-1, 2]
     return int(grown or stats.max_visual_tokens > args.budget or (args.cache == "recompute" and same < compared))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,30 @@ def test_pages_of_a_file_are_given_back_and_read_again(tmp_path: Path) -> None:
     page_out(tmp_path / "another")
     trim_heap()
     assert resident_mb() > 0 and resident_mb(2**22 + 1) == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("compact", [False, True])
+def test_pictures_do_not_come_from_the_heap(compact: bool) -> None:
+    """Blocks of 1 MB that the C library maps one by one, after one of 8 MB was freed, which raises its own limit."""
+    program = """
+import ctypes, sys
+import numpy as np
+from penguin_edge.machine import keep_heap_compact
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u f o k c".split()]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+if sys.argv[1] == "True":
+    keep_heap_compact()
+for _ in range(2):
+    np.ones(8 << 20, np.uint8)
+before = mallinfo().hblks
+kept = [np.ones(1 << 20, np.uint8) for _ in range(5)]
+print(mallinfo().hblks - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(compact)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (5 if compact else 0)
 
 
 def test_an_engine_gives_back_the_weights_that_it_has_copied(

@@ -19,7 +19,7 @@ from penguin_edge.commands import latency
 from penguin_edge.commands.common import above_zero, emit, is_bundle, open_model, positive, say, status, table
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
-from penguin_edge.machine import describe, human_bytes, peak_mb, resident_mb
+from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamOptions, bench_stream
@@ -218,6 +218,7 @@ def _stream(
     slow: tuple[float, float] | None,
     target: LatencyTarget | None,
 ) -> None:
+    keep_heap_compact()
     brake = Brake(*slow) if slow else None
     session = StreamSession(
         SlowedEngine(engine, brake) if brake else engine,

@@ -17,7 +17,7 @@ from penguin_edge.commands import latency
 from penguin_edge.commands.common import above_zero, emit, open_model, positive, say, status
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
-from penguin_edge.machine import peak_mb
+from penguin_edge.machine import keep_heap_compact, peak_mb
 from penguin_edge.runtime.live import QUEUE, Live, Watch
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import is_live, paced, read_source
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.port is not None and not args.ui:
         raise InputError("--port is that of the page; ask for it with --ui")
     target = latency.target(args)
+    keep_heap_compact()
     frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say)
     # Before the model is loaded: a port that is taken is said at once.
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
