@@ -267,10 +267,12 @@ class StreamSession(Session):
         )
 
     def warm_up(self) -> None:
-        """Have the engine do each of its stages once: the first call of a stage takes memory, and longer."""
+        """Do each stage once: the first call takes memory, and longer; what resizes is loaded by it."""
         side = math.isqrt(min(WARM_PATCHES, self.engine.bounds.max_patches)) // self.config.image.video_merge_size
-        blank = np.zeros((side * self.planner.factor, side * self.planner.factor, 3), np.uint8)
-        patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=blank.shape[:2])
+        size = (side * self.planner.factor, side * self.planner.factor)
+        blank = np.zeros((2 * size[0], 2 * size[1], 3), np.uint8)
+        self.library.new_clip(lambda: ()).add(Frame(blank, 0.0))
+        patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=size)
         features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
         self.engine.project(features.reshape(1, patches.tokens, -1, features.shape[-1]))
         self.engine.truncate(0)
