@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -191,7 +191,7 @@ class LatencyControl:
         self._observed = self._held_up = self._answering = 0.0
         self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
-        if not self._within(least, 1.0):
+        if not self._within(replace(least, busy=0.0), 1.0):  # Too many frames are left out.
             raise BudgetError(
                 f"{target} cannot be kept here: with the least of everything this machine is predicted to need "
                 f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "

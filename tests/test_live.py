@@ -318,7 +318,7 @@ def test_every_frame_of_another_rate_counts_for_the_controller() -> None:
 def test_the_first_choice_knows_how_many_frames_are_to_come() -> None:
     """At 200 ms for a frame, every second one of ten in a second would take all of the time."""
     cost = fit({stage: {(1.0, 1.0)[:axes]: [50.0]} for stage, axes in AXES.items()})
-    for rate, stride in ((None, 1), (1.0, 1), (10.0, 4)):
+    for rate, stride in ((None, 1), (1.0, 1), (10.0, 4), (1000.0, 8)):
         session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
         with Live(session, target=LatencyTarget(60_000.0), cost=cost, rate=rate) as run:
             run.wait()
