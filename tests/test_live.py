@@ -289,10 +289,7 @@ def test_a_target_that_was_given_up_drops_nothing() -> None:
     target = LatencyTarget(5.0, 5.0)
     with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
         run.wait()
-        engine.gate.clear()
-        engine.waiting.clear()
-        run.push(picture(0), 0.0)
-        assert engine.waiting.wait(20)
+        held(run, engine)
         with pytest.raises(BudgetError, match="cannot be kept here"):
             run.push(picture(1), 1.0)
         for i in range(1, 5):
@@ -409,10 +406,7 @@ def test_a_frame_that_cannot_be_in_time_gives_way_to_a_newer_one() -> None:
     target = LatencyTarget(60_000.0, 300.0)
     with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
         run.wait()
-        engine.gate.clear()
-        engine.waiting.clear()
-        run.push(picture(0), 0.0)
-        assert engine.waiting.wait(20)
+        held(run, engine)
         for i in range(1, 6):
             run.push(picture(i), float(i))
         threading.Event().wait(0.5)  # all of them have waited for longer than they have
