@@ -4,7 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,18 @@ pytest.register_assert_rewrite(
 # A shell that starts the tests in the background has them ignore SIGINT, which the programs under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """A command that is called in this process sets its threads; with other threads the next test's sums differ."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    try:
+        return (yield)
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
