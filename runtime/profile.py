@@ -40,6 +40,8 @@ PASTS, TRIED_PASTS = (0.0, 0.03, 0.25, 0.5, 0.9), (0.12, 0.7)
 """Depths of the cache before, as shares of `max_seq_len`."""
 DEEPEST = 4096
 """Beyond it the cache is not filled: that takes minutes and tells nothing new."""
+ROUNDS, LONG_S = 5, 30.0
+"""Rounds at least, and what they fill where they are short: a machine that is slow for a second spoils several."""
 SHORT_MS, AGAIN = 10.0, 4
 """A call that is shorter than this is made so many times more, and its median taken: the first one finds the caches of
 the processor filled by another stage."""
@@ -47,19 +49,23 @@ the processor filled by another stage."""
 Samples = dict[str, dict[Point, list[float]]]
 
 
-def profile(engine: Engine, *, repeat: int = 5, progress: Callable[[str], None]) -> dict[str, Any]:
+def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure, fit and try; JSON with the model, its errors and all samples.
 
+    Args:
+        repeat: rounds; None: `ROUNDS`, and more until `LONG_S` have passed.
     Raises:
         InputError: fewer than one round.
     """
-    if repeat < 1:
+    if repeat is not None and repeat < 1:
         raise InputError(f"{repeat} rounds, wanted at least 1")
     begin = time.monotonic()
     fitted, tried = _calls(engine)
     samples: tuple[Samples, Samples] = ({}, {})
-    for round_ in range(-1, repeat):
-        progress(f"round {max(0, round_ + 1)} of {repeat}")
+    round_, passed = -1, 0.0
+    while round_ < (repeat or ROUNDS) or (repeat is None and passed < LONG_S):
+        of = str(repeat) if repeat else f"at least {ROUNDS}, {passed:.0f} s of at least {LONG_S:.0f}"
+        progress(f"round {max(0, round_ + 1)} of {of}")
         for group, calls in zip(samples, (fitted, tried), strict=True):
             for stage, points in calls.items():
                 for point, call in points.items():
@@ -71,6 +77,7 @@ def profile(engine: Engine, *, repeat: int = 5, progress: Callable[[str], None])
             for stage, point, took in _decoder(engine, pasts, sizes):
                 if round_ >= 0:
                     group.setdefault(stage, {}).setdefault(point, []).append(took)
+        round_, passed = round_ + 1, time.monotonic() - begin
     engine.truncate(0)
     model = fit(_whole(samples[0]))
     missed = errors(model, samples[1])

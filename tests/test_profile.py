@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -78,21 +79,22 @@ def test_all_stages_are_measured() -> None:
     assert len(told) == 3
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (8.0, 7)])
+def test_short_rounds_are_made_more_often(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each round, that of warming up included, takes one second."""
+    monkeypatch.setattr("penguin_edge.runtime.profile.LONG_S", seconds)
+    monkeypatch.setattr("penguin_edge.runtime.profile.time.monotonic", itertools.count().__next__)
+    told: list[str] = []
+    result = profile(CountingEngine(max_seq_len=256), progress=told.append)
+    assert {len(samples) for points in result["samples"]["fitted"].values() for _, samples in points} == {rounds}
+    assert len(told) == rounds + 1 and told[-1] == f"round {rounds} of at least 5, {rounds} s of at least {seconds:.0f}"
+
+
 def test_a_profile_is_kept_beside_the_bundle(nano_bundle: Callable[[str, str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(nano_bundle("onnx", "int8"), tmp_path / "nano"))
     assert load(Bundle.read(folder)) is None
-    command = [
-        sys.executable,
-        "-m",
-        "penguin_edge",
-        "profile",
-        str(folder),
-        "--repeat",
-        "1",
-        "--threads",
-        "1",
-        "--json",
-    ]
+    command = [sys.executable, "-m", "penguin_edge", "profile", str(folder)]
+    command += ["--repeat", "1", "--threads", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

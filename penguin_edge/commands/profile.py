@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.commands.common import emit, positive, say, table
+from penguin_edge.commands.common import emit, positive, status, table
 from penguin_edge.errors import BundleError
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.profile import PROFILE, keep, profile
+from penguin_edge.runtime.profile import LONG_S, PROFILE, ROUNDS, keep, profile
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("profile", help="measure every stage here and keep a cost model in the bundle")
     parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("--repeat", type=positive, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=positive, help=f"rounds (default: {ROUNDS}, and more until {LONG_S:.0f} s have passed)"
+    )
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -24,7 +26,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     bundle = Bundle.read(args.bundle)
     engine = open_engine(bundle, threads=args.threads)
-    result = profile(engine, repeat=args.repeat, progress=say)
+    result = profile(engine, repeat=args.repeat, progress=status)
+    status("")
     result |= {"machine": describe(), "threads": args.threads, "engine": engine.name}
     rows: list[tuple[str, ...]] = [("stage", "least ms", "most ms", "error of sizes not fitted, median")]
     for stage, cost in result["cost"].items():
