@@ -185,9 +185,9 @@ class LatencyControl:
         self._trace = trace
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
         self._slowest = dict(self._slower)
-        self._ratios = {name: deque([1.0], maxlen=SPIKE) for name in self._slower}
+        self._ratios = {name: deque([1.0, 1.0], maxlen=SPIKE) for name in self._slower}
         self._overheads: deque[float] = deque(maxlen=SPIKE)
-        self._queued: deque[float] = deque(maxlen=SPIKE)  # As if all frames had been taken.
+        self._queued = deque([0.0, 0.0], maxlen=SPIKE)  # As if all frames had been taken.
         self._observed = self._held_up = self._answering = 0.0
         self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
@@ -224,13 +224,18 @@ class LatencyControl:
             each = -(-work.prefilled // work.pieces)
             spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
         # A cache of a few positions is profiled without.
-        return spent + (cost.stage_ms("move", work.moved) if work.moved and "move" in cost.tables else 0.0)
+        return (
+            cost.wake_ms + spent + (cost.stage_ms("move", work.moved) if work.moved and "move" in cost.tables else 0.0)
+        )
 
     def overhead_ms(self, work: Work) -> float:
-        """What a frame takes beside: label, resize, patches, and finding out what to do. Observed, if it was."""
-        if self._overheads:
-            return median(self._overheads)
-        return self.cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+        """What a frame takes beside: label, resize, patches, and finding out what to do. As observed; of fewer than
+        three, what the model says counts beside."""
+        guess = self.cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+        return median([*self._overheads, *[guess] * (3 - len(self._overheads))])
+
+    def _question_ms(self, tokens: int, past: int) -> float:
+        return self.cost.wake_ms + self.cost.prefill_ms(tokens, past, self.device.bounds)
 
     def window(self, setting: Setting) -> int:
         """Positions that the window will take when it is full."""
@@ -261,7 +266,7 @@ class LatencyControl:
         work, window = self.costliest(setting), self.window(setting)
         slower = (self._slowest if slowest else self._slower) if corrected else dict.fromkeys(self._slower, 1.0)
         frame = slower["frame"] * self.engine_ms(work) + self.overhead_ms(work)
-        question = slower["first"] * self.cost.prefill_ms(self.device.question_tokens, window, self.device.bounds)
+        question = slower["first"] * self._question_ms(self.device.question_tokens, window)
         token = slower["token"] * self.cost.stage_ms("decode", window)
         wait, limit = 0.0, self.target.frame_ms
         if corrected and limit:
@@ -291,7 +296,7 @@ class LatencyControl:
     def observe_answer(self, past: int, tokens: int, first_ms: float, token_ms: float | None = None) -> None:
         """What a question of so many tokens took to its first one, after `past` positions, once the worker was free,
         and one more token of its answer."""
-        self._observe("first", first_ms, self.cost.prefill_ms(tokens, past, self.device.bounds))
+        self._observe("first", first_ms, self._question_ms(tokens, past))
         self._observed = first_ms
         if token_ms is not None:
             self._observe("token", token_ms, self.cost.stage_ms("decode", past))

@@ -8,6 +8,7 @@
 | prefill    | one chunk; a prompt is the sum of its chunks   | positions, positions before              |
 | decode     | one position                                   | positions before                         |
 | move       | a part of the cache given another place        | positions                                |
+| wake       | what an engine takes more after a pause        | none: one number                         |
 
 Tables never fall along an axis, so that no stage gets faster when it has more to do: each is the middle between the
 least one above the medians and the greatest one below. Below the first point of an axis its value holds; beyond the
@@ -32,7 +33,7 @@ from penguin_edge.runtime.engine import chunks
 Point = tuple[float, ...]
 """What a stage is given, one number for each of its axes."""
 
-AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1}
+AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class CostModel:
     def stage_ms(self, stage: str, *x: float) -> float:
         """One call of a stage."""
         return self.tables[stage].at(*x)
+
+    @property
+    def wake_ms(self) -> float:
+        """What work after a pause takes more: threads and cores sleep, caches hold something else."""
+        return self.stage_ms("wake", 0.0) if "wake" in self.tables else 0.0
 
     def prefill_ms(self, count: int, past: int, bounds: Bounds) -> float:
         """A prompt of `count` positions after `past`, in the engine's chunks."""

@@ -28,7 +28,7 @@ from penguin_edge.runtime.media import Library
 
 PROFILE = "profile.json"
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
-SCHEMA = "penguin-profile/2"
+SCHEMA = "penguin-profile/3"
 SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
 """Frames of side x side patches, as far as the bundle takes them."""
 SOURCES, TRIED_SOURCES = ((240, 320), (480, 640), (1080, 1920)), ((360, 480), (720, 1280))
@@ -42,9 +42,13 @@ DEEPEST = 4096
 """Beyond it the cache is not filled: that takes minutes and tells nothing new."""
 ROUNDS, LONG_S = 5, 30.0
 """Rounds at least, and what they fill where they are short: a machine that is slow for a second spoils several."""
+PAUSE_S = 0.1
+"""Before what is measured of waking: threads no longer spin by then."""
 SHORT_MS, AGAIN = 10.0, 4
 """A call that is shorter than this is made so many times more, and its median taken: the first one finds the caches of
 the processor filled by another stage."""
+
+WOKEN = ("encode", "project", "prefill")
 
 Samples = dict[str, dict[Point, list[float]]]
 
@@ -62,6 +66,7 @@ def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[st
     begin = time.monotonic()
     fitted, tried = _calls(engine)
     samples: tuple[Samples, Samples] = ({}, {})
+    woken: list[float] = []
     round_, passed = -1, 0.0
     while round_ < (repeat or ROUNDS) or (repeat is None and passed < LONG_S):
         of = str(repeat) if repeat else f"at least {ROUNDS}, {passed:.0f} s of at least {LONG_S:.0f}"
@@ -77,8 +82,13 @@ def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[st
             for stage, point, took in _decoder(engine, pasts, sizes):
                 if round_ >= 0:
                     group.setdefault(stage, {}).setdefault(point, []).append(took)
+        if fitted and round_ >= 0:
+            woken.append(_woken(engine, fitted))
         round_, passed = round_ + 1, time.monotonic() - begin
     engine.truncate(0)
+    if woken:
+        awake = sum(statistics.median(next(iter(samples[0][stage].values()))) for stage in WOKEN)
+        samples[0]["wake"] = {(0.0,): [max(0.0, took - awake) for took in woken]}
     model = fit(_whole(samples[0]))
     missed = errors(model, samples[1])
     every = [error for values in missed.values() for error in values]
@@ -145,11 +155,30 @@ def _whole(samples: Samples) -> Samples:
     return samples | ({"encode": found} if found else {})
 
 
+def _woken(engine: Engine, calls: dict[str, dict[Point, Callable[[], Any]]]) -> float:
+    """A small frame after a pause, from the encoder on: the first point of each stage of `WOKEN`."""
+    embeds = engine.embed(np.arange(_chunks(engine, CHUNKS)[0]))
+    engine.truncate(0)
+    first = {stage: next(iter(points.values())) for stage, points in calls.items()}
+    first["prefill"] = partial(engine.forward, embeds, np.array([-1]))
+    time.sleep(PAUSE_S)
+    first["preprocess"]()
+    begin = time.perf_counter()
+    for stage in WOKEN:
+        first[stage]()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _chunks(engine: Engine, sizes: tuple[int, ...]) -> list[int]:
+    bounds = engine.bounds
+    return [count for count in sizes if bounds.min_chunk <= count <= min(bounds.max_chunk, bounds.max_seq_len - 1)]
+
+
 def _decoder(engine: Engine, pasts: tuple[float, ...], sizes: tuple[int, ...]) -> list[tuple[str, Point, float]]:
     """Prefill and decoding at some depths, the cache filled in between."""
     bounds = engine.bounds
     found: list[tuple[str, Point, float]] = []
-    counts = [count for count in sizes if bounds.min_chunk <= count <= min(bounds.max_chunk, bounds.max_seq_len - 1)]
+    counts = _chunks(engine, sizes)
     ids = np.arange(max(counts, default=1)) % engine.config.text.vocab_size
     embeds = engine.embed(ids)
     engine.truncate(0)

@@ -209,13 +209,15 @@ def test_nothing_is_given_up_for_nothing() -> None:
     assert run.setting.budget > 2 * CHOICES[-1].budget
 
 
-def test_one_slow_frame_is_no_reason() -> None:
+@pytest.mark.parametrize("slow", [0, 2])
+def test_one_slow_frame_is_no_reason(slow: int) -> None:
+    """The very first one is none, either."""
     run = control()
     work = run.costliest(run.setting)
     for now in range(40):
-        factor = 20 if now % 5 == 2 else 1
-        late = 5000.0 if now % 5 == 3 else 0.0  # for its turn, after the slow one
-        run.observe_frame(work, run.engine_ms(work) * factor + 5, run.engine_ms(work) * factor, queued_ms=late)
+        factor = 20 if now % 5 == slow else 1
+        late = 5000.0 if now % 5 == slow + 1 else 0.0  # for its turn, after the slow one
+        run.observe_frame(work, (run.engine_ms(work) + 5) * factor, run.engine_ms(work) * factor, queued_ms=late)
         assert run.decide(float(now)) is None or run.decisions[-1].reason == "room to spare"
 
 
@@ -230,6 +232,19 @@ def test_what_takes_time_whatever_the_size_is_no_slowness() -> None:
     assert run.index <= begun + 1 and run.setting.stride == 1
     grown = run.predicted(CHOICES[0], corrected=True).frame - run.predicted(CHOICES[0]).frame
     assert grown < 5 * run.engine_ms(small)
+
+
+def test_what_waking_up_takes_is_no_slowness() -> None:
+    """Between frames the engine sleeps: it is told of small frames as of large ones, once."""
+    awake = replace(COST, tables={**COST.tables, "wake": fit({"wake": {(0.0,): [30.0]}}).tables["wake"]})
+    run, plain = LatencyControl(LatencyTarget(1300.0, 1000.0), awake, DEVICE, CHOICES), control()
+    small = Work(391 * 784, ((1, 4 * 24),), 24 + 9, 1000)
+    for _ in range(40):
+        run.observe_frame(small, plain.engine_ms(small) + 35, plain.engine_ms(small) + 30)
+        run.observe_answer(1000, 24, COST.prefill_ms(24, 1000, DEVICE.bounds) + 30)
+    assert run.slower == pytest.approx(1)
+    more, less = (one.predicted(CHOICES[0], corrected=True) for one in (run, plain))
+    assert more.frame - less.frame == pytest.approx(30, abs=10) and more.first - less.first == pytest.approx(60, abs=10)
 
 
 def test_slow_answers_are_forgotten_when_frames_are_fast_again() -> None:

@@ -328,14 +328,17 @@ def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.01]} for stage, axes in AXES.items()})
     session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer())
     steering = Steering(session, LatencyTarget(60_000.0), cost, lambda decision: None)
-    frame = Frame(picture(0), 0.0)
-    steering.before(frame)
-    session.push(frame)
     now, second = time.monotonic_ns(), 1_000_000_000
-    steering._begun = now - 10 * second
-    steering._spoken.append((now - 3 * second, now - 2 * second, 1.0))
-    steering._spoken.append((now - 2 * second, now - second, 2.0))
-    steering.frame(now, now, now)
+    for index in range(3):  # One alone would be an accident.
+        frame = Frame(picture(0), float(index))
+        steering.before(frame)
+        session.push(frame)
+        if index == 2:
+            now = time.monotonic_ns()
+            steering._begun = now - 10 * second
+            steering._spoken.append((now - 3 * second, now - 2 * second, 1.0))
+            steering._spoken.append((now - 2 * second, now - second, 2.0))
+        steering.frame(now, now, now)
     control = steering.control
     assert control is not None and control.slower > 1.1
     assert control._answering == pytest.approx(min(0.15 * control.slower, 0.5))

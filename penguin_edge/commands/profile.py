@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = [("stage", "least ms", "most ms", "error of sizes not fitted, median")]
     for stage, cost in result["cost"].items():
         least, most = cost["ms"][0][0], cost["ms"][-1][-1]
-        rows.append((stage, f"{least:.2f}", f"{most:.2f}", f"{result['error_by_stage'][stage]:.1%}"))
+        error = result["error_by_stage"].get(stage)
+        rows.append((stage, f"{least:.2f}", f"{most:.2f}", "" if error is None else f"{error:.1%}"))
     print(table(rows, indent=""))
     print(f"error: median {result['error']['median']:.1%}, p95 {result['error']['p95']:.1%}")
     try:
