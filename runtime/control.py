@@ -32,6 +32,9 @@ MARGIN = 0.8
 HOLD_S, LONGEST_S, BACK_OFF = 3.0, 120.0, 4
 EASING, ALARM = 0.25, 0.5
 """Weight of what was observed when it is faster than the correction says, and when it is slower."""
+TELLING, LEAST = 0.25, 0.1
+"""Share of the costliest frame's work from which on a frame's own counts in full, and what it counts at least: what is
+small tells little of it."""
 SPIKE, LONG_MS = 5, 200.0
 """The middle one of so many observations counts: one alone is an accident of the machine. Of work that takes longer
 than this, three: it is less of an accident, and there is less time."""
@@ -283,7 +286,8 @@ class LatencyControl:
     ) -> None:
         """What a frame took, from its turn to the end of its prefill, the engine's part of that, and how long it had
         waited for its turn, for answers and for other frames."""
-        self._observe("frame", engine_ms, self.engine_ms(work))
+        predicted, costliest = self.engine_ms(work), self.engine_ms(self.costliest(self.setting))
+        self._observe("frame", engine_ms, predicted, min(1.0, max(LEAST, predicted / (TELLING * costliest))))
         self._observed = took_ms
         self._overheads.append(max(0.0, took_ms - engine_ms))
         self._held_up = max(held_up_ms, FADING * self._held_up)
@@ -305,11 +309,11 @@ class LatencyControl:
         """The share of the time that answers take."""
         self._answering = min(max(answering, 0.0), WAIT)
 
-    def _observe(self, what: str, took: float, predicted: float) -> None:
+    def _observe(self, what: str, took: float, predicted: float, weight: float = 1.0) -> None:
         self._ratios[what].append(min(max(took / max(predicted, 1e-3), 0.1), 100.0))
         latest = list(self._ratios[what])[-3 if predicted >= LONG_MS else 0 :]
         ratio, known = median(latest), self._slower[what]
-        self._slower[what] = known + (EASING if ratio < known else ALARM) * (ratio - known)
+        self._slower[what] = known + weight * (EASING if ratio < known else ALARM) * (ratio - known)
 
     def decide(self, now: float) -> Decision | None:
         """The next setting, if it is another one; `trace` is told, too."""

@@ -247,6 +247,19 @@ def test_what_waking_up_takes_is_no_slowness() -> None:
     assert more.frame - less.frame == pytest.approx(30, abs=10) and more.first - less.first == pytest.approx(60, abs=10)
 
 
+def test_small_frames_tell_little_of_large_ones() -> None:
+    """Three late ones, by what would be nothing for a large one, give no size up; when all are late one is, in time."""
+    costliest = control().predicted(CHOICES[0])
+    run = control(3 * costliest.first, 3 * costliest.frame)
+    small = Work(391 * 784, ((1, 4 * 4),), 4, 200)
+    assert run.index == 0 and 10 * run.engine_ms(small) < run.engine_ms(run.costliest(run.setting))
+    for now in range(60):
+        took = run.engine_ms(small) * (4 if now in (10, 11, 12) or now >= 30 else 1)
+        run.observe_frame(small, took + 5, took)
+        assert run.decide(now / 2) is None or now > 32
+    assert run.decisions and run.decisions[0].reason == "slower than the target allows"
+
+
 def test_slow_answers_are_forgotten_when_frames_are_fast_again() -> None:
     run = control()
     begun, work = run.index, run.costliest(run.setting)
