@@ -220,16 +220,15 @@ class LatencyControl:
     def engine_ms(self, work: Work) -> float:
         """What one frame makes the engine do is predicted to take, uncorrected."""
         cost, merged = self.cost, self.device.merge**2
-        spent = 0.0
+        spent = cost.wake_ms
         for frames, patches in work.encoded:
             spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merged)
         if work.prefilled:
             each = -(-work.prefilled // work.pieces)
             spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
-        # A cache of a few positions is profiled without.
-        return (
-            cost.wake_ms + spent + (cost.stage_ms("move", work.moved) if work.moved and "move" in cost.tables else 0.0)
-        )
+        if work.moved and "move" in cost.tables:  # A cache of a few positions is profiled without.
+            spent += cost.stage_ms("move", work.moved)
+        return spent
 
     def overhead_ms(self, work: Work) -> float:
         """What a frame takes beside: label, resize, patches, and finding out what to do. As observed; of fewer than
@@ -287,7 +286,7 @@ class LatencyControl:
         """What a frame took, from its turn to the end of its prefill, the engine's part of that, and how long it had
         waited for its turn, for answers and for other frames."""
         predicted, costliest = self.engine_ms(work), self.engine_ms(self.costliest(self.setting))
-        self._observe("frame", engine_ms, predicted, min(1.0, max(LEAST, predicted / (TELLING * costliest))))
+        self._observe("frame", engine_ms, predicted, min(1.0, max(LEAST, predicted / max(TELLING * costliest, 1e-3))))
         self._observed = took_ms
         self._overheads.append(max(0.0, took_ms - engine_ms))
         self._held_up = max(held_up_ms, FADING * self._held_up)
