@@ -114,13 +114,13 @@ class Costs:
 @dataclass(frozen=True)
 class Decision:
     """One change of setting, `time` seconds after the beginning by the clock; milliseconds of what was to take longer,
-    a frame or a first token, and of what was seen last."""
+    a frame or a first token, and of what was seen last, None before anything was."""
 
     time: float
     before: Setting
     after: Setting
     predicted_ms: float
-    observed_ms: float
+    observed_ms: float | None
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -191,7 +191,8 @@ class LatencyControl:
         self._ratios = {name: deque([1.0, 1.0], maxlen=SPIKE) for name in self._slower}
         self._overheads: deque[float] = deque(maxlen=SPIKE)
         self._queued = deque([0.0, 0.0], maxlen=SPIKE)  # As if all frames had been taken.
-        self._observed = self._held_up = self._answering = 0.0
+        self._observed: float | None = None
+        self._held_up = self._answering = 0.0
         self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
         least = self.predicted(choices[-1])
         if not self._within(replace(least, busy=0.0), 1.0):  # Too many frames are left out.
@@ -333,8 +334,13 @@ class LatencyControl:
                 reason = "less would not help"
         if not reason:
             return None
-        before, self.index, self._changed = self.setting, wanted, now
+        before, self.index = self.setting, wanted
         self._queued.clear()
+        return self.tell(now, before, reason)
+
+    def tell(self, now: float, before: Setting, reason: str) -> Decision:
+        """Write down that this setting takes the place of another one; `trace` is told."""
+        self._changed = now
         found = self.predicted(self.setting, corrected=True)
         decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
         self.decisions.append(decision)

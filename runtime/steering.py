@@ -79,6 +79,7 @@ class Steering:
             return
         device = self._device(size)
         choices = self._session.settings(size, self._budget)
+        asked, reason = choices[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:
                 self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
@@ -86,9 +87,12 @@ class Steering:
                 self._given_up = True
                 raise
         else:
+            asked, reason = self.control.setting, "frames of another size"
             self.control.see(device, choices)
         self._size = size
         self._apply(self.control.setting)
+        if self.control.setting != asked:
+            self.control.tell(self._now(), asked, reason)
 
     def frame(self, arrived: int, begun: int, ended: int) -> None:
         """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
@@ -108,7 +112,7 @@ class Steering:
         control.observe_share(control.slower * spoken_share)
         asked = control.setting
         try:
-            control.decide((time.monotonic_ns() - self._begun) / 1e9)
+            control.decide(self._now())
         finally:  # Whoever is told of a decision may fail.
             if control.setting != asked:
                 self._apply(control.setting)
@@ -120,6 +124,9 @@ class Steering:
             each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
             asked = max(1, report.prompt_tokens - report.reused_tokens)
             self.control.observe_answer(past, asked, report.first_token_ms, each)
+
+    def _now(self) -> float:
+        return (time.monotonic_ns() - self._begun) / 1e9
 
     def _device(self, size: tuple[int, int]) -> Device:
         """Frames by their time stamps: those that are left out count, too."""

@@ -281,6 +281,7 @@ def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> No
             run.push(picture(i, 140, 168), float(i) + 0.5)
             run.wait()
             assert session.planner.limits.budget == 400 == run.control.choices[0].budget
+            assert run.control.decisions[-1].reason == "frames of another size"
 
 
 def test_a_target_that_was_given_up_drops_nothing() -> None:
@@ -322,6 +323,11 @@ def test_the_first_choice_knows_how_many_frames_are_to_come() -> None:
             assert run._steering is not None
             run._steering.before(Frame(picture(0), 0.0))
             assert run.control is not None and run.control.setting.stride == run._steering.stride == stride, rate
+            told = [one.to_json() for one in run.control.decisions]
+            assert len(told) == (stride > 1)
+            for one in told:
+                assert (one["from"]["stride"], one["to"]["stride"]) == (1, stride) and one["predicted"] > 100
+                assert one["observed"] is None and one["reason"].startswith("predicted to be slower")
 
 
 def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
