@@ -90,6 +90,32 @@ def test_short_rounds_are_made_more_often(seconds: float, rounds: int, monkeypat
     assert len(told) == rounds + 1 and told[-1] == f"round {rounds} of at least 5, {rounds} s of at least {seconds:.0f}"
 
 
+def test_what_waking_takes_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that this engine moves: 2 ms to encode, and 3 more after a pause."""
+    clock, asleep = [0.0], [False]
+
+    def passes(seconds: float) -> float:
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr("penguin_edge.runtime.profile.time.perf_counter", lambda: passes(1e-6))
+    monkeypatch.setattr("penguin_edge.runtime.profile.time.sleep", lambda seconds: asleep.append(True))
+
+    class SleepyEngine(CountingEngine):
+        def encode(self, pixels: Any, rows: Any, cols: Any) -> Any:
+            passes(0.005 if asleep[-1] else 0.002)
+            asleep.append(False)
+            return super().encode(pixels, rows, cols)
+
+        def forward(self, embeds: Any, logits_at: Any) -> Any:
+            passes(0.001)
+            return super().forward(embeds, logits_at)
+
+    cost = CostModel.from_json(profile(SleepyEngine(max_seq_len=256), repeat=3, progress=lambda line: None)["cost"])
+    assert cost.wake_ms == pytest.approx(3, abs=0.01) and cost.stage_ms("encode", 100, 1) == pytest.approx(2, abs=0.01)
+    assert cost.stage_ms("prefill", 8, 0) == pytest.approx(1, abs=0.01)
+
+
 def test_a_profile_is_kept_beside_the_bundle(nano_bundle: Callable[[str, str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(nano_bundle("onnx", "int8"), tmp_path / "nano"))
     assert load(Bundle.read(folder)) is None
