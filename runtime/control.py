@@ -188,6 +188,7 @@ class LatencyControl:
         self._trace = trace
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
         self._slowest = dict(self._slower)
+        # Begun with two that are as predicted: the very first one alone is an accident, too.
         self._ratios = {name: deque([1.0, 1.0], maxlen=SPIKE) for name in self._slower}
         self._overheads: deque[float] = deque(maxlen=SPIKE)
         self._queued = deque([0.0, 0.0], maxlen=SPIKE)  # As if all frames had been taken.
