@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle import write_json
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.config import PATCH_VALUES
 from penguin_edge.errors import InputError
 from penguin_edge.export.cases import CASES, STORED_LOGITS
 from penguin_edge.export.target import Target
+from penguin_edge.files import write_json
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.quantize.apply import linears
 from penguin_edge.quantize.auto import (

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest, write_json
+from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance
+from penguin_edge.files import write_json
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.prompt import Tokenizer

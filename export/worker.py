@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace, write_json
+from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.auto import choose
 from penguin_edge.export.targets import TARGETS
+from penguin_edge.files import write_json
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer

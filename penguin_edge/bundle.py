@@ -30,6 +30,7 @@ from typing import Any
 
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError, CheckpointError
+from penguin_edge.files import write_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -198,16 +199,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write aside, then rename, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

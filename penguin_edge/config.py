@@ -7,11 +7,11 @@ class docstring says otherwise.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penguin_edge import files
 from penguin_edge.errors import CheckpointError
 
 PATCH = 14
@@ -147,17 +147,14 @@ PRESETS: dict[str, PenguinConfig] = {
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """One JSON object from a file.
+    """One JSON object from a file of a checkpoint.
 
     Raises:
         CheckpointError: missing, not JSON, or not an object; `what` names the file's role in the message.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: {what} is missing; a checkpoint folder needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: {what} cannot be read as JSON ({error}); copy the checkpoint again") from error
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {what} is missing; a checkpoint folder needs it")
+    data = files.read_json(path, what=f"{path}: {what}", error=CheckpointError, advice="copy the checkpoint again")
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: {what} holds {type(data).__name__}, wanted a JSON object")
     return data

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import Bundle, write_json
+from penguin_edge.bundle import Bundle
 from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
+from penguin_edge.files import write_json
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe
 from penguin_edge.preprocess import positions, preprocess_image, resize

@@ -1,0 +1,148 @@
+"""JSON files: the one reader for everything that comes from outside, and the one writer that leaves no half of a file.
+
+What is read is input, whoever wrote it: its size, its depth and the length of its numbers are bounded before anything
+is made of it. What other readers would understand differently (a key twice, NaN, half a character) is refused. What a
+value must be is said by a rule of `penguin_edge.schema`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from pathlib import Path
+from typing import Any, NoReturn
+
+from penguin_edge.errors import InputError, PenguinError
+
+MAX_BYTES = 64 << 20
+"""The largest JSON file that is read; the largest that penguin-edge writes itself has about 10 MB."""
+MAX_DEPTH = 48
+"""Objects and lists inside one another; penguin-edge's own files have 8."""
+MAX_DIGITS = 64
+"""Characters of one number."""
+
+
+def parse_json(text: str | bytes, what: str, *, error: type[PenguinError] = InputError, advice: str = "") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        what: names the text in the message, such as a path or `clip.jsonl: line 3`.
+        error: what is raised.
+        advice: the end of the message, which says what to do.
+    Raises:
+        PenguinError: not JSON, larger, deeper or with longer numbers than the limits above, or ambiguous.
+    """
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"{len(text)} bytes, wanted at most {MAX_BYTES}")
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_whole,
+            parse_float=_real,
+            parse_constant=_not_a_number,
+        )
+        _check_depth(value)
+    except RecursionError:
+        reason = f"nested deeper than {MAX_DEPTH} levels"
+    except UnicodeDecodeError as found:
+        reason = f"not UTF-8 at byte {found.start}"
+    except ValueError as found:
+        reason = str(found)
+    else:
+        return value
+    raise error(f"{what}: cannot be read as JSON ({reason}){'; ' if advice else ''}{advice}")
+
+
+def read_json(path: str | Path, *, what: str = "", error: type[PenguinError] = InputError, advice: str = "") -> Any:
+    """The value of a JSON file; arguments as `parse_json`, `what` in place of the path.
+
+    Raises:
+        PenguinError: as `parse_json`, or the file cannot be read.
+    """
+    what = what or str(path)
+    try:
+        with Path(path).open("rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as found:  # a name with a NUL in it is a ValueError
+        reason = getattr(found, "strerror", None) or found
+        raise error(f"{what}: cannot be read ({reason}){'; ' if advice else ''}{advice}") from found
+    return parse_json(text, what, error=error, advice=advice)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write aside, then rename, so that a reader never sees half a file. Numbers that are not finite become null."""
+    text = json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
+    return out
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits, wanted at most {MAX_DIGITS}")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text) if len(text) <= MAX_DIGITS else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:24]} is outside of what a float holds, or longer than {MAX_DIGITS} digits")
+    return value
+
+
+def _not_a_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse depth, and characters that no file or terminal can be given again.
+
+    Raises:
+        ValueError: either.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str) and not item.isascii():
+                _check_characters(item)
+        level = below
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no character") from None
