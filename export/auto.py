@@ -18,7 +18,7 @@ from penguin_edge.config import PATCH_VALUES
 from penguin_edge.errors import InputError
 from penguin_edge.export.cases import CASES, STORED_LOGITS
 from penguin_edge.export.target import Target
-from penguin_edge.files import write_json
+from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.quantize.apply import linears
 from penguin_edge.quantize.auto import (
@@ -222,10 +222,10 @@ def _takes(target: Target, layer: str, scheme: Scheme) -> bool:
 def _read(path: Path, made_for: str) -> Measured:
     """What was measured of these very weights, data and candidates; nothing where it was not, or is damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
         if kept["sha256"] == made_for:
             return {layer: {label: float(kl) for label, kl in row.items()} for layer, row in kept["kl"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
 

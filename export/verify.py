@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from penguin_edge.bundle import CHECK, TOKENIZER, VERIFY, Bundle, Manifest
+from penguin_edge.bundle import CHECK, VERIFY, Bundle, Manifest
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance
 from penguin_edge.files import write_json
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
-from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine, chunks
+from penguin_edge.runtime.self_check import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -188,10 +188,7 @@ def _computed(bundle: Bundle, checkpoint: Checkpoint, dtype: torch.dtype, load: 
         f"computing {checkpoint.source} beside the bundle",
         "verify with the bundle's own check data (leave out --against), or on a larger machine",
     )
-    tokenizer = Tokenizer.open(
-        bundle.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-    )
-    arrays: Arrays = {"ids": check.check_ids(config, tokenizer)}
+    arrays: Arrays = {"ids": check.check_ids(config, open_tokenizer(bundle))}
     if config.vision is not None:
         arrays |= check.check_patches(config)
         arrays |= check.check_encoder(load("encoder"), arrays)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace
+from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace, config_hash
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
@@ -130,7 +130,8 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -
         if part == "decoder":
             arrays |= check.check_decoder(model, arrays)
             del arrays["cache"]
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    save_file(arrays, path, metadata={"model": config_hash(checkpoint.config)})
 
 
 def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str, recipe: Recipe) -> dict[str, Any]:

@@ -23,14 +23,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penguin_edge import bundle_schema as rules
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError, CheckpointError
-from penguin_edge.files import write_json
+from penguin_edge.files import read_json, write_json
+from penguin_edge.schema import SchemaError
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -40,6 +42,7 @@ KV_SCALES = "kv_scales.bin"
 """Beside int8 buffers: f32 [2L, kv, D], the scales of all keys' channels, then of all values'."""
 CHECK = "check.safetensors"
 VERIFY = "verify.json"
+COPY_AGAIN = "copy the bundle again or export it again"
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,15 @@ class Manifest:
         return data
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Manifest:
+    def from_json(cls, data: Any) -> Manifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SchemaError: a field that breaks its rule, or two that do not go together.
+            CheckpointError: the same of the model's configuration.
+        """
+        rules.MANIFEST.check(data, "")
+
         def tensors(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
 
@@ -186,13 +197,92 @@ class Manifest:
         plain |= {"embedding": TablePlace(**place) if place else None}
         plain |= {"quantization": data.get("quantization", {}), "verified": data.get("verified", False)}
         model = PenguinConfig.from_json(data["model"])
-        return cls(model=model, bounds=bounds, graphs=graphs, files=files, schema=data["schema"], **plain)
+        manifest = cls(model=model, bounds=bounds, graphs=graphs, files=files, schema=data["schema"], **plain)
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            SchemaError: which, and what they have to fulfil.
+        """
+        self._check_graphs()
+        self._check_bounds()
+        self._check_table()
+        needed = [TOKENIZER, *(graph.file for graph in self.graphs.values())]
+        missing = sorted(set(needed) - set(self.files))
+        if missing:
+            raise SchemaError(f"files does not list {missing[0]}, which the bundle is run with")
+        if MANIFEST in self.files:
+            raise SchemaError(f"files lists {MANIFEST} itself, whose hash it cannot hold")
+
+    def _check_graphs(self) -> None:
+        wanted = {"decoder"} | ({"encoder", "projector"} if self.model.vision else set())
+        if set(self.graphs) - {"prefill"} != wanted:
+            raise SchemaError(
+                f"graphs has {', '.join(sorted(self.graphs)) or 'none'}, wanted {', '.join(sorted(wanted))}"
+            )
+        files = [graph.file for graph in self.graphs.values()]
+        if len(set(files)) < len(files):
+            raise SchemaError(f"graphs names {max(files, key=files.count)} twice; wanted a file per graph")
+        for name, graph in self.graphs.items():
+            if (list(graph.inputs), list(graph.outputs)) != signature(name, self.model, self.bounds):
+                raise SchemaError(f"graphs.{name} has other tensors than a model of this configuration has")
+
+    def _check_bounds(self) -> None:
+        bounds, longest = self.bounds, self.model.text.max_position_embeddings
+        if not bounds.min_chunk <= bounds.max_chunk <= bounds.max_seq_len <= longest:
+            raise SchemaError(
+                f"bounds has min_chunk {bounds.min_chunk}, max_chunk {bounds.max_chunk} and max_seq_len "
+                f"{bounds.max_seq_len}, wanted each at most the next and the last at most {longest}"
+            )
+        if bounds.min_chunk > 1 and "prefill" not in self.graphs:
+            raise SchemaError(f"bounds has min_chunk {bounds.min_chunk}, wanted 1 without a prefill graph")
+
+    def _check_table(self) -> None:
+        """The embedding table's place and size."""
+        text, place, name = self.model.text, self.embedding, EMBEDDING
+        if (self.embedding_dtype == "int4") != (place is not None):
+            raise SchemaError(
+                f"embedding_dtype is {self.embedding_dtype} {'with' if place else 'without'} a place of the "
+                "table, wanted one for int4 and none for others"
+            )
+        if place is None:
+            width = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[self.embedding_dtype]
+            size = text.vocab_size * (text.hidden_size * width + (4 if self.embedding_dtype == "int8" else 0))
+            fits = name not in self.files or self.files[name].bytes == size
+        else:
+            name = place.file
+            if text.hidden_size % place.group or text.hidden_size % 2:
+                raise SchemaError(
+                    f"embedding.group is {place.group}, wanted a divisor of the hidden size "
+                    f"{text.hidden_size}, which is even"
+                )
+            levels = text.vocab_size * text.hidden_size // 2
+            scales = 4 * text.vocab_size * (text.hidden_size // place.group)
+            size = max(place.levels + levels, place.scales + scales)
+            apart = place.levels + levels <= place.scales or place.scales + scales <= place.levels
+            own = size == levels + scales or name != EMBEDDING
+            fits = name not in self.files or (size <= self.files[name].bytes and apart and own)
+        if name not in self.files:
+            raise SchemaError(f"files does not list {name}, which holds the embedding table")
+        if not fits:
+            raise SchemaError(
+                f"files: {name} has {self.files[name].bytes} bytes, and a {self.embedding_dtype} table of "
+                f"[{text.vocab_size}, {text.hidden_size}] does not lie there as stated"
+            )
 
 
 def manifest_hash(data: dict[str, Any]) -> str:
     """SHA-256 over the canonical JSON of everything but the hash itself."""
     rest = {key: value for key, value in data.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def config_hash(config: PenguinConfig) -> str:
+    """SHA-256 over the canonical JSON of a model's configuration; the check data carry it as metadata `model`."""
+    return manifest_hash(config.to_json())
 
 
 def file_hash(path: Path) -> str:
@@ -224,37 +314,44 @@ class Bundle:
             raise BundleError(
                 f"{folder}: no {MANIFEST} there, so this is not a bundle; make one with `penguin-edge export`"
             )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            schema = data["schema"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BundleError(f"{path}: damaged ({error}); copy the bundle again or export it again") from error
+        data = read_json(path, error=BundleError, advice=COPY_AGAIN)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(schema, bool) or not isinstance(schema, int):
+            raise BundleError(f"{path}: not a manifest of penguin-edge, it has no schema version; {COPY_AGAIN}")
         if schema != SCHEMA_VERSION:
             raise BundleError(
                 f"{path}: schema version {schema}, wanted {SCHEMA_VERSION}; export the model again with this version "
                 "of penguin-edge"
             )
         if data.get("sha256") != manifest_hash(data):
-            raise BundleError(
-                f"{path}: its own hash does not fit its content; copy the bundle again or export it again"
-            )
+            raise BundleError(f"{path}: its own hash does not fit its content; {COPY_AGAIN}")
         try:
             manifest = Manifest.from_json(data)
-        except (KeyError, TypeError, CheckpointError) as error:
-            raise BundleError(f"{path}: a field is missing or unknown ({error}); export the model again") from error
+        except (SchemaError, CheckpointError) as error:
+            raise BundleError(f"{path}: {error}; {COPY_AGAIN}") from error
         bundle = cls(folder, manifest)
         for name, entry in manifest.files.items():
             bundle._check_size(name, entry)
+        bundle._check_companions()
         return bundle
+
+    def _check_companions(self) -> None:
+        """A graph's weights in a file of their own are listed, too, since an engine reads them."""
+        for graph in self.manifest.graphs.values():
+            name = f"{graph.file}.data"
+            if name not in self.manifest.files and self.path(name).exists():
+                raise BundleError(
+                    f"{self.path(name)}: {MANIFEST} does not list it, and its graph reads it; {COPY_AGAIN}"
+                )
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         path = self.path(name)
         if not path.is_file():
-            raise BundleError(f"{self.folder}: file {name} is missing; copy the bundle again or export it again")
+            raise BundleError(f"{self.folder}: file {name} is missing; {COPY_AGAIN}")
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{path}: leads out of the bundle's folder; copy the file itself there")
         if path.stat().st_size != entry.bytes:
-            raise BundleError(
-                f"{path}: {path.stat().st_size} bytes, wanted {entry.bytes}; copy the bundle again or export it again"
-            )
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, wanted {entry.bytes}; {COPY_AGAIN}")
 
     def check_hashes(self) -> None:
         """Compare every file with its SHA-256.
@@ -270,18 +367,24 @@ class Bundle:
                     "bundle again or export it again"
                 )
 
-    def check_hashes_once(self) -> None:
-        """Hash the files at the first open on this machine; afterwards size and time stamps stand for them."""
+    def check_hashes_once(self, also: Callable[[Bundle], None] = lambda bundle: None) -> None:
+        """Hash the files at the first open on this machine; afterwards size and time stamps stand for them.
+
+        Args:
+            also: a further check that belongs to the first open of this manifest.
+        """
         stamp = {
             name: [p.stat().st_size, p.stat().st_mtime_ns] for name in self.manifest.files for p in [self.path(name)]
         }
-        key = hashlib.sha256(json.dumps([str(self.folder.resolve()), stamp], sort_keys=True).encode()).hexdigest()
+        known = [str(self.folder.resolve()), self.manifest.to_json()["sha256"], stamp]
+        key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         seen = _remembered(key)
         # A machine where nothing can be remembered hashes at every open: slower, never wrong.
         with contextlib.suppress(OSError):
             if seen is not None and seen.is_file():
                 return
         self.check_hashes()
+        also(self)
         with contextlib.suppress(OSError):
             if seen is not None:
                 seen.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from penguin_edge import files
 from penguin_edge.errors import CheckpointError
+from penguin_edge.schema import Flag, Maybe, Real, Record, Rows, Rule, SchemaError, Whole
 
 PATCH = 14
 """Side of a patch in pixels."""
@@ -105,26 +106,114 @@ class PenguinConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> PenguinConfig:
+    def from_json(cls, data: Any) -> PenguinConfig:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: a field is missing or of an unknown name.
+            CheckpointError: a field is missing, unknown, of another type or out of range, or two do not go together.
         """
         try:
-            image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}
-            return cls(
-                vision=None if data["vision"] is None else VisionConfig(**data["vision"]),
-                text=TextConfig(**data["text"]),
-                image=ImageConfig(**image),
-                tra=TraConfig(**data["tra"]),
-                image_token_id=int(data["image_token_id"]),
-                eos_token_ids=tuple(data["eos_token_ids"]),
-                pad_token_id=int(data["pad_token_id"]),
-            )
-        except (KeyError, TypeError) as error:
+            CONFIG.check(data, "model")
+        except SchemaError as error:
             raise CheckpointError(f"the model configuration is not one of penguin-edge: {error}") from error
+        image: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()}
+        config = cls(
+            vision=None if data["vision"] is None else VisionConfig(**data["vision"]),
+            text=TextConfig(**data["text"]),
+            image=ImageConfig(**image),
+            tra=TraConfig(**data["tra"]),
+            image_token_id=data["image_token_id"],
+            eos_token_ids=tuple(data["eos_token_ids"]),
+            pad_token_id=data["pad_token_id"],
+        )
+        config.check()
+        return config
 
+    def check(self) -> None:
+        """Refuse numbers that do not go together.
+
+        Raises:
+            CheckpointError: which two, and what they have to fulfil.
+        """
+        for name, part in (("text", self.text), ("vision", self.vision)):
+            if part is None:
+                continue
+            if part.num_attention_heads % part.num_key_value_heads:
+                raise CheckpointError(
+                    f"{name}: {part.num_attention_heads} attention heads over {part.num_key_value_heads} of keys and "
+                    "values; wanted a multiple"
+                )
+            if part.head_dim % 2:
+                raise CheckpointError(f"{name}: head_dim is {part.head_dim}; rotary embedding needs an even one")
+        last = self.text.vocab_size - 1
+        for token in (*self.eos_token_ids, self.pad_token_id, max(self.image_token_id, 0)):
+            if not 0 <= token <= last:
+                raise CheckpointError(f"token id {token} is outside of the vocabulary; wanted 0 to {last}")
+        if (self.image_token_id < 0) != (self.vision is None):
+            raise CheckpointError(
+                f"image_token_id is {self.image_token_id} {'with' if self.vision else 'without'} an encoder; wanted -1 "
+                "where there is no encoder, and the id of <image> where there is one"
+            )
+        if self.image.min_tokens > self.image.max_tokens:
+            raise CheckpointError(
+                f"images have at least {self.image.min_tokens} and at most {self.image.max_tokens} tokens; wanted the "
+                "first to be the smaller"
+            )
+
+
+MAX_LAYERS = 512
+"""Layers of one part; the published models have 28 and 36."""
+_STACK: dict[str, Rule] = {
+    "hidden_size": Whole(2, 1 << 17),
+    "intermediate_size": Whole(1, 1 << 20),
+    "num_hidden_layers": Whole(1, MAX_LAYERS),
+    "num_attention_heads": Whole(1, 4096),
+    "num_key_value_heads": Whole(1, 4096),
+    "head_dim": Whole(2, 4096),
+    "rms_norm_eps": Real(0.0, 1.0),
+    "rope_theta": Real(1.0, 1e15),
+}
+_CHANNELS = 3
+CONFIG = Record(
+    {
+        "vision": Maybe(Record(_STACK)),
+        "text": Record(
+            {
+                **_STACK,
+                "vocab_size": Whole(2, 1 << 24),
+                "max_position_embeddings": Whole(1, 1 << 30),
+                "tie_word_embeddings": Flag(),
+                "qk_norm": Flag(),
+            }
+        ),
+        "image": Record(
+            {
+                "image_mean": Rows(Real(0.0, 1.0), _CHANNELS, _CHANNELS),
+                "image_std": Rows(Real(above=0.0, most=16.0), _CHANNELS, _CHANNELS),
+                "rescale_factor": Real(above=0.0, most=1.0),
+                "min_tokens": Whole(1, 1 << 20),
+                "max_tokens": Whole(1, 1 << 20),
+                "image_merge_size": Whole(1, 16),
+                "video_merge_size": Whole(1, 16),
+                "fps": Real(above=0.0, most=1000.0),
+                "max_frames": Whole(1, 1_000_000),
+            }
+        ),
+        "tra": Record(
+            {
+                "similarity_threshold": Real(0.0, 1.0),
+                "patch_cosine": Real(-1.0, 1.0),
+                "area_ratio": Whole(1, 4096),
+                "min_factor": Real(0.0, 4096.0),
+                "max_factor": Real(above=0.0, most=1.0),
+            }
+        ),
+        "image_token_id": Whole(-1, 1 << 24),
+        "eos_token_ids": Rows(Whole(0, 1 << 24), 1, 1024),
+        "pad_token_id": Whole(0, 1 << 24),
+    }
+)
+"""What each number of `PenguinConfig.to_json` may be."""
 
 PRESETS: dict[str, PenguinConfig] = {
     "tiny": PenguinConfig(

@@ -30,11 +30,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from penguin_edge import schema
 from penguin_edge.errors import InputError
+from penguin_edge.files import parse_json, read_json
 from penguin_edge.prompt import EMPTY_THINK, Message
 from penguin_edge.records import Record
 
 TRAINING_ANSWERS = "training_answers.json"
+_string = schema.Text(longest=1 << 20)
+COUNTS = schema.Table(_string, schema.Table(_string, schema.Table(_string, schema.Whole(0))))
+"""What `training_answers.json` holds."""
+ANSWER = schema.Record({"id": _string, "question": _string, "answer": _string}, open=True)
+"""A line that `save_answers` writes."""
+WROTE = "a file that --answers wrote"
 ALL = "all"
 Z = 1.959964
 """Two-sided 95 % of the normal distribution."""
@@ -177,14 +185,8 @@ def read_training_answers(folder: Path) -> Training | None:
     path = folder / TRAINING_ANSWERS
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            task: {text.strip(): {str(a): int(n) for a, n in counts.items()} for text, counts in asked.items()}
-            for task, asked in data.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); wanted task -> question -> answer -> count") from error
+    data = read_json(path, rule=COUNTS, advice="wanted task -> question -> answer -> count")
+    return {task: {text.strip(): counts for text, counts in asked.items()} for task, asked in data.items()}
 
 
 def evaluate(
@@ -242,11 +244,11 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         InputError: not such a file, or of other questions.
     """
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        asked = [(row["id"], row["question"]) for row in rows]
-        answers = [str(row["answer"]) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); wanted a file that --answers wrote") from error
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); wanted {WROTE}") from error
+    rows = [parse_json(line, f"{path}:{i}", rule=ANSWER, advice=f"wanted {WROTE}") for i, line in enumerate(lines, 1)]
+    asked, answers = [(row["id"], row["question"]) for row in rows], [row["answer"] for row in rows]
     if asked != [(q.record, q.text) for q in questions]:
         raise InputError(f"{path}: answers to other questions; ask both models with the same --data and --limit")
     return answers

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.schema import Rule
 
 MAX_BYTES = 64 << 20
 """The largest JSON file that is read; the largest that penguin-edge writes itself has about 10 MB."""
@@ -23,41 +24,61 @@ MAX_DIGITS = 64
 """Characters of one number."""
 
 
-def parse_json(text: str | bytes, what: str, *, error: type[PenguinError] = InputError, advice: str = "") -> Any:
+def parse_json(
+    text: str | bytes,
+    what: str,
+    *,
+    rule: Rule | None = None,
+    error: type[PenguinError] = InputError,
+    advice: str = "",
+) -> Any:
     """The value of a JSON text.
 
     Args:
         what: names the text in the message, such as a path or `clip.jsonl: line 3`.
+        rule: what the value must be.
         error: what is raised.
         advice: the end of the message, which says what to do.
     Raises:
-        PenguinError: not JSON, larger, deeper or with longer numbers than the limits above, or ambiguous.
+        PenguinError: not JSON, larger, deeper or with longer numbers than the limits above, ambiguous, or against the
+            rule.
     """
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"{len(text)} bytes, wanted at most {MAX_BYTES}")
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_whole,
-            parse_float=_real,
-            parse_constant=_not_a_number,
-        )
+        value = _DECODER.decode(text)
         _check_depth(value)
-    except RecursionError:
-        reason = f"nested deeper than {MAX_DEPTH} levels"
-    except UnicodeDecodeError as found:
-        reason = f"not UTF-8 at byte {found.start}"
-    except ValueError as found:
-        reason = str(found)
-    else:
+        if rule is not None:
+            rule.check(value, "")
         return value
-    raise error(f"{what}: cannot be read as JSON ({reason}){'; ' if advice else ''}{advice}")
+    except (ValueError, RecursionError) as found:
+        raise _refusal(found, what, error, advice) from found
 
 
-def read_json(path: str | Path, *, what: str = "", error: type[PenguinError] = InputError, advice: str = "") -> Any:
+def parse_json_at(text: str, at: int, what: str, *, advice: str = "") -> tuple[Any, int]:
+    """The JSON value that begins at a character of a longer text, and where it ends; arguments as `parse_json`.
+
+    Raises:
+        InputError: as `parse_json`, but for the size, which is the caller's.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        _check_depth(value)
+        return value, end
+    except (ValueError, RecursionError) as found:
+        raise _refusal(found, what, InputError, advice) from found
+
+
+def read_json(
+    path: str | Path,
+    *,
+    what: str = "",
+    rule: Rule | None = None,
+    error: type[PenguinError] = InputError,
+    advice: str = "",
+) -> Any:
     """The value of a JSON file; arguments as `parse_json`, `what` in place of the path.
 
     Raises:
@@ -70,7 +91,7 @@ def read_json(path: str | Path, *, what: str = "", error: type[PenguinError] = I
     except (OSError, ValueError) as found:  # a name with a NUL in it is a ValueError
         reason = getattr(found, "strerror", None) or found
         raise error(f"{what}: cannot be read ({reason}){'; ' if advice else ''}{advice}") from found
-    return parse_json(text, what, error=error, advice=advice)
+    return parse_json(text, what, rule=rule, error=error, advice=advice)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -90,6 +111,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refusal(found: Exception, what: str, error: type[PenguinError], advice: str) -> PenguinError:
+    reason = str(found)
+    if isinstance(found, RecursionError):
+        reason = f"nested deeper than {MAX_DEPTH} levels"
+    elif isinstance(found, UnicodeDecodeError):
+        reason = f"not JSON (not UTF-8 at byte {found.start})"
+    elif isinstance(found, json.JSONDecodeError):
+        reason = f"not JSON ({found})"
+    return error(f"{what}: {reason}{'; ' if advice else ''}{advice}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,3 +178,8 @@ def _check_characters(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("half a surrogate pair, which is no character") from None
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_whole, parse_float=_real, parse_constant=_not_a_number
+)

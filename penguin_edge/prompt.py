@@ -254,6 +254,11 @@ class Tokenizer:
             )
         return cls(inner, image_token_id, str(path))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, or None."""
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text.
 

@@ -12,7 +12,6 @@ reference drops it or trains on it as an answer; and a record that cannot be rig
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import parse_json, parse_json_at
 from penguin_edge.prompt import IMAGE, Message
 
 ANNOTATIONS = "annotations.jsonl"
@@ -106,21 +106,14 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not JSON ({error}); wanted one object per line") from error
+            yield number, parse_json(line, f"{path}:{number}", advice="wanted one object per line")
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder()
     at, line, counted = _skip(text, text.index("[") + 1), 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
-        try:
-            item, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{line}: not JSON ({error}); wanted an array of objects") from error
+        item, at = parse_json_at(text, at, f"{path}:{line}", advice="wanted an array of objects")
         yield line, item
         at = _skip(text, at)
         if text[at : at + 1] == ",":

@@ -23,10 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import read_json
+from penguin_edge.schema import Free, Record, Rows, Table, Text, Whole
 
 INDEX_SCHEMA = 1
 UNUSABLE = -1
 """Length of a record that cannot be used; it keeps its place so that indices stay those of the file."""
+
+INDEX = Record(
+    {
+        "schema": Whole(INDEX_SCHEMA, INDEX_SCHEMA),
+        "sha256": Text(longest=64),
+        "settings": Free(),
+        "lengths": Rows(Whole(UNUSABLE), most=1 << 40),
+        "problems": Table(Text(pattern="[0-9]+", longest=16), Text(), most=1 << 40),
+    }
+)
+"""What a stored index must be, to be used again."""
 
 Array = NDArray[np.int64]
 
@@ -53,18 +66,11 @@ def index_path(annotations: Path) -> Path:
 def read_index(annotations: Path, count: int, settings: dict[str, Any]) -> LengthIndex | None:
     """The stored index, or None when there is none or when it belongs to another file content or other settings."""
     try:
-        data = json.loads(index_path(annotations).read_text(encoding="utf-8"))
-        fresh = (
-            data["schema"] == INDEX_SCHEMA
-            and data["sha256"] == file_hash(annotations)
-            and data["settings"] == settings
-            and len(data["lengths"]) == count
-        )
-        if not fresh:
+        data = read_json(index_path(annotations), rule=INDEX)
+        if data["sha256"] != file_hash(annotations) or data["settings"] != settings or len(data["lengths"]) != count:
             return None
-        lengths = tuple(int(length) for length in data["lengths"])
-        return LengthIndex(lengths, {int(k): str(v) for k, v in data["problems"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return LengthIndex(tuple(data["lengths"]), {int(k): v for k, v in data["problems"].items()})
+    except (InputError, OSError):
         return None
 
 

@@ -28,6 +28,10 @@ LARGEST = 2**53
 """Whole numbers up to here mean the same in every language that reads JSON."""
 
 
+WHOLE = "the whole"
+"""What a message calls a value that is not part of another."""
+
+
 class SchemaError(ValueError):
     """A value that breaks its rule; whoever read the file says what to do about it."""
 
@@ -38,6 +42,8 @@ class Rule(Protocol):
     def check(self, value: Any, where: str) -> None:
         """Refuse a value that is not so.
 
+        Args:
+            where: the place of the value, such as `model.text`; empty for the whole file.
         Raises:
             SchemaError: one sentence that begins with `where`.
         """
@@ -49,7 +55,7 @@ def _wrong(where: str, value: Any, wanted: str) -> SchemaError:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = repr(value)
-    return SchemaError(f"{where} is {text if len(text) <= 60 else text[:57] + '...'}, wanted {wanted}")
+    return SchemaError(f"{where or WHOLE} is {text if len(text) <= 60 else text[:57] + '...'}, wanted {wanted}")
 
 
 def _between(least: float, most: float) -> str:
@@ -133,14 +139,14 @@ class Record:
             raise _wrong(where, value, "an object")
         for name in self.fields:
             if name not in value:
-                raise SchemaError(f"{where} has no {name}")
+                raise SchemaError(f"{where or WHOLE} has no {name}")
         for name, item in value.items():
             rule = self.fields.get(name) or self.optional.get(name)
             if rule is not None:
-                rule.check(item, f"{where}.{name}")
+                rule.check(item, f"{where}.{name}".lstrip("."))
             elif not self.open:
                 known = ", ".join(sorted({**self.fields, **self.optional}))
-                raise SchemaError(f"{where} has an unknown field {name[:40]!r}; known: {known}")
+                raise SchemaError(f"{where or WHOLE} has an unknown field {name[:40]!r}; known: {known}")
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,8 @@ class Table:
         if not isinstance(value, dict) or not self.least <= len(value) <= self.most:
             raise _wrong(where, value, f"an object with {_between(self.least, self.most)} fields")
         for name, item in value.items():
-            self.key.check(name, f"a key of {where}")
-            self.item.check(item, f"{where}.{name[:60]}")
+            self.key.check(name, f"a key of {where or WHOLE}")
+            self.item.check(item, f"{where}.{name[:60]}".lstrip("."))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the interval is below 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import read_json
 from penguin_edge.runtime.bench import SCHEMA
 
 DRAWS = 2000
@@ -30,12 +30,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, no JSON, or another schema.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a file that `bench -o` wrote") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); name a file that `bench -o` wrote") from error
+    data = read_json(path, advice="name a file that `bench -o` wrote")
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path}: its schema is {schema!r}, wanted {SCHEMA!r}; measure again with `bench -o`")

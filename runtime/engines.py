@@ -7,6 +7,7 @@ from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.executorch import ExecutorchEngine
 from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
+from penguin_edge.runtime.self_check import self_check
 
 ENGINES: dict[str, type[OnnxRuntimeEngine] | type[ExecutorchEngine]] = {
     "executorch": ExecutorchEngine,
@@ -27,5 +28,5 @@ def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
         raise BundleError(
             f"{bundle.folder}: made for target {bundle.manifest.target!r}; known: {', '.join(sorted(ENGINES))}"
         )
-    bundle.check_hashes_once()
+    bundle.check_hashes_once(self_check)
     return kind.open(bundle, threads=threads)

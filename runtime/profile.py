@@ -5,13 +5,13 @@ Points that the model is fitted to and points that it is tried on are measured i
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,25 @@ import numpy as np
 from penguin_edge.bundle import Bundle
 from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.files import write_json
+from penguin_edge.files import read_json, write_json
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.cost import CostModel, Point, errors, fit
 from penguin_edge.runtime.engine import F32, Engine, MovingEngine
 from penguin_edge.runtime.media import Library
+from penguin_edge.schema import Maybe, Record, Text, Whole
 
 PROFILE = "profile.json"
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
 SCHEMA = "penguin-profile/3"
+MEASURE_AGAIN = "run `penguin-edge profile` again"
+RULES = Record(
+    {"schema": Text((SCHEMA,)), "cost": Record({}, open=True)},
+    {"machine": Record({}, open=True), "threads": Maybe(Whole(1, 4096))},
+    open=True,
+)
+"""What is read of a profile; the tables are checked by `CostModel.from_json`."""
 SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
 """Frames of side x side patches, as far as the bundle takes them."""
 SOURCES, TRIED_SOURCES = ((240, 320), (480, 640), (1080, 1920)), ((360, 480), (720, 1280))
@@ -217,7 +225,7 @@ def keep(bundle: Bundle, result: dict[str, Any]) -> None:
 
 def differences(bundle: Bundle, threads: int | None) -> str:
     """What the profile that is kept was measured with, where that is not this machine and as many threads."""
-    data = json.loads(bundle.path(PROFILE).read_text(encoding="utf-8"))
+    data = _read(bundle.path(PROFILE))
     now, then = describe(), data.get("machine") or {}
     names = [f"{name} {then.get(name)!r}" for name in ("processor", "cores") if then.get(name) != now[name]]
     if data.get("threads") != threads:
@@ -232,14 +240,16 @@ def load(bundle: Bundle) -> CostModel | None:
         BundleError: the file is damaged, or of another version.
     """
     path = bundle.path(PROFILE)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{bundle.path(PROFILE)}: cannot be read ({error}); run `penguin-edge profile` again"
-        ) from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise BundleError(f"{path}: not of this version; run `penguin-edge profile` again")
+    data = _read(path)
     return CostModel.from_json(data.get("cost"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        BundleError: as `load`.
+    """
+    data: dict[str, Any] = read_json(path, rule=RULES, error=BundleError, advice=MEASURE_AGAIN)
+    return data

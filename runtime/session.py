@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge import prompt as chat
-from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.layout import LabelledClip, Size, fit_media, spell_out
@@ -35,6 +35,7 @@ from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
 from penguin_edge.runtime.report import Clock, Report
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
+from penguin_edge.runtime.self_check import open_tokenizer
 from penguin_edge.tra import DROPPED, KEY, Mode, Plan, Policy
 
 PATCHES_PER_CALL = 4096
@@ -145,10 +146,7 @@ class Session:
             TargetUnavailable: its engine is not installed.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
-        config = opened.manifest.model
-        tokenizer = Tokenizer.open(
-            opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-        )
+        tokenizer = open_tokenizer(opened)
         engine = open_engine(opened, threads=threads)
         return cls(
             engine,

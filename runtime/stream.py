@@ -35,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
@@ -49,6 +49,7 @@ from penguin_edge.runtime.media import Visual
 from penguin_edge.runtime.pool import pooled, retained
 from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.self_check import open_tokenizer
 from penguin_edge.runtime.session import Session, Token, Turn
 from penguin_edge.stream_plan import Change, Limits, StreamPlanner
 from penguin_edge.tra import Plan, size_ladder
@@ -166,10 +167,7 @@ class StreamSession(Session):
             InputError: a text-only model, or an option out of range.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
-        config = opened.manifest.model
-        tokenizer = Tokenizer.open(
-            opened.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-        )
+        tokenizer = open_tokenizer(opened)
         return cls(
             open_engine(opened, threads=threads),
             tokenizer,

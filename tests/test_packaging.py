@@ -42,6 +42,7 @@ DEVICE = BASE | {
     "layout",
     "prompt",
     "bundle",
+    "bundle_schema",
 }  # runs without torch
 NETWORK = {"layers", "encoder", "projector", "decoder"}
 STORED = {"hf_config", "tensorfile", "checkpoint"}
@@ -67,9 +68,10 @@ TORCHLESS = {
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "files": {"errors"},
+    "files": {"errors", "schema"},
     "schema": set(),
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "schema"},
+    "bundle_schema": BASE,
     "machine": BASE,
     "video": BASE,
     "frames": BASE | {"video"},
@@ -81,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "layout": BASE | {"frames", "preprocess", "prompt", "tra"},
     "records": BASE | {"prompt"},
     "samples": DEVICE | {"records"},
-    "bundle": BASE,
+    "bundle": BASE | {"bundle_schema"},
     "plan_report": BASE | {"frames", "keyframes", "tra"},
     "bench_figures": BASE,
     "bench_report": BASE | {"bench_figures", "machine"},

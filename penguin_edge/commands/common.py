@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle import MANIFEST, TOKENIZER, Bundle
+from penguin_edge.bundle import MANIFEST, Bundle
 from penguin_edge.errors import PenguinError, TargetUnavailable
 from penguin_edge.machine import require_memory
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.self_check import open_tokenizer
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -109,10 +110,7 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     """
     if is_bundle(source):
         bundle = Bundle.read(source)
-        config = bundle.manifest.model
-        path = bundle.path(TOKENIZER)
-        tokenizer = Tokenizer.open(path, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
-        return open_engine(bundle, threads=threads), tokenizer
+        return open_engine(bundle, threads=threads), open_tokenizer(bundle)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise PenguinError(
             f"{source}: neither {MANIFEST} nor config.json is there; wanted a bundle or a checkpoint folder"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from penguin_edge.bundle import VERIFY, Bundle
 from penguin_edge.commands.common import emit, is_bundle, require_torch, table
+from penguin_edge.errors import InputError
+from penguin_edge.files import read_json
 from penguin_edge.machine import human_bytes
+from penguin_edge.schema import Flag, Record, Text
+
+_word = Text()
+VERIFIED = Record(
+    {"passed": Flag(), "against": _word, "time": _word, "engine": _word, "manifest_sha256": _word}, open=True
+)
+"""What is read of `verify.json`."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,12 +33,10 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         part = name.split(".")[0].split("/")[0]
         sizes[part] = sizes.get(part, 0) + entry.bytes
     try:
-        verified = json.loads(bundle.path(VERIFY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        verified = read_json(bundle.path(VERIFY), rule=VERIFIED)
+    except InputError:  # none, or not one that says what is shown
         verified = None
-    if not isinstance(verified, dict) or not {"passed", "against", "time", "engine"} <= verified.keys():
-        verified = None
-    if verified and verified.get("manifest_sha256") != manifest.to_json()["sha256"]:
+    if verified and verified["manifest_sha256"] != manifest.to_json()["sha256"]:
         verified = None
     value = {"fp32": 4, "fp16": 2, "int8": 1}[manifest.kv_dtype]
     data = manifest.to_json()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from penguin_edge.commands.common import emit, open_model, positive, say, table
 from penguin_edge.errors import InputError
+from penguin_edge.files import read_json
 from penguin_edge.prompt import Message
 from penguin_edge.runtime.report import PHASES, Report
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -54,12 +54,7 @@ def conversation(args: argparse.Namespace) -> list[Message]:
     if args.conversation:
         if args.prompt or args.video or args.image:
             raise InputError("--conversation brings its own text and media; leave out --prompt, --video and --image")
-        try:
-            messages = json.loads(Path(args.conversation).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{args.conversation}: cannot be read ({error.strerror}); name a JSON file") from error
-        except ValueError as error:
-            raise InputError(f"{args.conversation}: not JSON ({error}); wanted a list of messages") from error
+        messages = read_json(args.conversation, advice="wanted a list of messages")
         if not isinstance(messages, list) or not messages:
             raise InputError(f"{args.conversation}: wanted a list of at least one message")
         return messages
