@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from penguin_edge.bundle import COPY_AGAIN
+from penguin_edge.config import PATCH, PATCH_VALUES, PenguinConfig
+from penguin_edge.errors import BundleError
 
 Arrays = dict[str, NDArray]
 DECODED = 32
@@ -33,3 +41,40 @@ def check_image(height: int, width: int) -> NDArray[np.uint8]:
     green = np.where((x // 16 + y // 16) % 2 == 0, 220.0, 35.0)
     blue = (x * 7 + y * 13 + (x * y) % 31) % 256
     return np.stack((red, green, blue), axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def stored_arrays(path: Path, config: PenguinConfig) -> Arrays:
+    """The check data of a bundle; see `export/check.py` for what they are.
+
+    Raises:
+        BundleError: unreadable, or an array is missing or of another shape than a model of this configuration has.
+    """
+    try:
+        arrays: Arrays = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path}: cannot be read as check data ({error}); {COPY_AGAIN}") from error
+    length, text = len(arrays["ids"]) if "ids" in arrays else 0, config.text
+    wanted: dict[str, tuple[int, ...]] = {
+        "ids": (length,),
+        "embeds": (length, text.hidden_size),
+        "prefill": (1, text.vocab_size),
+        "tokens": (DECODED + 1,),
+        "decode": (STORED_LOGITS, text.vocab_size),
+        "decode_top": (DECODED,),
+    }
+    if config.vision is not None:
+        for case, (native_h, native_w, height, width, merge) in enumerate(CASES):
+            patches = height // PATCH * (width // PATCH)
+            wanted |= {
+                f"image_{case}": (native_h, native_w, 3),
+                f"size_{case}": (3,),
+                f"pixels_{case}": (height, width, 3),
+                f"patches_{case}": (1, patches, PATCH_VALUES),
+                f"features_{case}": (1, patches, config.vision.hidden_size),
+                f"visual_{case}": (1, patches // merge**2, text.hidden_size),
+            }
+    for name, shape in wanted.items():
+        found = list(arrays[name].shape) if name in arrays else "missing"
+        if found != list(shape):
+            raise BundleError(f"{path}: {name} is {found}, wanted {list(shape)}; {COPY_AGAIN}")
+    return arrays

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from penguin_edge.bundle import CHECK, VERIFY, Bundle, Manifest
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.export.cases import CASES, DECODED, Arrays, distance
+from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
@@ -109,7 +108,7 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
         MemoryLimitError: this machine cannot hold the checkpoint's largest part beside the bundle.
     """
     if checkpoint is None:
-        return load_file(bundle.path(CHECK))
+        return stored_arrays(bundle.path(CHECK), bundle.manifest.model)
     from penguin_edge.quantize.apply import DTYPES, load_quantized
 
     with integers_again(bundle, checkpoint, calibration) as (recipe, activations, ready):

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save_file
 
 from penguin_edge.bundle import CHECK, EMBEDDING, MANIFEST, TOKENIZER, Bundle, file_hash, manifest_hash
 from penguin_edge.errors import BundleError
+from penguin_edge.export.cases import stored_arrays
 from penguin_edge.frames import Frame
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
@@ -240,3 +241,16 @@ def test_check_data_that_fit_no_manifest_are_refused(nano_bundle: BundleMaker, t
     (folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=r"check data|become other patches"):
         Session.open(folder, threads=1)
+
+
+def test_verify_names_what_is_wrong_with_its_check_data(nano_bundle: BundleMaker, tmp_path: Path) -> None:
+    config = Bundle.read(nano_bundle("onnx", "fp32")).manifest.model
+    arrays = load((nano_bundle("onnx", "fp32") / CHECK).read_bytes())
+    for name, array in arrays.items():
+        for changed in ({}, {name: array.ravel()[:1]}):
+            save_file({k: v for k, v in arrays.items() if k != name} | changed, tmp_path / CHECK)
+            with pytest.raises(BundleError, match=f"{CHECK}: [a-z_01]+ is "):
+                stored_arrays(tmp_path / CHECK, config)
+    (tmp_path / CHECK).write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="cannot be read as check data"):
+        stored_arrays(tmp_path / CHECK, config)
