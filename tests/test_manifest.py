@@ -95,6 +95,7 @@ def answers(folder: Path) -> list[list[int]]:
     return [shown, [token.id for token in session.ask("When does the scene change?", options=options)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "quant"), [("onnx", "fp32"), ("executorch", "fp32"), ("onnx", "int4")])
 def test_a_field_of_another_value_is_refused_or_changes_nothing(
     nano_bundle: BundleMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, quant: str
