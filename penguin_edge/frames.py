@@ -145,7 +145,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
-def probe_video(path: str | Path) -> VideoInfo:
+def probe_video(path: str | Path, *, max_pixels: int = video.MAX_FRAME_PIXELS) -> VideoInfo:
     """Size, rate and length of a clip; decodes one frame.
 
     Raises:
@@ -156,8 +156,8 @@ def probe_video(path: str | Path) -> VideoInfo:
     if pictures is not None:
         height, width = next(pictures.read([0])).shape[:2]
         return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
-    header = video.read_header(path)
-    for _, _, frame in video.decoded(path):
+    header = video.read_header(path, max_pixels=max_pixels)
+    for _, _, frame in video.decoded(path, max_pixels=max_pixels):
         sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
         count = None if header.first is None else header.packets
         return VideoInfo(*sides, float(header.rate), float(header.duration), frame.rotation, count)
@@ -171,6 +171,7 @@ def read_video(
     max_frames: int | None = 180,
     start: float | None = None,
     end: float | None = None,
+    max_pixels: int = video.MAX_FRAME_PIXELS,
 ) -> Iterator[Frame]:
     """The frames of a clip at `fps` per second between `start` and `end` (seconds from its beginning), one at a time.
 
@@ -194,14 +195,14 @@ def read_video(
             Frame(pixels, number / pictures.rate, i)
             for i, (number, pixels) in enumerate(zip(numbers, pictures.read(numbers), strict=True))
         )
-    header = video.read_header(path, end)
+    header = video.read_header(path, end, max_pixels)
     span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
     if span <= 0:
         raise InputError(f"{path}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
     if span < SHORT_SPAN:
         numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
-        return _at_numbers(path, _thin(numbers, max_frames), float(header.rate))
-    return _at_rate(path, header, fps, max_frames, start, end)
+        return _at_numbers(path, _thin(numbers, max_frames), float(header.rate), max_pixels)
+    return _at_rate(path, header, fps, max_frames, start, end, max_pixels)
 
 
 def read_video_by_number(
@@ -211,6 +212,7 @@ def read_video_by_number(
     max_frames: int | None = 180,
     start: float | None = None,
     end: float | None = None,
+    max_pixels: int = video.MAX_FRAME_PIXELS,
 ) -> Iterator[Frame]:
     """The reference's second loader (`load_video_from_ids`) on a video file: every k-th frame by its number.
 
@@ -223,25 +225,40 @@ def read_video_by_number(
     _check_options(fps, max_frames, start, end)
     path = Path(path)
     _check_file(path, "a video file")
-    header = video.read_header(path, end)
+    header = video.read_header(path, end, max_pixels)
     numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
-    return _at_numbers(path, numbers, float(header.rate))
+    return _at_numbers(path, numbers, float(header.rate), max_pixels)
 
 
 def _at_rate(
-    path: Path, header: video.Header, fps: float | None, max_frames: int | None, start: float | None, end: float | None
+    path: Path,
+    header: video.Header,
+    fps: float | None,
+    max_frames: int | None,
+    start: float | None,
+    end: float | None,
+    max_pixels: int,
 ) -> Iterator[Frame]:
     """Frames by time: the reference's `ffmpeg` loader."""
     begin = max(header.offset, _exact(start))
     # Without `start` and `end` nothing is dropped: frames before the nominal beginning then count too.
-    origin = Fraction(0) if start is None and end is None else begin
+    origin = None if start is None and end is None else begin
     length = None if end is None else video.nearest((_exact(end) - begin) / header.base) * header.base
+    # Beside another stream, ffmpeg shows the first frame from the beginning of the span on.
+    padded = not header.alone
     rate = header.rate if fps is None else Fraction(str(fps)).limit_denominator(1_001_000)
-    rounding = video.nearest if fps is None else math.floor
+
+    converter = video.rgb_converter()
 
     def frames() -> Iterator[video.VideoFrame]:
-        decoded = video.decoded(path, origin)
-        return video.resampled(decoded if length is None else video.trimmed(decoded, length), rate, rounding)
+        decoded = _fitted(converter, video.decoded(path, origin, seek=not header.jumps, max_pixels=max_pixels))
+        timed = decoded if length is None else video.trimmed(decoded, length)
+        if fps is None:
+            return (f for _, _, f in timed) if header.even else video.resampled(timed, rate, video.nearest)
+        return video.resampled(timed, rate, form=video.form, padded=padded)
+
+    if padded and origin is None and not header.own_start and begin * rate >= 1:
+        begin = Fraction(0)  # the repeated first frame is the first one given
 
     count, wanted = None, None
     if fps is None or (max_frames is not None and _most(header, begin, length, rate) > max_frames):
@@ -249,10 +266,11 @@ def _at_rate(
         wanted = iter(_thin(range(count), max_frames))
     if fps is None:
         until = header.duration if end is None else min(header.duration, _exact(end))
+        if header.last is not None and header.last + video.EARLY_END < until:
+            until = header.last  # the sound lasts longer than the pictures
         step = float(until - begin) / max((count or 0) - 1, 1)
     else:
         step = 1 / fps
-    converter = video.rgb_converter()
     index = 0
     target = 0 if wanted is None else next(wanted, -1)
     for i, frame in enumerate(frames()):
@@ -310,11 +328,18 @@ def _thin(numbers: Sequence[int], most: int | None) -> list[int]:
     return [numbers[i] for i in np.linspace(0, len(numbers) - 1, most, dtype=int)]
 
 
-def _at_numbers(path: Path, numbers: list[int], rate: float) -> Iterator[Frame]:
+def _fitted(converter: video.RgbConverter, frames: Iterator[video.Timed]) -> Iterator[video.Timed]:
+    """The frames, all of them to be converted to the size of the first one."""
+    for timed in frames:
+        converter.fit(timed[2])
+        yield timed
+
+
+def _at_numbers(path: Path, numbers: list[int], rate: float, max_pixels: int) -> Iterator[Frame]:
     """Frames by their place in the order of presentation."""
     converter = video.rgb_converter()
     index = 0
-    for i, (_, _, frame) in enumerate(video.decoded(path)):
+    for i, (_, _, frame) in enumerate(_fitted(converter, video.decoded(path, max_pixels=max_pixels))):
         if i == numbers[index]:
             yield Frame(video.to_rgb(frame, converter), i / rate, index)
             index += 1

@@ -11,8 +11,8 @@ comes out equals the frames of the `ffmpeg` program (`-ss`/`-t` before the input
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
-from penguin_edge.errors import InputError, TargetUnavailable
+from penguin_edge.clock import MICROSECONDS, Clock, Presentation, nearest
+from penguin_edge.containers import MAX_FRAME_PIXELS, check_pixels, opened, restarts
+from penguin_edge.errors import InputError
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -35,18 +37,28 @@ UNKNOWN_RATE = Fraction(25)
 """Frames per second of a stream without any time stamps."""
 SEEK_LEAD = Fraction(1, 4)
 """Seconds to seek before the wanted time, because key frames are found by decoding time."""
-SMALL_AREA = 256 * 256
-"""Pictures up to this many pixels are decoded without threads, whose start costs more than they save."""
 EARLY_END = Fraction(1, 2)
 """A clip whose frames stop this many seconds before the stated end is reported as cut short."""
+MAX_PACKETS = 2**24
+"""Most packets of a clip's video stream, 16.8 million: 77 hours at 60 frames per second."""
+MAX_REPEATS = 10**6
+"""Most times that one frame is given again to fill the time until the next: 11 days at 1 per second."""
+
+_FILE_LONG = {"asf", "asf_o", "flv", "live_flv", "matroska,webm"}
+"""Containers that state how long the file lasts, not how long each stream does."""
+_WRAPPING = {"mpegts", "mpeg", "hls"}
+"""Containers with stamps of 33 bits."""
 
 
 @dataclass(frozen=True)
 class Header:
     """What a pass over the packets of a clip tells, without decoding. Times are seconds from the container's start.
 
-    `base` is the unit of the stream's clock; `offset` is when its first frame is due.
-    `first` and `last` bound the packets' presentation times; they are None where a packet has no time stamp.
+    `base` is the unit of the stream's clock; `offset` is when its first frame is due. `packets` are those that become
+    frames. `first` and `last` bound their presentation times; they are None where no packet has a time stamp.
+    `even` says that the frames follow each other at `rate` without a gap; `jumps` counts how often the clock starts
+    again; `alone` says that the file has no other stream; `own_start` that the stream's first frame is time 0 of
+    `decoded` without `begin`.
     """
 
     rate: Fraction
@@ -56,122 +68,154 @@ class Header:
     packets: int
     first: Fraction | None
     last: Fraction | None
+    even: bool = False
+    jumps: int = 0
+    alone: bool = True
+    own_start: bool = False
 
 
-def read_header(path: Path, end: float | None = None) -> Header:
+def read_header(path: Path, end: float | None = None, max_pixels: int = MAX_FRAME_PIXELS) -> Header:
     """Rate, length and packet count of a clip; reads the whole file once.
 
     Raises:
-        InputError: not a clip that can be opened, one without a video stream or packets, or one cut short before `end`
-            (seconds; None is its stated end).
+        InputError: not a clip that can be opened, one without a video stream or packets, one beyond the limits, or one
+            cut short before `end` (seconds; None is its stated end).
     """
-    with opened(path) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         base = _base(stream)
-        origin = _origin(container)
-        stated_rates = [r for r in (stream.average_rate, stream.guessed_rate) if r]
-        stated = None if container.duration is None else Fraction(container.duration, 1_000_000)
-        offset = Fraction(0) if stream.start_time is None else stream.start_time * base - origin
-        count, times, last = 0, True, Fraction(0)
-        first: Fraction | None = None
-        for packet in _packets(path, container, stream):
-            if not packet.size:
+        origin = container.start_time or 0
+        clock = _clock(container, stream, origin)
+        stated = None if container.duration is None else Fraction(container.duration, MICROSECONDS)
+        start = 0 if stream.start_time is None else stream.start_time - nearest(Fraction(origin, MICROSECONDS) / base)
+        count, lasting, last, others = 0, 0, 0, Fraction(0)
+        shown = array("q")
+        for packet in _packets(path, container):
+            if packet is None or packet.stream is not stream:
+                others = max(others, _end(packet) - Fraction(origin, MICROSECONDS))
+                continue
+            pts, dts = clock.take(packet.pts, packet.dts, packet.duration or 0)
+            if not packet.size or packet.is_discard:
                 continue
             count += 1
-            if packet.pts is None:
-                times = False
-                continue
-            at = packet.pts * base - origin
-            first = at if first is None else min(first, at)
-            last = max(last, at + (packet.duration or 0) * base)
-        due = None if stream.duration is None else stream.duration * base + offset
+            if count > MAX_PACKETS:
+                raise InputError(f"{path}: more than {MAX_PACKETS:,} packets; split the clip first")
+            lasting += packet.duration or 0
+            at = dts if pts is None else pts
+            if at is not None:
+                shown.append(at)
+                last = max(last, at + (packet.duration or 0))
+        due = None if stream.duration is None else (stream.duration + start) * base
+        kind, alone = container.format.name, len(container.streams) == 1
+        stated_rates = [r for r in (stream.average_rate, stream.guessed_rate) if r]
     if not count:
         raise InputError(f"{path}: the video stream has no data; the file is cut short, copy it again")
-    if times and due is not None and last + EARLY_END < (due if end is None else min(due, Fraction(end))):
-        raise InputError(
-            f"{path}: cut short, its pictures end at {float(last):.2f} s of {float(due):.2f} s; copy it again, or "
-            "use what "
-            f"is there with an end of at most {math.floor(float(last) * 10) / 10:g} s"
-        )
+    reached = whole = last * base
+    if kind in _FILE_LONG:
+        # The sound may last longer than the pictures.
+        stated_end = None if stated is None else stated - max(Fraction(origin, MICROSECONDS), Fraction(0))
+        due, whole = due or stated_end, max(reached, others)
+    if shown and not clock.jumps:
+        _check_whole(path, reached, whole, due, end)
+    offset = max(start * base, Fraction(0))
+    if not shown:
+        # The frames' own lengths are all that is known, from the headers of an elementary stream.
+        rate = count / (lasting * base) if lasting else [*stated_rates, UNKNOWN_RATE][0]
+        return Header(rate, base, stated or count / rate, offset, count, None, None, even=True, alone=alone)
+    first = min(shown)
+    span = (last - first) * base
     # Some containers state the clock of the encoder as the rate: believe only what the packets bear out.
-    measured = (count - 1) / (last - first) if times and first is not None and count > 1 and last > first else None
+    measured = (count - 1) / span if count > 1 and span > 0 else None
     near = [r for r in stated_rates if measured is None or measured / 2 < r < measured * 2]
     rate = near[0] if near else measured or UNKNOWN_RATE
-    duration = stated or (last if times else count / rate)
+    even = len(shown) == count and _even(shown, rate * base)
+    if clock.jumps and not even:
+        rate = count / span  # what was joined may have rates of its own
+    duration = reached if clock.jumps or not stated else stated
+    own_start = kind in _WRAPPING
     return Header(
-        rate, base, duration, max(offset, Fraction(0)), count, first if times else None, last if times else None
+        rate, base, duration, offset, count, first * base, reached, even, clock.jumps, alone, own_start=own_start
     )
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream (cover art is not one)."""
-    try:
-        import av
-    except ImportError:
-        raise TargetUnavailable("reading video needs PyAV: pip install av") from None
-    try:
-        # The prefix and the whitelist keep playlists and odd names from reaching the network.
-        options = {"protocol_whitelist": "file,crypto,data"}
-        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: not a readable video; the file is damaged, cut short or of another kind") from error
-    with container:
-        kind = container.format.name
-        if kind == "tty" or kind == "image2" or kind.endswith("_pipe"):
-            raise InputError(f"{path}: not a video but {kind}; give an MP4, MKV, WebM, AVI or similar clip")
-        for stream in container.streams.video:
-            if not stream.disposition & av.stream.Disposition.attached_pic:
-                if stream.codec_context is None:
-                    raise InputError(f"{path}: the codec of the video stream is unknown here; convert it to H.264")
-                small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
-                stream.thread_type = "NONE" if small else "AUTO"
-                yield container, stream
-                return
-        raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
+def _check_whole(path: Path, reached: Fraction, whole: Fraction, due: Fraction | None, end: float | None) -> None:
+    """Refuse a clip whose pictures end at `reached`, and all its streams at `whole`, before they are `due`."""
+    if due is not None and whole + EARLY_END < (due if end is None else min(due, Fraction(end))):
+        raise InputError(
+            f"{path}: cut short, its pictures end at {float(reached):.2f} s of {float(due):.2f} s; copy it again, or "
+            f"use what is there with an end of at most {math.floor(float(reached) * 10) / 10:g} s"
+        )
 
 
-def decoded(path: Path, begin: Fraction = Fraction(0), *, seek: bool = True) -> Iterator[Timed]:
-    """Frames in the order of presentation, with times relative to `begin`; none earlier than `begin`.
+def _even(shown: array[int], frames_per_tick: Fraction) -> bool:
+    """Whether frames at these ticks fill consecutive slots."""
+    slots = np.sort(np.frombuffer(shown, np.int64))
+    off = (slots - slots[0]) * float(frames_per_tick) - np.arange(len(slots))
+    return bool(np.abs(off).max() < 0.5)
 
-    Packets that cannot be decoded are skipped before the first picture, as after a seek; later ones are damage.
+
+def decoded(
+    path: Path, begin: Fraction | None = None, *, seek: bool = True, max_pixels: int = MAX_FRAME_PIXELS
+) -> Iterator[Timed]:
+    """Frames in the order of the decoder, with times relative to `begin`; none earlier than `begin`.
+
+    Without `begin` nothing is left out, and times are relative to the start of the container, or of the stream where
+    the container's clock may restart. Packets that cannot be decoded are skipped before the first picture, as after a
+    seek; later ones are damage. Without `seek` the file is read from its beginning, which a clock that jumps needs.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or a frame is too large.
     """
     import av
 
-    with opened(path) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         base = _base(stream)
-        origin = _origin(container)
-        shift = nearest((origin + begin) / base)
-        usual = stream.average_rate or stream.guessed_rate or UNKNOWN_RATE
+        start = container.start_time or 0
+        # The stream's own start counts where stamps have 33 bits, as ffmpeg corrects it.
+        if begin is None and container.format.name in _WRAPPING and stream.start_time is not None:
+            start = max(start, nearest(stream.start_time * base * MICROSECONDS))
+        origin = start + nearest((begin or Fraction(0)) * MICROSECONDS)
+        usual = _usual(stream)
         landed = True
-        if seek and begin > SEEK_LEAD and container.duration is not None:
+        if seek and begin is not None and begin > SEEK_LEAD and container.duration is not None:
             try:
-                container.seek(math.floor((origin + begin - SEEK_LEAD) * 1_000_000))
+                container.seek(math.floor(origin - SEEK_LEAD * MICROSECONDS))
                 landed = False
             except av.FFmpegError:
                 pass  # not seekable: decode from the beginning, the frames before `begin` are dropped below
-        seen, ticks, length = False, -shift, 1
+        # The last packet may claim more time than the stream has.
+        until = None
+        if stream.duration is not None and container.format.name not in _FILE_LONG:
+            until = (stream.start_time or 0) + stream.duration - nearest(Fraction(origin, MICROSECONDS) / base)
+        clock, due = _clock(container, stream, origin), Presentation()
+        if begin is not None:
+            due.next = -nearest(begin / base)
+        seen, ticks = False, 0
         for packet in _packets(path, container, stream):
+            if packet is not None:
+                packet.pts, packet.dts = clock.take(packet.pts, packet.dts, packet.duration or 0)
+                if not packet.size:
+                    continue
             try:
-                frames = packet.decode()
+                frames = stream.decode(packet)
             except av.FFmpegError as error:
+                check_pixels(path, stream, max_pixels)
                 if not seen:
                     continue
-                at = max(0.0, float((ticks + shift) * base - origin))
+                at = max(0.0, float(ticks * base + (begin or 0)))
                 raise InputError(
                     f"{path}: damaged after {at:.2f} s ({error.strerror}); copy it again, or end before that"
                 ) from error
             seen = seen or bool(frames)
             for frame in frames:
-                ticks = ticks + length if frame.pts is None else frame.pts - shift
-                length = frame.duration or max(1, nearest(1 / usual / base))
+                length = frame.duration if frame.duration > 0 else max(1, nearest(usual / base))
+                ticks = due.take(frame.pts, frame.dts, length)
                 if not landed and ticks > 0:  # some containers seek too far: read from the beginning instead
-                    yield from decoded(path, begin, seek=False)
+                    yield from decoded(path, begin, seek=False, max_pixels=max_pixels)
                     return
                 landed = True
-                if begin == 0 or ticks >= 0:
+                if until is not None and ticks < until:
+                    length = min(length, until - ticks)
+                if begin is None or ticks >= 0:
                     yield ticks * base, length * base, frame
 
 
@@ -192,35 +236,63 @@ def trimmed(frames: Iterable[Timed], length: Fraction) -> Iterator[Timed]:
 
 
 def resampled(
-    frames: Iterable[Timed], rate: Fraction, rounding: Callable[[Fraction], int] = math.floor
+    frames: Iterable[Timed],
+    rate: Fraction,
+    rounding: Callable[[Fraction], int] = math.floor,
+    form: Callable[[VideoFrame], object] = lambda frame: None,
+    padded: bool = False,
 ) -> Iterator[VideoFrame]:
     """One frame per slot of `1 / rate` seconds: with floor, the last frame that starts within the slot.
 
-    A slot without a frame repeats the one before. A clip too short for any slot gives its last frame.
+    A slot without a frame repeats the one before; `padded` also fills the slots from 0 to the first frame, with that of
+    its slot. A clip too short for any slot gives its last frame.
+
+    ffmpeg builds its filters anew where the `form` of the frames changes. The frame that waits for its slot to end is
+    lost then: of the slots missing until the new frames, the last has the first of these, the others repeat.
+
+    Raises:
+        InputError: the next frame is more than `MAX_REPEATS` slots away.
     """
     slot: int | None = None
-    end = Fraction(0)
-    given = 0
+    end, missing = Fraction(0), 0
+    given: VideoFrame | None = None
     held: VideoFrame | None = None
+
+    def slots(until: int) -> Iterator[VideoFrame]:
+        nonlocal slot, given, missing
+        while held is not None and slot is not None and slot < until:
+            for left in reversed(range(missing if padded or given is not None else 0)):
+                yield held if given is None or not left else given
+            given, missing = held, 0
+            yield held
+            slot += 1
+
     for at, lasts, frame in frames:
         index = rounding(at * rate)
         if held is None or slot is None:
-            slot = index
+            slot, missing = index, max(index, 0)
+            _check_gap(0, missing, at)
         else:
-            while slot < index:
-                yield held
-                slot, given = slot + 1, given + 1
+            _check_gap(slot, index, at)
+            if form(frame) == form(held):
+                yield from slots(index)
+            else:
+                missing += max(index - slot, 0)
+                slot = max(index, slot)
         held, end = frame, at + lasts
     if held is None or slot is None:
         return
-    while slot < rounding(end * rate) or not given:
-        yield held
-        slot, given = slot + 1, given + 1
+    until = rounding(end * rate)
+    _check_gap(slot, until, end)
+    yield from slots(until if given is not None else max(until, slot + 1))
 
 
-def nearest(value: Fraction) -> int:
-    """Round to the nearest integer, halves away from zero, as ffmpeg rescales times."""
-    return math.floor(value + Fraction(1, 2)) if value >= 0 else math.ceil(value - Fraction(1, 2))
+def _check_gap(slot: int, index: int, at: Fraction) -> None:
+    if index - slot > MAX_REPEATS:
+        raise InputError(
+            f"the next frame is stamped {float(at):,.0f} s, {index - slot:,} frames after the one before, the limit is "
+            f"{MAX_REPEATS:,}; the clip's clock is broken: give an end before the gap, or a lower fps"
+        )
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
@@ -236,39 +308,105 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def rgb_converter() -> VideoReformatter:
-    """What `to_rgb` converts with: one per clip, since its tables serve all frames, and per thread."""
+def form(frame: VideoFrame) -> tuple[int, int, str]:
+    """What makes ffmpeg build its filters anew when it changes: size and pixel format."""
+    return frame.width, frame.height, frame.format.name
+
+
+@dataclass
+class RgbConverter:
+    """What `to_rgb` converts with: one per clip, since its tables serve all frames, and per thread.
+
+    `size` is that of the first frame, `(height, width)` upright; a clip whose size changes is scaled to it.
+    """
+
+    reformatter: VideoReformatter
+    size: tuple[int, int] | None = None
+
+    def fit(self, frame: VideoFrame) -> None:
+        """Take the size of the first frame."""
+        if self.size is None:
+            self.size = (frame.width, frame.height) if orientation(frame)[0] else (frame.height, frame.width)
+
+
+def rgb_converter() -> RgbConverter:
+    """A converter that has seen no frame."""
     from av.video.reformatter import VideoReformatter
 
-    return VideoReformatter()
+    return RgbConverter(VideoReformatter())
 
 
-def to_rgb(frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
-    """`[H, W, 3]` uint8, upright."""
-    pixels = converter.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()
+def to_rgb(frame: VideoFrame, converter: RgbConverter) -> np.ndarray:
+    """`[H, W, 3]` uint8, upright, in the size of the converter's first frame."""
+    converter.fit(frame)
+    height, width = converter.size or (frame.height, frame.width)
     transpose, mirror, flip = orientation(frame)
+    if transpose:
+        height, width = width, height
+    if frame.interlaced_frame or (width, height) != (frame.width, frame.height):
+        pixels = _scaled(frame, width, height)
+    else:
+        pixels = converter.reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
     return np.ascontiguousarray(pixels[:: -1 if flip else 1, :: -1 if mirror else 1])
 
 
-def _packets(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    """All packets, then the one that flushes.
+def _scaled(frame: VideoFrame, width: int, height: int) -> np.ndarray:
+    """What ffmpeg's own scale filter gives: it places chroma by its rules, and takes interlaced frames as whole."""
+    from av.filter import Graph
+
+    base = frame.time_base or Fraction(1, MICROSECONDS)
+    source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={base}:pixel_aspect=1/1"
+    graph = Graph()
+    nodes = [
+        graph.add("buffer", source),
+        graph.add("scale", f"w={width}:h={height}:flags=bicubic"),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    graph.push(frame)
+    return cast("VideoFrame", graph.pull()).to_ndarray()
+
+
+def _packets(path: Path, container: InputContainer, stream: VideoStream | None = None) -> Iterator[Packet | None]:
+    """All packets (None: of all streams), then, for one stream, None, which flushes the decoder.
 
     Raises:
         InputError: damage that the container cannot get past.
     """
     import av
 
+    packets = container.demux() if stream is None else container.demux(stream)
     try:
-        yield from container.demux(stream)
+        for packet in packets:
+            # PyAV ends with empty packets that have no stamps; those of the file have some.
+            if packet.size or packet.pts is not None or packet.dts is not None:
+                yield packet
     except av.FFmpegError as error:
         raise InputError(f"{path}: the file is damaged ({error.strerror}); copy it again") from error
+    if stream is not None:
+        yield None
+
+
+def _clock(container: InputContainer, stream: VideoStream, begin: int) -> Clock:
+    return Clock(_base(stream), begin, restarts=restarts(container), usual=_usual(stream))
+
+
+def _usual(stream: VideoStream) -> Fraction:
+    """Seconds that a frame lasts where nothing says so. Without stamps the average rate is made up by the container."""
+    known = stream.average_rate if stream.start_time is not None else None
+    return 1 / (known or stream.guessed_rate or stream.average_rate or UNKNOWN_RATE)
+
+
+def _end(packet: Packet | None) -> Fraction:
+    """When what is in the packet ends, in seconds of the container's clock."""
+    if packet is None:
+        return Fraction(0)
+    stamp = packet.dts if packet.pts is None else packet.pts
+    return Fraction(0) if stamp is None else (stamp + (packet.duration or 0)) * Fraction(packet.time_base or 0)
 
 
 def _base(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, 1_000_000)
-
-
-def _origin(container: InputContainer) -> Fraction:
-    return Fraction(container.start_time or 0, 1_000_000)
+    return Fraction(stream.time_base or Fraction(1, MICROSECONDS))

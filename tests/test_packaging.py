@@ -33,6 +33,8 @@ WEIGHTS = Path("penguin_edge/data/nano/model.safetensors")
 BASE = {"config", "errors", "files", "schema"}
 DEVICE = BASE | {
     "machine",
+    "clock",
+    "containers",
     "video",
     "frames",
     "preprocess",
@@ -73,7 +75,9 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "files", "schema"},
     "bundle_schema": BASE,
     "machine": BASE,
-    "video": BASE,
+    "clock": BASE,
+    "containers": BASE,
+    "video": BASE | {"clock", "containers"},
     "frames": BASE | {"video"},
     "keyframes": BASE,
     "preprocess": BASE | {"frames"},

@@ -1,0 +1,222 @@
+"""What may be opened as a clip, and within which limits: nothing reaches beyond the file, or a playlist's own folder.
+
+| input | handled |
+|---|---|
+| a container (MP4, MKV, WebM, AVI, MPEG-TS, …) or an elementary stream | opened; no other file is touched |
+| HLS playlist (`.m3u8`) that ends | opened; every file it names must lie in the playlist's folder |
+| ffconcat list | opened; as above, plain relative names only |
+| DASH manifest, SDP, lists of pictures, devices, a single HEIF image | refused |
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from penguin_edge.errors import InputError, TargetUnavailable
+
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
+
+MAX_FRAME_PIXELS = 2**25
+"""Most pixels of a clip's frame, 33.5 million: 8K (7680 x 4320) is below. More must be asked for with `max_pixels`."""
+MAX_PLAYLIST_BYTES = 2**20
+"""Longest playlist that is read."""
+SMALL_AREA = 256 * 256
+"""Pictures up to this many pixels are decoded without threads, whose start costs more than they save."""
+
+_GENERATE_TIMES = 0x0001  # AVFMT_FLAG_GENPTS
+_TIMES_RESTART = 0x0200  # AVFMT_TS_DISCONT
+_PLAYLISTS = {b"#EXTM3U": "hls", b"ffconcat version": "concat"}
+_OUTWARD = {
+    *("alias_pix", "applehttp", "concat", "dash", "ffmetadata", "hls", "image2", "image2pipe", "imf", "lavfi"),
+    *("mlv", "rtp", "rtsp", "sap", "sdp", "tty", "vobsub", "webm_dash_manifest"),
+}
+"""Demuxers that open what a file names, or that take text for pictures."""
+_LISTED = re.compile(r"(file)\s+(?:'([\w./-]+)'|([\w./-]+))|(duration|inpoint|outpoint)\s+[\d.:]+", re.ASCII)
+"""Directives of an ffconcat list that are understood."""
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int = MAX_FRAME_PIXELS) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first real video stream (cover art is not one).
+
+    Raises:
+        InputError: not a clip, or one that names files elsewhere, or with frames of more than `max_pixels`.
+    """
+    try:
+        import av
+    except ImportError:
+        raise TargetUnavailable("reading video needs PyAV: pip install av") from None
+    with _open(path, max_pixels) as container:
+        kind = container.format.name
+        if kind.endswith("_pipe"):
+            raise InputError(f"{path}: not a video but {kind}; give an MP4, MKV, WebM, AVI or similar clip")
+        # Without this PyAV makes up presentation times of packets that have none.
+        container.flags &= ~_GENERATE_TIMES
+        for stream in container.streams.video:
+            if not stream.disposition & av.stream.Disposition.attached_pic:
+                if stream.codec_context is None:
+                    raise InputError(f"{path}: the codec of the video stream is unknown here; convert it to H.264")
+                check_pixels(path, stream, max_pixels)
+                small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
+                stream.thread_type = "NONE" if small else "AUTO"
+                stream.codec_context.options = {"max_pixels": str(max_pixels)}
+                yield container, stream
+                return
+        raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
+
+
+def check_pixels(path: Path, stream: VideoStream, max_pixels: int) -> None:
+    """Refuse frames that are too large, before one is decoded.
+
+    Raises:
+        InputError: width times height is beyond `max_pixels`.
+    """
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > max_pixels:
+        raise InputError(
+            f"{path}: frames of {width}x{height} are {width * height:,} pixels, the limit is {max_pixels:,}; reduce "
+            "the clip first, or raise the limit with max_pixels"
+        )
+
+
+def restarts(container: InputContainer) -> bool:
+    """Whether the clock of this kind of container may start again."""
+    return bool(container.format.flags & _TIMES_RESTART)
+
+
+@contextmanager
+def _open(path: Path, max_pixels: int) -> Iterator[InputContainer]:
+    import av
+
+    with path.open("rb") as file:
+        head = file.read(64)
+    playlist = next((kind for mark, kind in _PLAYLISTS.items() if head.startswith(mark)), None)
+    if playlist == "concat":
+        _check_concat(path)
+    elif head.lstrip().startswith((b"<MPD", b"<?xml")):
+        raise InputError(f"{path}: a DASH manifest or other XML, not a clip; give the clip that it names")
+    elif head.startswith(b"v=0") or head.lstrip().startswith(b"[playlist]"):
+        raise InputError(f"{path}: describes a stream elsewhere and is no clip; give the stream's own address")
+    elif head[4:8] == b"ftyp" and _is_heif_image(path):
+        raise InputError(f"{path}: a single HEIF image, not a clip; use read_image")
+    folder = _Folder(path)
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": ",".join(sorted(_self_contained() | {playlist or "mov"})),
+        "max_pixels": str(max_pixels),
+    }
+    try:
+        container = av.open(
+            f"file:{path.resolve() if playlist else path}",
+            format=playlist,
+            metadata_errors="replace",
+            options=options,
+            io_open=folder.open if playlist == "hls" else None,
+        )
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: not a readable video; the file is damaged, cut short or of another kind") from error
+    with container:
+        yield container
+
+
+@functools.cache
+def _self_contained() -> frozenset[str]:
+    import av
+
+    return frozenset(av.formats_available - _OUTWARD)
+
+
+class _Folder:
+    """The folder of a playlist: opens what lies in it, on behalf of the demuxer."""
+
+    def __init__(self, playlist: Path) -> None:
+        self.playlist = playlist
+        self.root = playlist.resolve().parent
+
+    def open(self, url: str, flags: int, options: dict[str, str]) -> BinaryIO:
+        """The file that `url` names.
+
+        Raises:
+            InputError: it lies elsewhere, is missing, or is a playlist without an end.
+        """
+        inside(self.playlist, url.removeprefix("file:"), self.root)
+        file = Path(url.removeprefix("file:")).resolve().open("rb")
+        head = file.read(MAX_PLAYLIST_BYTES + 1) if file.read(7) == b"#EXTM3U" else b""
+        file.seek(0)
+        if b"#EXTINF" in head and b"#EXT-X-ENDLIST" not in head:
+            file.close()
+            raise InputError(
+                f"{self.playlist}: a playlist without #EXT-X-ENDLIST, which goes on for ever or is too long; "
+                "add that line, or give the clips themselves"
+            )
+        return file
+
+
+def inside(playlist: Path, name: str, root: Path) -> None:
+    """Check that what a playlist names is a plain file in the playlist's folder.
+
+    Raises:
+        InputError: it is not.
+    """
+    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    try:
+        target = (root / name).resolve()
+        found = target.is_relative_to(root) and not re.match(r"[A-Za-z][\w+.-]*[:,]", name)
+        exists = found and target.is_file()
+    except (OSError, ValueError, RuntimeError):
+        found = exists = False
+    if not found:
+        raise InputError(
+            f"{playlist}: names {shown!r}, which is outside the playlist's own folder; put the clips beside it"
+        )
+    if not exists:
+        raise InputError(f"{playlist}: names {shown!r}, which is missing; copy all clips of the playlist")
+
+
+def _check_concat(path: Path) -> None:
+    text = path.read_bytes()[: MAX_PLAYLIST_BYTES + 1]
+    if len(text) > MAX_PLAYLIST_BYTES:
+        raise InputError(f"{path}: a list of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first")
+    for number, line in enumerate(text.decode("latin-1").splitlines()[1:], 2):
+        directive = line.split("#", 1)[0].strip()
+        if not directive:
+            continue
+        found = _LISTED.fullmatch(directive)
+        if found is None:
+            raise InputError(
+                f"{path}: line {number} is not understood; wanted file NAME (letters, digits, . _ - and /) in the "
+                "list's own folder, duration, inpoint or outpoint"
+            )
+        name = found[2] or found[3]
+        if found[1]:
+            inside(path, name, path.resolve().parent)
+            with (path.resolve().parent / name).open("rb") as file:
+                head = file.read(32)
+            if head.startswith(tuple(_PLAYLISTS)):
+                raise InputError(f"{path}: names {name!r}, which is a playlist itself; name clips only")
+
+
+def _is_heif_image(path: Path) -> bool:
+    """Whether the top level of an ISO file has an item of meta data and no track: a picture, in one or many tiles."""
+    kinds: set[bytes] = set()
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        for _ in range(100):
+            header = file.read(8)
+            if len(header) < 8:
+                break
+            size, kind = struct.unpack(">I4s", header)
+            kinds.add(kind)
+            skip = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0] - 16 if size == 1 else size - 8
+            if skip < 0 or file.tell() + skip > end:
+                break
+            file.seek(skip, 1)
+    return b"meta" in kinds and b"moov" not in kinds
