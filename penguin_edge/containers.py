@@ -121,10 +121,15 @@ def _open(path: Path, max_pixels: int) -> Iterator[InputContainer]:
             options=options,
             io_open=folder.open if playlist == "hls" else None,
         )
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: not a readable video; the file is damaged, cut short or of another kind") from error
+    except (av.FFmpegError, ValueError, InputError) as error:
+        raise folder.refusal or InputError(
+            f"{path}: not a readable video; the file is damaged, cut short or of another kind"
+        ) from error
     with container:
         yield container
+    # The demuxer goes on without a file that it was refused.
+    if folder.refusal:
+        raise folder.refusal
 
 
 @functools.cache
@@ -135,11 +140,12 @@ def _self_contained() -> frozenset[str]:
 
 
 class _Folder:
-    """The folder of a playlist: opens what lies in it, on behalf of the demuxer."""
+    """The folder of a playlist: opens what lies in it, on behalf of the demuxer; `refusal` is why it did not."""
 
     def __init__(self, playlist: Path) -> None:
         self.playlist = playlist
         self.root = playlist.resolve().parent
+        self.refusal: InputError | None = None
 
     def open(self, url: str, flags: int, options: dict[str, str]) -> BinaryIO:
         """The file that `url` names.
@@ -147,38 +153,60 @@ class _Folder:
         Raises:
             InputError: it lies elsewhere, is missing, or is a playlist without an end.
         """
-        inside(self.playlist, url.removeprefix("file:"), self.root)
-        file = Path(url.removeprefix("file:")).resolve().open("rb")
-        head = file.read(MAX_PLAYLIST_BYTES + 1) if file.read(7) == b"#EXTM3U" else b""
+        try:
+            return self._open(url)
+        except InputError as error:
+            self.refusal = self.refusal or error
+            raise
+
+    def _open(self, url: str) -> BinaryIO:
+        path = inside(self.playlist, url.removeprefix("file:"), self.root, self.root)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise InputError(f"{self.playlist}: {path} cannot be read ({error.strerror})") from error
+        if file.read(7) == b"#EXTM3U":
+            self._check_playlist(file.read(MAX_PLAYLIST_BYTES + 1), path.parent)
         file.seek(0)
-        if b"#EXTINF" in head and b"#EXT-X-ENDLIST" not in head:
-            file.close()
-            raise InputError(
-                f"{self.playlist}: a playlist without #EXT-X-ENDLIST, which goes on for ever or is too long; "
-                "add that line, or give the clips themselves"
-            )
         return file
 
+    def _check_playlist(self, text: bytes, folder: Path) -> None:
+        if len(text) > MAX_PLAYLIST_BYTES:
+            raise InputError(
+                f"{self.playlist}: a playlist of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first"
+            )
+        if b"#EXTINF" in text and b"#EXT-X-ENDLIST" not in text:
+            raise InputError(
+                f"{self.playlist}: a playlist without #EXT-X-ENDLIST, which goes on for ever; add that line, or give "
+                "the clips themselves"
+            )
+        lines = [line.strip() for line in text.decode("utf-8", "replace").splitlines()]
+        for line in lines:
+            for name in [line] if not line.startswith("#") else re.findall(r'URI="([^"]*)"', line):
+                if name:
+                    inside(self.playlist, name.removeprefix("file:"), folder, self.root)
 
-def inside(playlist: Path, name: str, root: Path) -> None:
-    """Check that what a playlist names is a plain file in the playlist's folder.
+
+def inside(playlist: Path, name: str, folder: Path, root: Path) -> Path:
+    """The plain file that a playlist in `folder` means by `name`, which must lie below `root`.
 
     Raises:
-        InputError: it is not.
+        InputError: it does not, or is missing.
     """
     shown = name if len(name) <= 80 else f"{name[:77]}..."
     try:
-        target = (root / name).resolve()
+        target = (folder / name).resolve()
         found = target.is_relative_to(root) and not re.match(r"[A-Za-z][\w+.-]*[:,]", name)
         exists = found and target.is_file()
     except (OSError, ValueError, RuntimeError):
-        found = exists = False
+        raise InputError(f"{playlist}: names {shown!r}, which is no name of a file; copy the playlist again") from None
     if not found:
         raise InputError(
             f"{playlist}: names {shown!r}, which is outside the playlist's own folder; put the clips beside it"
         )
     if not exists:
         raise InputError(f"{playlist}: names {shown!r}, which is missing; copy all clips of the playlist")
+    return target
 
 
 def _check_concat(path: Path) -> None:
@@ -197,8 +225,8 @@ def _check_concat(path: Path) -> None:
             )
         name = found[2] or found[3]
         if found[1]:
-            inside(path, name, path.resolve().parent)
-            with (path.resolve().parent / name).open("rb") as file:
+            folder = path.resolve().parent
+            with inside(path, name, folder, folder).open("rb") as file:
                 head = file.read(32)
             if head.startswith(tuple(_PLAYLISTS)):
                 raise InputError(f"{path}: names {name!r}, which is a playlist itself; name clips only")

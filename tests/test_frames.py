@@ -89,7 +89,7 @@ def ffmpeg_filter(path: Path, fps: float) -> list[int]:
                     return
 
         for frame in container.decode(stream):
-            frame.pts -= stream.start_time
+            frame.pts -= stream.start_time or 0
             graph.push(frame)
             drain()
         graph.push(None)
