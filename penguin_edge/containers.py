@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 import struct
 from collections.abc import Iterator
@@ -39,6 +40,10 @@ _OUTWARD = {
     *("mlv", "rtp", "rtsp", "sap", "sdp", "tty", "vobsub", "webm_dash_manifest"),
 }
 """Demuxers that open what a file names, or that take text for pictures."""
+_BOX = re.compile(rb"(?s)....[a-zA-Z0-9 ]{4}")
+"""How a box of an ISO file begins."""
+_TABLES = re.compile(rb"(?s)\0\0[\0-\3].(stsz|stz2|trun)")
+"""Short tables whose count of samples no data bear out: all samples may be of one size."""
 _LISTED = re.compile(r"(file)\s+(?:'([\w./-]+)'|([\w./-]+))|(duration|inpoint|outpoint)\s+[\d.:]+", re.ASCII)
 """Directives of an ffconcat list that are understood."""
 
@@ -105,8 +110,8 @@ def _open(path: Path, max_pixels: int) -> Iterator[InputContainer]:
         raise InputError(f"{path}: a DASH manifest or other XML, not a clip; give the clip that it names")
     elif head.startswith(b"v=0") or head.lstrip().startswith(b"[playlist]"):
         raise InputError(f"{path}: describes a stream elsewhere and is no clip; give the stream's own address")
-    elif head[4:8] == b"ftyp" and _is_heif_image(path):
-        raise InputError(f"{path}: a single HEIF image, not a clip; use read_image")
+    elif _BOX.match(head):
+        _check_boxes(path)
     folder = _Folder(path)
     options = {
         "protocol_whitelist": "file",
@@ -232,19 +237,32 @@ def _check_concat(path: Path) -> None:
                 raise InputError(f"{path}: names {name!r}, which is a playlist itself; name clips only")
 
 
-def _is_heif_image(path: Path) -> bool:
-    """Whether the top level of an ISO file has an item of meta data and no track: a picture, in one or many tiles."""
+def _check_boxes(path: Path) -> None:
+    """Look at an ISO file (MP4, MOV, HEIF) as far as the demuxer would take its word.
+
+    Raises:
+        InputError: its top level has an item of meta data and no track, a picture in one or many tiles; or its tables
+            claim more frames than the file has bytes, each of which costs memory.
+    """
+    size = path.stat().st_size
     kinds: set[bytes] = set()
-    end = path.stat().st_size
-    with path.open("rb") as file:
-        for _ in range(100):
-            header = file.read(8)
-            if len(header) < 8:
-                break
-            size, kind = struct.unpack(">I4s", header)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+        while at + 16 <= size:
+            length, kind = struct.unpack_from(">I4s", data, at)
+            length = struct.unpack_from(">Q", data, at + 8)[0] if length == 1 else length or size - at
             kinds.add(kind)
-            skip = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0] - 16 if size == 1 else size - 8
-            if skip < 0 or file.tell() + skip > end:
+            if kind in (b"moov", b"moof"):
+                for table in _TABLES.finditer(data, at, min(at + length, size)):
+                    begin = table.end() + (4 if table[1] == b"trun" else 8)
+                    counts = data[begin : begin + 4]
+                    claimed = int.from_bytes(counts, "big")
+                    if claimed > max(size, 2**16):
+                        raise InputError(
+                            f"{path}: claims {claimed:,} frames in a file of {size:,} bytes; copy it again"
+                        )
+            if length < 8:
                 break
-            file.seek(skip, 1)
-    return b"meta" in kinds and b"moov" not in kinds
+            at += length
+    if b"meta" in kinds and b"moov" not in kinds:
+        raise InputError(f"{path}: a single HEIF image, not a clip; use read_image")

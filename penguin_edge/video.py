@@ -389,6 +389,8 @@ def _packets(path: Path, container: InputContainer, stream: VideoStream | None =
             # PyAV ends with empty packets that have no stamps; those of the file have some.
             if packet.size or packet.pts is not None or packet.dts is not None:
                 yield packet
+    except IndexError:
+        pass  # PyAV has given all packets, and stumbles over streams that appeared midway when it ends
     except av.FFmpegError as error:
         raise InputError(f"{path}: the file is damaged ({error.strerror}); copy it again") from error
     if stream is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_set import MEDIA
 from test_clip_times import write
 from test_frames import numbers
 
@@ -173,6 +174,24 @@ def test_a_heif_image_is_no_clip(tmp_path: Path) -> None:
         file = tmp_path / f"{brand.decode()}.mp4"
         file.write_bytes(box(b"ftyp", brand, bytes(4), b"mif1heic") + box(b"free") + meta + box(b"mdat", bytes(64)))
         assert "a single" in refusal(file) and "read_image" in refusal(file)
+
+
+def test_a_table_cannot_claim_more_frames_than_there_are_bytes(tmp_path: Path) -> None:
+    # such a file of 23 kB would take 24 bytes of memory for each of its frames
+    raw = (MEDIA / "edit_list.mp4").read_bytes()
+    table = raw.index(b"stsz")
+    size, count = struct.unpack_from(">II", raw, table + 8)
+    assert size == 0 and count == 21
+    path = tmp_path / "claims.mp4"
+    for shape in (
+        box(b"stsz", bytes(4), struct.pack(">II", 1, 2**27)),
+        box(b"trun", bytes(4), struct.pack(">I", 2**28)),
+    ):
+        space = 8 + 4 + 8 + 4 * count  # what the table took is filled with an empty box
+        path.write_bytes(
+            raw[: table - 4] + shape + box(b"free", bytes(space - len(shape) - 8)) + raw[table - 4 + space :]
+        )
+        assert "frames in a file of" in refusal(path)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ def test_a_clock_that_leaps_goes_on(halves: tuple[Path, Path, Path], tmp_path: P
     assert numbers(read_video(thrice, fps=None, max_frames=None)) == [*range(60), *range(60)]
 
 
+def test_sound_may_begin_midway(halves: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    spoken = write(tmp_path / "spoken.ts", list(range(30, 60)), sound_s=3, bf="2", g="15")
+    is_whole(joined(tmp_path / "midway.ts", halves[0], spoken))
+
+
 def test_a_playlist_with_a_discontinuity(halves: tuple[Path, Path, Path]) -> None:
     lines = ["#EXTM3U", "#EXT-X-VERSION:3", "#EXT-X-TARGETDURATION:3", "#EXTINF:3.0,", "0.ts", "#EXT-X-DISCONTINUITY"]
     path = halves[0].parent / "clip.m3u8"
