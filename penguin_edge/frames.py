@@ -178,7 +178,8 @@ def read_video(
     `fps` None takes every frame (of a clip of variable rate: its average rate). Of more than `max_frames` an evenly
     spread selection is kept, which costs a first pass over the clip, because the count must be known. `Frame.time` is
     `start + i / fps`, or spread evenly over the span when `fps` is None. A frame shown for several sampling times is
-    given several times.
+    given several times. Frames of another size than the first are scaled to it; one of more than `max_pixels` pixels
+    is refused before it is decoded.
 
     A folder of pictures counts as 3 frames per second, an animated picture as 25.
 

@@ -217,7 +217,9 @@ def decoded(
                     length = min(length, until - ticks)
                 if begin is None or ticks >= 0:
                     yield ticks * base, length * base, frame
-        if not seen and not stream.codec_context.width:
+        if not landed:
+            yield from decoded(path, begin, seek=False, max_pixels=max_pixels)
+        elif not seen and not stream.codec_context.width:
             raise InputError(
                 f"{path}: no frame can be decoded; the clip is damaged, or a frame has more than {max_pixels:,} "
                 "pixels; copy it again, or raise the limit with max_pixels"
