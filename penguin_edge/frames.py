@@ -11,19 +11,19 @@ sampling by frame number for folders of pictures, animated pictures and spans be
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from penguin_edge import video
+from penguin_edge import images, video
 from penguin_edge.errors import InputError
+from penguin_edge.images import MAX_PIXELS
+from penguin_edge.places import existing, local_path, regular_file
 
 MAX_ASPECT = 1000
 """Longest side over shortest side of an image that is still accepted."""
@@ -68,96 +68,47 @@ class VideoInfo:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def read_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Frame:
-    """One upright RGB frame from a file, its bytes, a Pillow image or an array.
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Frame:
+    """One upright RGB frame from a file, its bytes, a `file:` or `data:` address, a Pillow image or an array.
 
-    Alpha is discarded, not blended; 16-bit grey is scaled to 8 bits; EXIF orientation is applied; an animation gives
-    its first frame. Arrays are uint8 `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels (channels last is
-    preferred where both fit).
+    Formats are those of `images.FORMATS`. Alpha is discarded, not blended; 16-bit grey is scaled to 8 bits; EXIF
+    orientation is applied; an animation gives its first frame. Arrays are uint8 `[H, W]`, `[H, W, C]` or `[C, H, W]`
+    with 1, 3 or 4 channels (channels last is preferred where both fit).
 
+    Args:
+        max_pixels: the most that is decoded; beyond 178 million, `PIL.Image.MAX_IMAGE_PIXELS` must be raised too.
     Raises:
-        InputError: missing, damaged or not an image, too large for Pillow's limit, or an aspect above 1000.
+        InputError: missing, damaged or not an image of a known format, too large, or an aspect above 1000.
     """
     if isinstance(source, np.ndarray):
-        pixels = _from_array(source)
+        pixels = images.from_array(source)
     elif isinstance(source, Image.Image):
-        pixels = _from_pillow(source, "the image")
+        pixels = images.to_rgb(source, "the image", max_pixels)
     else:
-        with _opened_image(source) as (image, name):
-            pixels = _from_pillow(image, name)
+        with images.opened(source, max_pixels) as (image, name):
+            pixels = images.to_rgb(image, name, max_pixels)
     height, width = pixels.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(f"got an image of {width}x{height}, wanted an aspect of at most {MAX_ASPECT}; crop it first")
     return Frame(pixels)
 
 
-@contextmanager
-def _opened_image(source: str | Path | bytes) -> Iterator[tuple[Image.Image, str]]:
-    name = "the image" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes):
-        _check_file(Path(source), "an image file")
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: more pixels than the safety limit allows ({error}); reduce it first") from error
-    except Exception as error:  # decoders of damaged headers raise many kinds, struct.error and IndexError among them
-        raise InputError(f"{name}: not a readable image; give a PNG, JPEG, WebP or similar file") from error
-    with image:
-        yield image, name
-
-
-def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
-    try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I") or upright.mode == "F":
-            upright = _to_grey8(upright, name)
-        return np.array(upright.convert("RGB"))
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: more pixels than the safety limit allows ({error}); reduce it first") from error
-    except Exception as error:  # as above: Pillow's decoders raise many kinds on damaged data
-        raise InputError(f"{name}: the image is damaged or truncated ({error}); copy it again") from error
-
-
-def _to_grey8(image: Image.Image, name: str) -> Image.Image:
-    """16-bit grey to 8 bits. Pillow's own conversion clips at 255, which leaves most such pictures white."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{name}: pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-
-
-def _from_array(array: np.ndarray) -> np.ndarray:
-    channels = (1, 3, 4)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-        raise InputError(f"got an array {array.dtype} {list(array.shape)}, wanted uint8 [H, W], [H, W, C] or [C, H, W]")
-    if array.ndim == 2:
-        array = array[:, :, None]
-    elif array.shape[2] not in channels:
-        array = array.transpose(1, 2, 0)
-    if array.shape[2] not in channels:
-        raise InputError(f"got an array {list(array.shape)} without a channel axis of 1, 3 or 4; wanted RGB or grey")
-    rgb = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
-    return np.ascontiguousarray(rgb)
-
-
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
-def probe_video(path: str | Path, *, max_pixels: int = video.MAX_FRAME_PIXELS) -> VideoInfo:
+def probe_video(path: str | Path, *, max_pixels: int | None = None) -> VideoInfo:
     """Size, rate and length of a clip; decodes one frame.
 
     Raises:
         InputError: as `read_video`.
     """
-    path = Path(path)
-    pictures = _pictures(path)
+    path, limit = local_path(path), max_pixels or video.MAX_FRAME_PIXELS
+    pictures = _pictures(path, max_pixels or MAX_PIXELS)
     if pictures is not None:
         height, width = next(pictures.read([0])).shape[:2]
         return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
-    header = video.read_header(path, max_pixels=max_pixels)
-    for _, _, frame in video.decoded(path, max_pixels=max_pixels):
+    header = video.read_header(path, max_pixels=limit)
+    for _, _, frame in video.decoded(path, max_pixels=limit):
         sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
         count = None if header.first is None else header.packets
         return VideoInfo(*sides, float(header.rate), float(header.duration), frame.rotation, count)
@@ -171,7 +122,7 @@ def read_video(
     max_frames: int | None = 180,
     start: float | None = None,
     end: float | None = None,
-    max_pixels: int = video.MAX_FRAME_PIXELS,
+    max_pixels: int | None = None,
 ) -> Iterator[Frame]:
     """The frames of a clip at `fps` per second between `start` and `end` (seconds from its beginning), one at a time.
 
@@ -181,29 +132,30 @@ def read_video(
     given several times. Frames of another size than the first are scaled to it; one of more than `max_pixels` pixels
     is refused before it is decoded.
 
-    A folder of pictures counts as 3 frames per second, an animated picture as 25.
+    A folder of pictures counts as 3 frames per second, an animated picture as 25. Without `max_pixels` the limits are
+    those of `penguin_edge.containers` for videos and of `penguin_edge.images` for pictures and, in shares, animations.
 
     Raises:
         InputError: a path that is missing, is no clip or has no frame in the span; options out of range. Options and
             the header are checked at the call, damage shows while reading.
     """
     _check_options(fps, max_frames, start, end)
-    path = Path(path)
-    pictures = _pictures(path)
+    path, limit = local_path(path), max_pixels or video.MAX_FRAME_PIXELS
+    pictures = _pictures(path, max_pixels or MAX_PIXELS)
     if pictures is not None:
         numbers = _thin(_by_number(path, pictures.count, pictures.rate, fps, max_frames, start, end), max_frames)
         return (
             Frame(pixels, number / pictures.rate, i)
             for i, (number, pixels) in enumerate(zip(numbers, pictures.read(numbers), strict=True))
         )
-    header = video.read_header(path, end, max_pixels)
+    header = video.read_header(path, end, limit)
     span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
     if span <= 0:
         raise InputError(f"{path}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
     if span < SHORT_SPAN:
         numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
-        return _at_numbers(path, _thin(numbers, max_frames), float(header.rate), max_pixels)
-    return _at_rate(path, header, fps, max_frames, start, end, max_pixels)
+        return _at_numbers(path, _thin(numbers, max_frames), float(header.rate), limit)
+    return _at_rate(path, header, fps, max_frames, start, end, limit)
 
 
 def read_video_by_number(
@@ -224,8 +176,7 @@ def read_video_by_number(
         InputError: as `read_video`.
     """
     _check_options(fps, max_frames, start, end)
-    path = Path(path)
-    _check_file(path, "a video file")
+    path = regular_file(local_path(path), "a video file")
     header = video.read_header(path, end, max_pixels)
     numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
     return _at_numbers(path, numbers, float(header.rate), max_pixels)
@@ -360,30 +311,27 @@ class _Pictures:
     read: Callable[[Sequence[int]], Iterator[np.ndarray]]
 
 
-def _pictures(path: Path) -> _Pictures | None:
+def _pictures(path: Path, max_pixels: int) -> _Pictures | None:
     """The pictures of a folder or an animation; None for anything else that may be a video."""
-    if path.is_dir():
+    if existing(path, "a video file").is_dir():
         files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
         if not files:
             raise InputError(f"{path}: the folder has no pictures; give a folder of image files or a video file")
-        return _Pictures(len(files), FOLDER_FPS, lambda numbers: _same_size(files[i] for i in numbers))
-    _check_file(path, "a video file")
+        return _Pictures(len(files), FOLDER_FPS, lambda numbers: _same_size((files[i] for i in numbers), max_pixels))
     try:
-        with Image.open(path) as image:
-            kind, count = image.format, getattr(image, "n_frames", 1)
-    except Exception:  # any failure means that it is for the video reader to judge
-        return None
-    if kind == "MPEG":  # Pillow knows these streams by name but cannot read them
+        with images.opened(path, max_pixels) as (image, name):
+            kind, count = image.format, images.frame_count(image, name)
+    except images.NotAnImage:  # for the video reader to judge
         return None
     if kind != "GIF" and (count == 1 or kind not in _ANIMATIONS):
         raise InputError(f"{path}: a single {kind} image, not a clip; use read_image")
-    return _Pictures(count, ANIMATION_FPS, lambda numbers: _animation(path, numbers))
+    return _Pictures(count, ANIMATION_FPS, lambda numbers: _animation(path, numbers, max_pixels))
 
 
-def _same_size(files: Iterator[Path]) -> Iterator[np.ndarray]:
+def _same_size(files: Iterator[Path], max_pixels: int) -> Iterator[np.ndarray]:
     shape: tuple[int, ...] | None = None
     for file in files:
-        pixels = read_image(file).pixels
+        pixels = read_image(file, max_pixels=max_pixels).pixels
         if shape is not None and pixels.shape != shape:
             raise InputError(
                 f"{file}: {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted {shape[1]}x{shape[0]} like the pictures"
@@ -393,14 +341,9 @@ def _same_size(files: Iterator[Path]) -> Iterator[np.ndarray]:
         yield pixels
 
 
-def _animation(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    with _opened_image(path) as (image, name):
-        for number in numbers:
-            try:
-                image.seek(number)
-            except Exception as error:  # Pillow's decoders raise many kinds on damaged data
-                raise InputError(f"{name}: frame {number} of the animation is damaged; copy it again") from error
-            yield _from_pillow(image, name)
+def _animation(path: Path, numbers: Sequence[int], max_pixels: int) -> Iterator[np.ndarray]:
+    with images.opened(path, max_pixels) as (image, name):
+        yield from images.animation(image, name, list(numbers), max_pixels)
 
 
 def _check_options(fps: float | None, max_frames: int | None, start: float | None, end: float | None) -> None:
@@ -413,13 +356,6 @@ def _check_options(fps: float | None, max_frames: int | None, start: float | Non
             raise InputError(f"got {name} {value}, wanted seconds from the beginning of the clip, 0 or more")
     if end is not None and end <= (start or 0):
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
-
-
-def _check_file(path: Path, wanted: str) -> None:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, wanted {wanted}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; wanted {wanted}")
 
 
 def _exact(seconds: float | None) -> Fraction:

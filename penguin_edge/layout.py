@@ -201,8 +201,9 @@ def spell_out(
 def media_source(part: dict[str, Any], config: ImageConfig) -> tuple[Any, dict[str, Any] | None]:
     """What an image or video part names, and for a clip the options of `read_video`.
 
-    Parts: `{"type": "image", "image": PATH | PIL image | array | {"image_path": PATH}}` and
-    `{"type": "video", "video": PATH | {"video_path": PATH[, "fps", "max_frames", "start_time", "end_time"]}}`.
+    Parts: `{"type": "image", "image": PATH | bytes | PIL image | array | {"image_path": PATH}}` and
+    `{"type": "video", "video": PATH | {"video_path": PATH[, "fps", "max_frames", "start_time", "end_time"]}}`. A path
+    may be a `file:` address, that of an image a `data:` address.
 
     Raises:
         InputError: a part without a usable source.

