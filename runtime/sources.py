@@ -4,7 +4,8 @@
 |----------------------------------------------|-------------------------------------------------------------------|
 | clip, animated picture, folder of pictures   | of the clip; a loop goes on where the last one ended              |
 | /dev/video0 …                                | of the driver, from the first frame on                            |
-| rtsp:// rtmp:// http:// https:// udp:// …    | of the stream, from the first frame on, going on after a break    |
+| rtsp:// rtmp:// http:// https:// udp:// …    | of the stream, from the first frame on, going on after a break;   |
+|                                              | of arrival where its format has none (MJPEG, bare H.264)          |
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from penguin_edge import video
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.frames import Frame, read_video
+from penguin_edge.places import local_path, scheme_of, shown
+from penguin_edge.runtime.live_clock import LiveClock
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
 
 Note = Callable[[str], None]
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -26,10 +37,35 @@ PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 STALL_S = 10.0
 """Seconds without data after which a live source counts as broken."""
 
+_HTTP = "http,https,tls,tcp,httpproxy,crypto,data"
+_RTSP = "rtsp,rtsps,rtp,srtp,udp,tcp,tls"
+_RTMP = "rtmp,rtmps,rtmpt,rtmpts,ffrtmphttp,http,https,tls,tcp"
+LIVE = {
+    **dict.fromkeys(("http", "https"), _HTTP),
+    **dict.fromkeys(("rtsp", "rtsps"), _RTSP),
+    **dict.fromkeys(("rtmp", "rtmps"), _RTMP),
+    "udp": "udp",
+    "tcp": "tcp",
+    "srt": "srt",
+    "rtp": "rtp,udp",
+}
+"""Protocols of live sources, each with those that it may open in turn. None opens files: a playlist is input too."""
+
+_CAMERA = "/dev/video"
+_CLOCKLESS = ("image2pipe", "ingenient")
+"""Formats without times that do not say so, beside those whose name ends in `_pipe`."""
+_SAME_SHAPE = 0.02
+"""Aspects that differ by no more than this share are those of one picture in two sizes."""
+
 
 def is_live(source: str) -> bool:
     """A camera or a network stream, which has no beginning and no end of its own."""
-    return bool(re.match(r"[a-z][a-z0-9+]+://", source)) or source.startswith("/dev/video")
+    return scheme_of(source) in LIVE or source.startswith(_CAMERA)
+
+
+def without_password(source: str) -> str:
+    """An address without the user and the password in it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source)
 
 
 def read_source(
@@ -44,8 +80,9 @@ def read_source(
     """Frames at `fps` per second (None: all), one at a time.
 
     Args:
+        source: a clip or a folder by its path or `file:` address, a camera, or the address of a stream (`LIVE`).
         loop: begin a clip again when it ends; its times go on.
-        note: is told when a live source breaks off and is opened again.
+        note: is told when a live source breaks off and is opened again, and what becomes of a broken clock.
         pauses: seconds before each new attempt; a frame that arrives begins them anew.
         stall_s: seconds without data after which a live source counts as broken.
     Raises:
@@ -53,9 +90,15 @@ def read_source(
     """
     if is_live(source):
         return _live(source, fps, note, pauses, stall_s)
-    if not Path(source).exists():
-        raise InputError(f"{source}: no such file; name a clip, a folder of pictures, /dev/video0, or rtsp://…")
-    return _clip(source, fps, loop)
+    scheme = scheme_of(source)
+    # What stands before a colon is taken for a protocol, unless there is such a file.
+    if scheme and scheme != "file" and not _exists(Path(source)):
+        known = ", ".join(LIVE)
+        raise InputError(f"{shown(source)}: {shown(scheme)} is no protocol of a stream here; wanted {known}, or a path")
+    path = Path(source) if scheme != "file" else local_path(source)
+    if not _exists(path):
+        raise InputError(f"{shown(path)}: no such file; name a clip, a folder of pictures, /dev/video0, or rtsp://…")
+    return _clip(path, fps, loop)
 
 
 def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) -> Iterator[Frame]:
@@ -71,7 +114,15 @@ def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) 
         yield frame
 
 
-def _clip(source: str, fps: float | None, loop: bool) -> Iterator[Frame]:
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError):  # too long a name and a NUL in it among them
+        return False
+    return True
+
+
+def _clip(source: Path, fps: float | None, loop: bool) -> Iterator[Frame]:
     offset, index = 0.0, 0
     while True:
         last, step = 0.0, 1.0 / fps if fps else 0.0
@@ -88,29 +139,27 @@ def _clip(source: str, fps: float | None, loop: bool) -> Iterator[Frame]:
 
 
 @dataclass
-class _Times:
-    """Times of a stream that may break off: they never go back, and go on after a break."""
+class _OneSize:
+    """A stream that comes in another size now, as one does whose sender adapts to the network, in its first size.
 
-    fps: float | None
-    last: float = -1.0
-    first: float | None = None
-    offset: float = 0.0
-    index: int = 0
+    A picture of another shape (a telephone that was turned) is another picture, and stays as it is.
+    """
 
-    def begin(self) -> None:
-        """A new connection, whose clock begins anywhere."""
-        self.first, self.offset = None, max(self.last, 0.0)
+    note: Note
+    wanted: tuple[int, int] | None = None
+    came: tuple[int, int] | None = None
 
-    def take(self, at: float) -> float | None:
-        """When a frame is due, or None where the rate leaves it out."""
-        if self.first is None:
-            self.first = at
-            self.offset += 1e-3 if self.last >= 0 else 0.0
-        due = self.offset + at - self.first
-        if due < self.last or (self.fps is not None and self.last >= 0 and due - self.last < 0.98 / self.fps):
-            return None
-        self.last = due
-        return due
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        came = (pixels.shape[1], pixels.shape[0])
+        if self.wanted is None or abs(came[0] * self.wanted[1] / (came[1] * self.wanted[0]) - 1) > _SAME_SHAPE:
+            self.wanted = came
+        changed, self.came = came != self.came and came != self.wanted, came
+        if came == self.wanted:
+            return pixels
+        if changed:
+            size = f"{self.wanted[0]}x{self.wanted[1]}"
+            self.note(f"pictures of {came[0]}x{came[1]} come now; they are scaled to {size} as before")
+        return np.asarray(Image.fromarray(pixels).resize(self.wanted, Image.Resampling.BICUBIC))
 
 
 def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...], stall_s: float) -> Iterator[Frame]:
@@ -118,38 +167,54 @@ def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...],
         import av
     except ImportError:
         raise TargetUnavailable("reading video needs PyAV: pip install av") from None
-    options: dict[str, str] = {"rtsp_transport": "tcp"} if source.startswith("rtsp") else {}
-    kind = "v4l2" if source.startswith("/dev/video") else None
-    times, failed = _Times(fps), 0
+    name, scheme = shown(without_password(source)), scheme_of(source)
+    # Frames wait nowhere for a rate that nobody asks for.
+    options = {"fpsprobesize": "0"}
+    if scheme:
+        options |= {"protocol_whitelist": LIVE[scheme]}
+    if scheme in ("rtsp", "rtsps"):
+        options |= {"rtsp_transport": "tcp"}
+    address = scheme + source[len(scheme) :]  # the decoder knows protocols in lower case alone
+    kind = "v4l2" if source.startswith(_CAMERA) else None
+
+    def said(line: str) -> None:
+        note(f"{name}: {line}")
+
+    clock, sized, failed, index = LiveClock["VideoFrame"](fps, said), _OneSize(said), 0, 0
     while True:
         reason = "the stream ended"
         try:
-            with av.open(source, format=kind, options=options, timeout=stall_s) as container:
-                times.begin()
-                for frame in _pictures(container, times):
+            with av.open(address, format=kind, options=options, timeout=stall_s) as container:
+                for due, pixels in _pictures(container, clock, recorded=scheme in ("http", "https")):
                     failed = 0
-                    yield frame
+                    yield Frame(sized(pixels), due, index)
+                    index += 1
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = str(getattr(error, "strerror", None) or error)
         if failed == len(pauses):
             raise InputError(
-                f"{source}: {reason}, and {failed} attempts to open it again failed; check the address and the network"
+                f"{name}: {reason}, and {failed} attempts to open it again failed; check the address and the network"
             )
-        note(f"{source}: {reason}; opening it again in {pauses[failed]:g} s")
+        said(f"{reason}; opening it again in {pauses[failed]:g} s")
         time.sleep(pauses[failed])
         failed += 1
 
 
-def _pictures(container: Any, times: _Times) -> Iterator[Frame]:
+def _pictures(
+    container: InputContainer, clock: LiveClock[VideoFrame], *, recorded: bool
+) -> Iterator[tuple[float, NDArray[np.uint8]]]:
+    """What one connection gives. `recorded` if it may be a file, where frames lie far apart in a still scene."""
+    from av.format import Flags
+
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
     converter = video.rgb_converter()
-    begin = time.monotonic()
+    flags, name = cast("int", container.format.flags), container.format.name
+    by_arrival = bool(flags & Flags.no_timestamps.value) or name in _CLOCKLESS or name.endswith("_pipe")
+    clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & Flags.ts_discont.value)
     for frame in container.decode(stream):
-        # A source without time stamps is as old as its arrival.
-        at = frame.time if frame.time is not None else time.monotonic() - begin
-        due = times.take(float(at))
-        if due is not None:
-            yield Frame(video.to_rgb(frame, converter), due, times.index)
-            times.index += 1
+        for due, ready in clock.take(frame, frame.time, time.monotonic()):
+            yield due, video.to_rgb(ready, converter)
+    for due, ready in clock.end():
+        yield due, video.to_rgb(ready, converter)

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import CLIP, picture
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame, read_video
-from penguin_edge.runtime.sources import _Times, is_live, paced, read_source
+from penguin_edge.runtime.sources import is_live, paced, read_source
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -62,20 +60,6 @@ def test_frames_come_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -
     for i, _ in enumerate(paced(iter(frames), sleep)):
         now[0] += 1.75 if i == 2 else 0.25  # what is done with it; after the third the next one is late
     assert waited == [0.25, 1.25]
-
-
-@given(
-    st.lists(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), max_size=5),
-    st.one_of(st.none(), st.sampled_from([0.5, 2.0, 30.0])),
-)
-def test_times_of_a_stream_never_go_back(connections: list[list[float]], fps: float | None) -> None:
-    times, found = _Times(fps), []
-    for connection in connections:
-        times.begin()
-        found += [due for at in connection if (due := times.take(at)) is not None]
-    assert all(a <= b for a, b in pairwise(found)) and all(due >= 0 for due in found)
-    if fps:
-        assert all(b - a >= 0.97 / fps for a, b in pairwise(found))
 
 
 def test_a_stream_that_ends_is_opened_again_and_its_times_go_on(server: str) -> None:

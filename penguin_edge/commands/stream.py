@@ -20,7 +20,7 @@ from penguin_edge.frames import Frame
 from penguin_edge.machine import keep_heap_compact, peak_mb
 from penguin_edge.runtime.live import QUEUE, Live, Watch
 from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.sources import is_live, paced, read_source
+from penguin_edge.runtime.sources import is_live, paced, read_source, without_password
 from penguin_edge.runtime.stream import StreamSession
 from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
@@ -197,7 +197,7 @@ def _ask(live: Live, prompt: str, options: SamplingOptions, answers: deque[dict[
 
 def _named(source: str) -> str:
     """A source without the user and password of its address."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source) if is_live(source) else Path(source).name
+    return without_password(source) if is_live(source) else Path(source).name
 
 
 def _note(text: str) -> None:
