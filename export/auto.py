@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,7 @@ def choose(
         "embedding_kl": table_kl,
         "recipes_measured": rounds,
         "data": {
-            **asdict(options.data),
+            **options.data.to_json(),
             "samples": len(samples),
             "tokens": sum(len(sample.input_ids) for sample in samples),
             "images": images,

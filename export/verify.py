@@ -97,11 +97,14 @@ class Stage:
     detail: str = ""
 
 
-def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration: str | None = None) -> Arrays:
+def reference_arrays(
+    bundle: Bundle, checkpoint: Checkpoint | None, calibration: str | None = None, *, allow_outside: bool = False
+) -> Arrays:
     """The bundle's own check data, or the same computed again from a checkpoint, one part in memory at a time.
 
     Args:
         calibration: what a calibrated bundle was made with; its integers are made again.
+        allow_outside: whether records of that data may name media outside their own folder.
     Raises:
         BundleError: the bundle holds no check data, was made from a model of another shape, or with other data.
         InputError: the bundle was calibrated, and no data is named.
@@ -111,7 +114,7 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
         return stored_arrays(bundle.path(CHECK), bundle.manifest.model)
     from penguin_edge.quantize.apply import DTYPES, load_quantized
 
-    with integers_again(bundle, checkpoint, calibration) as (recipe, activations, ready):
+    with integers_again(bundle, checkpoint, calibration, allow_outside=allow_outside) as (recipe, activations, ready):
 
         def load(*parts: str) -> Any:
             return load_quantized(checkpoint, parts, recipe, activations, ready)[0]
@@ -121,12 +124,12 @@ def reference_arrays(bundle: Bundle, checkpoint: Checkpoint | None, calibration:
 
 @contextlib.contextmanager
 def integers_again(
-    bundle: Bundle, checkpoint: Checkpoint, calibration: str | None = None
+    bundle: Bundle, checkpoint: Checkpoint, calibration: str | None = None, *, allow_outside: bool = False
 ) -> Iterator[tuple[Recipe, Activations, Ready | None]]:
     """A bundle's recipe, how its engine rounds activations, and what calibration leaves, made again.
 
     Args:
-        calibration: what a calibrated bundle was made with.
+        calibration, allow_outside: as `reference_arrays`.
     Raises:
         BundleError: the bundle was made from a model of another shape, or with other data.
         InputError: the bundle was calibrated, and no data is named.
@@ -149,13 +152,13 @@ def integers_again(
         ready = None
         if recipe.calibrated:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penguin-edge-")))
-            _calibrate_again(bundle, checkpoint, recipe, calibration, work)
+            _calibrate_again(bundle, checkpoint, recipe, calibration, allow_outside, work)
             ready = ready_from(work)
         yield recipe, activations, ready
 
 
 def _calibrate_again(
-    bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe, calibration: str | None, work: Path
+    bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe, calibration: str | None, allow_outside: bool, work: Path
 ) -> None:
     from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, calibrate, digest, read_calibration
 
@@ -168,7 +171,7 @@ def _calibrate_again(
             "--against"
         )
     kept = {name: made[name] for name in ("samples", "length", "seed")}
-    samples = read_calibration(CalibrationOptions(calibration, **kept), checkpoint)
+    samples = read_calibration(CalibrationOptions(calibration, **kept, allow_outside=allow_outside), checkpoint)
     if digest(checkpoint, recipe, samples) != made["sha256"]:
         raise BundleError(
             f"{bundle.folder}: {calibration} or {checkpoint.source} is not what the bundle was calibrated with "
@@ -293,9 +296,11 @@ def verify_bundle(
     checkpoint: Checkpoint | None,
     progress: Callable[[str], None],
     calibration: str | None = None,
+    *,
+    allow_outside: bool = False,
 ) -> dict[str, Any]:
     """Verify, write `verify.json` beside the manifest, and return its content."""
-    reference = reference_arrays(bundle, checkpoint, calibration)
+    reference = reference_arrays(bundle, checkpoint, calibration, allow_outside=allow_outside)
     tolerance = tolerance_of(bundle.manifest)
     stages = verify_stages(engine, reference, tolerance, progress)
     result = {

@@ -107,7 +107,7 @@ def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> d
         Path(job["calibrated"]),
         lambda stage: _say(next(done), total, stage),
     )
-    return {**asdict(options), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
+    return {**options.to_json(), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
 
 
 def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:

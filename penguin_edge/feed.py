@@ -35,15 +35,17 @@ class Corpus:
     records: tuple[Record, ...]
 
     @classmethod
-    def read(cls, sources: Sequence[tuple[Path, float]], media_root: Path | None = None) -> Corpus:
-        """Read files or folders, each with how often its records come per epoch.
+    def read(
+        cls, sources: Sequence[tuple[Path, float]], media_root: Path | None = None, *, allow_outside: bool = False
+    ) -> Corpus:
+        """Read files or folders, each with how often its records come per epoch; the rest as `read_records`.
 
         Raises:
             InputError: a file that cannot be read as records.
         """
         files, sizes, records = [], [], list[Record]()
         for path, _ in sources:
-            found = read_records(path, media_root)
+            found = read_records(path, media_root, allow_outside=allow_outside)
             files.append(path / ANNOTATIONS if path.is_dir() else path)
             sizes.append(len(found))
             records += found

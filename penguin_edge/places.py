@@ -97,6 +97,15 @@ def _file_path(source: str) -> Path:
     return Path(unquote(rest, errors="surrogateescape"))
 
 
+def exists(path: Path) -> bool:
+    """Whether anything is there; nothing has a name that cannot be one."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def existing(path: Path, wanted: str) -> Path:
     """The path, if something is there that can be asked about.
 

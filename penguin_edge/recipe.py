@@ -65,6 +65,8 @@ class TrainConfig:
     random_weights: bool = False
     """Begin with weights drawn from `seed` in a preset's shape (`penguin_edge.initialise`)."""
     media_root: Path | None = None
+    allow_outside: bool = False
+    """Take media that lie outside the folder of their annotations, or `media_root`."""
 
     batch_size: int = 2
     """Samples of one micro-batch of one process; the published recipe has 128 per step over all processes."""

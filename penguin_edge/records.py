@@ -12,6 +12,7 @@ reference drops it or trains on it as an answer; and a record that cannot be rig
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,10 +21,13 @@ from typing import Any, Literal
 
 from penguin_edge.errors import InputError
 from penguin_edge.files import parse_json, parse_json_at
+from penguin_edge.places import exists, local_path, scheme_of, shown
 from penguin_edge.prompt import IMAGE, Message
 
 ANNOTATIONS = "annotations.jsonl"
 """The file that a data set in a folder is read from."""
+MAX_PATH, MAX_NAME = 4096, 255
+"""Characters of a path and of each name in it, beyond which no file system here has one."""
 VIDEO = "<video>"
 ROLES = {"human": "user", "user": "user", "system": "system"}
 FORMAT_KEYS = {"id", "image", "video", "conversations"}
@@ -54,20 +58,62 @@ class Record:
         return f"{self.where}: record {self.id!r}" if self.where else f"record {self.id!r}"
 
 
-def read_records(path: Path, media_root: Path | None = None) -> list[Record]:
+@dataclass(frozen=True)
+class MediaFolder:
+    """Where the media of records lie. Annotations are input: unless allowed, they name nothing outside of `root`."""
+
+    root: Path
+    allow_outside: bool = False
+    _real: dict[Path, Path] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """The file that a record names, by a path relative to the folder or an absolute one.
+
+        Raises:
+            InputError: no name of a file here, or one of a file elsewhere, links followed.
+        """
+        if scheme_of(name) == "data":
+            raise InputError(f"{shown(name)}: a data: address; save the picture as a file, and name that")
+        path = self.root / local_path(name)
+        if len(name) > MAX_PATH or any(len(part) > MAX_NAME for part in path.parts):
+            raise InputError(f"{shown(name)}: is too long to be the name of a file; check the name")
+        try:
+            inside = self.allow_outside or self._resolved(path).is_relative_to(self._folder(self.root))
+        except ValueError as error:
+            raise InputError(f"{shown(name)}: cannot be a file ({error}); check the name") from error
+        if not inside:
+            raise InputError(
+                f"{shown(name)}: lies outside {self.root}; copy it there, or allow it with --allow-outside"
+            )
+        return path
+
+    def _resolved(self, path: Path) -> Path:
+        if path.name in ("", "..") or os.path.islink(path):
+            return Path(os.path.realpath(path))
+        return self._folder(path.parent) / path.name
+
+    def _folder(self, folder: Path) -> Path:
+        """A folder with its links followed: once, since a data set has few folders for many files."""
+        if folder not in self._real:
+            self._real[folder] = Path(os.path.realpath(folder))
+        return self._real[folder]
+
+
+def read_records(path: Path, media_root: Path | None = None, *, allow_outside: bool = False) -> list[Record]:
     """All records of a file, in order.
 
     Args:
         path: a JSON array or JSON lines (decided by content), or a folder with `annotations.jsonl`.
         media_root: folder that media paths are relative to; default: the file's own.
+        allow_outside: take media outside that folder too.
     Raises:
-        InputError: an unreadable file, or a record that breaks the format; the message names file and line. Whether
-            the media exist is not looked at, see `missing_media`.
+        InputError: an unreadable file, a record that breaks the format or names media outside the folder; the message
+            names file and line. Whether the media exist is not looked at, see `missing_media`.
     """
     path = Path(path)
     if path.is_dir():
         path = path / ANNOTATIONS
-    root = path.parent if media_root is None else Path(media_root)
+    root = MediaFolder(path.parent if media_root is None else Path(media_root), allow_outside)
     records = [_record(item, f"{path}:{line}", path.name, line, root) for line, item in _objects(path)]
     if not records:
         raise InputError(f"{path}: no record in it; wanted one JSON object per line, or a JSON array of them")
@@ -81,7 +127,7 @@ def missing_media(records: Iterable[Record]) -> list[str]:
     for record in records:
         for path in record.media:
             if path not in known:
-                known[path] = path.exists()
+                known[path] = exists(path)
                 if not known[path]:
                     found.append(f"{record.name}: {path} does not exist; check the path and the media folder")
     return found
@@ -132,7 +178,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _record(item: Any, where: str, name: str, line: int, root: Path) -> Record:
+def _record(item: Any, where: str, name: str, line: int, root: MediaFolder) -> Record:
     if not isinstance(item, dict):
         raise InputError(f"{where}: a record is {type(item).__name__}, wanted a JSON object")
     images, clips = (_paths(item, key, where, root) for key in ("image", "video"))
@@ -147,12 +193,15 @@ def _record(item: Any, where: str, name: str, line: int, root: Path) -> Record:
     return Record(f"{name}:{line}" if given is None else str(given), kind, (*images, *clips), messages, extra, where)
 
 
-def _paths(item: dict[str, Any], key: str, where: str, root: Path) -> tuple[Path, ...]:
+def _paths(item: dict[str, Any], key: str, where: str, root: MediaFolder) -> tuple[Path, ...]:
     value = item.get(key)
     names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise InputError(f"{where}: {key} is {str(value)[:60]!r}, wanted a list of paths")
-    return tuple(root / name for name in names)
+    try:
+        return tuple(root.path(name) for name in names)
+    except InputError as error:
+        raise InputError(f"{where}: {key} {error}") from error
 
 
 def _turns(item: dict[str, Any], where: str) -> list[tuple[str, str]]:

@@ -113,7 +113,7 @@ class Trainer:
             raise InputError("the adapter to the teacher has no learning rate; give it one with --distill-lr")
         if config.lora is not None and self.rates.llm is None:
             raise InputError("LoRA adapts the language model, which is frozen here; give it a learning rate")
-        self.corpus = Corpus.read(config.data, config.media_root)
+        self.corpus = Corpus.read(config.data, config.media_root, allow_outside=config.allow_outside)
         options = config.options or STAGES[config.stage].data
         limit = min(options.model_max_length, self.shape.text.max_position_embeddings)
         self.options = dataclasses.replace(options, model_max_length=limit)

@@ -62,6 +62,12 @@ class CalibrationOptions:
     length: int = 512
     """Tokens of a piece of text; of a record the most tokens."""
     seed: int = 0
+    allow_outside: bool = False
+    """Whether records may name media outside their own folder."""
+
+    def to_json(self) -> dict[str, str | int]:
+        """What samples are read again from."""
+        return {"source": self.source, "samples": self.samples, "length": self.length, "seed": self.seed}
 
 
 def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> list[Sample]:
@@ -76,7 +82,7 @@ def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> lis
     )
     rng = np.random.default_rng(options.seed)
     if path.is_dir() or path.suffix in (".json", ".jsonl"):
-        records = read_records(path)
+        records = read_records(path, allow_outside=options.allow_outside)
         build = SampleBuilder(config, tokenizer, DataOptions(model_max_length=options.length))
         return [build(records[i]) for i in sorted(rng.permutation(len(records))[: options.samples].tolist())]
     if options.source == BUILTIN:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from PIL import Image
 from penguin_edge import video
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.frames import Frame, read_video
-from penguin_edge.places import local_path, scheme_of, shown
+from penguin_edge.places import exists, local_path, scheme_of, shown
 from penguin_edge.runtime.live_clock import LiveClock
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ LIVE = {
 }
 """Protocols of live sources, each with those that it may open in turn. None opens files: a playlist is input too."""
 
+_NO_TIMES, _MAY_JUMP = 0x80, 0x200
+"""Flags of libavformat for formats without times, and with times that may jump."""
 _CAMERA = "/dev/video"
 _CLOCKLESS = ("image2pipe", "ingenient")
 """Formats without times that do not say so, beside those whose name ends in `_pipe`."""
@@ -92,11 +94,11 @@ def read_source(
         return _live(source, fps, note, pauses, stall_s)
     scheme = scheme_of(source)
     # What stands before a colon is taken for a protocol, unless there is such a file.
-    if scheme and scheme != "file" and not _exists(Path(source)):
+    if scheme and scheme != "file" and not exists(Path(source)):
         known = ", ".join(LIVE)
         raise InputError(f"{shown(source)}: {shown(scheme)} is no protocol of a stream here; wanted {known}, or a path")
     path = Path(source) if scheme != "file" else local_path(source)
-    if not _exists(path):
+    if not exists(path):
         raise InputError(f"{shown(path)}: no such file; name a clip, a folder of pictures, /dev/video0, or rtsp://…")
     return _clip(path, fps, loop)
 
@@ -112,14 +114,6 @@ def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) 
         if wait > 0:
             sleep(wait)
         yield frame
-
-
-def _exists(path: Path) -> bool:
-    try:
-        path.stat()
-    except (OSError, ValueError):  # too long a name and a NUL in it among them
-        return False
-    return True
 
 
 def _clip(source: Path, fps: float | None, loop: bool) -> Iterator[Frame]:
@@ -204,15 +198,13 @@ def _pictures(
     container: InputContainer, clock: LiveClock[VideoFrame], *, recorded: bool
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """What one connection gives. `recorded` if it may be a file, where frames lie far apart in a still scene."""
-    from av.format import Flags
-
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
     converter = video.rgb_converter()
-    flags, name = cast("int", container.format.flags), container.format.name
-    by_arrival = bool(flags & Flags.no_timestamps.value) or name in _CLOCKLESS or name.endswith("_pipe")
-    clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & Flags.ts_discont.value)
+    flags, name = container.format.flags, container.format.name
+    by_arrival = bool(flags & _NO_TIMES) or name in _CLOCKLESS or name.endswith("_pipe")
+    clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & _MAY_JUMP)
     for frame in container.decode(stream):
         for due, ready in clock.take(frame, frame.time, time.monotonic()):
             yield due, video.to_rgb(ready, converter)

@@ -82,6 +82,13 @@ def nats(text: str) -> float:
     return value
 
 
+def add_allow_outside(parser: argparse._ActionsContainer) -> None:
+    """The one flag for every verb that reads annotations."""
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="take media that annotations name outside their own folder"
+    )
+
+
 def is_bundle(source: str) -> bool:
     return (Path(source) / MANIFEST).is_file()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.budget_study import Ask, Reply, draw_study, study
-from penguin_edge.commands.common import emit, open_model, positive, say, table
+from penguin_edge.commands.common import add_allow_outside, emit, open_model, positive, say, table
 from penguin_edge.commands.eval_layers import run_layers
 from penguin_edge.errors import InputError
 from penguin_edge.evaluate import (
@@ -57,6 +57,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--length", type=positive, help="tokens of each (default: 256 with --text, 512 with --layers)")
     parser.add_argument("--seed", type=int, default=0, help="with --layers: of what is drawn (default: %(default)s)")
+    add_allow_outside(parser)
     parser.add_argument("--answers", metavar="FILE", help="write every answer, one JSON object per line")
     parser.add_argument("--over", metavar="FILE", help="compare with the --answers of another model")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
@@ -94,13 +95,13 @@ class Progress:
             say(line)
 
 
-def read_questions(data: Path, limit: int | None) -> list[Question]:
+def read_questions(data: Path, limit: int | None, *, allow_outside: bool = False) -> list[Question]:
     """The questions of a data set, checked as far as is possible before the model is opened.
 
     Raises:
         InputError: no data there, a record that cannot be used, a file that a record names and that is missing.
     """
-    records = read_records(data)
+    records = read_records(data, allow_outside=allow_outside)
     missing = missing_media(records)
     if missing:
         more = f" ({len(missing)} files are missing)" if len(missing) > 1 else ""
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     if args.budget_study and args.tra != "strict":
         raise InputError("a budget study compares strict plans; leave out --tra reference")
     data = Path(args.data)
-    questions = read_questions(data, args.limit)
+    questions = read_questions(data, args.limit, allow_outside=args.allow_outside)
     training = read_training_answers(data if data.is_dir() else data.parent)
     other = read_answers(args.over, questions) if args.over else None
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)

@@ -119,7 +119,9 @@ def read_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sampl
     from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, read_calibration
 
     def read(source: str, count: int) -> list[Sample]:
-        return read_calibration(CalibrationOptions(source, count, args.length or LENGTH, args.seed), checkpoint)
+        return read_calibration(
+            CalibrationOptions(source, count, args.length or LENGTH, args.seed, args.allow_outside), checkpoint
+        )
 
     sees = checkpoint.config.vision is not None
     samples = []
@@ -144,7 +146,7 @@ def read_data(args: argparse.Namespace, read: Callable[[str, int], list[Sample]]
     Raises:
         InputError: no records there, or a file that one names is missing.
     """
-    missing = missing_media(read_records(Path(args.data)))
+    missing = missing_media(read_records(Path(args.data), allow_outside=args.allow_outside))
     if missing:
         raise InputError(missing[0])
     path = Path(args.data)
@@ -162,7 +164,11 @@ def read_pictures(args: argparse.Namespace, checkpoint: Checkpoint) -> list[NDAr
         return []
     if not args.data:
         return list(builtin_photos().values())
-    parts = [part for record in read_records(Path(args.data)) for part in parts_of(record.messages)]
+    parts = [
+        part
+        for record in read_records(Path(args.data), allow_outside=args.allow_outside)
+        for part in parts_of(record.messages)
+    ]
     images = [part for part in parts if part_kind(part) == "image"][: args.pieces]
     return [read_image(media_source(part, config.image)[0]).pixels for part in images]
 
@@ -178,7 +184,7 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
 
     if not args.quant:
         bundle = Bundle.read(args.model)
-        with integers_again(bundle, checkpoint, args.calibration) as again:
+        with integers_again(bundle, checkpoint, args.calibration, allow_outside=args.allow_outside) as again:
             if args.calibration and not again[0].calibrated:
                 raise InputError(f"{args.model}: none of its schemes reads calibration data; leave out --calibration")
             if checkpoint.fingerprint() != bundle.manifest.source.get("sha256"):
@@ -186,7 +192,7 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
             yield again
         return
     recipe, target = find_recipe(args.quant), find_target("onnx")
-    data = CalibrationOptions(args.calibration or BUILTIN, seed=args.seed)
+    data = CalibrationOptions(args.calibration or BUILTIN, seed=args.seed, allow_outside=args.allow_outside)
     wanted = data if args.calibration or recipe.calibrated else None
     check_options(checkpoint, target, ExportOptions("onnx", recipe, MIN_SEQ_LEN, calibration=wanted))
     with tempfile.TemporaryDirectory(prefix="penguin-edge-") as work:

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from penguin_edge.commands.common import byte_count, emit, nats, positive, require_torch, say, table
+from penguin_edge.commands.common import add_allow_outside, byte_count, emit, nats, positive, require_torch, say, table
 from penguin_edge.errors import InputError
 from penguin_edge.machine import human_bytes
 
@@ -43,6 +43,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="for gptq, smoothing, static activations, auto, int8 caches: a data folder, or a text file (default: "
         "builtin, a text and a few photographs)",
     )
+    add_allow_outside(parser)
     parser.add_argument("--calibration-samples", type=positive, metavar="N", help="default: 64; for auto 4")
     parser.add_argument(
         "--calibration-length", type=positive, metavar="N", help="most tokens of each (default: 512; for auto 128)"
@@ -166,7 +167,9 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_cache_dtype:
         recipe = replace(recipe, kv=args.kv_cache_dtype)
     samples, length = args.calibration_samples or (4 if automatic else 64), args.calibration_length
-    read = CalibrationOptions(args.calibration or BUILTIN, samples, length or (128 if automatic else 512), args.seed)
+    read = CalibrationOptions(
+        args.calibration or BUILTIN, samples, length or (128 if automatic else 512), args.seed, args.allow_outside
+    )
     data = read if not automatic and (args.calibration or recipe.calibrated) else None
     options = ExportOptions(
         args.target, recipe, args.max_seq_len, args.seed, args.max_ram, args.overwrite, not args.no_verify, data

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.commands.common import emit, positive, require_torch, say
+from penguin_edge.commands.common import add_allow_outside, emit, positive, require_torch, say
 from penguin_edge.errors import InputError
 from penguin_edge.recipe import STAGES, Lora, TrainConfig
 
@@ -75,6 +75,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="annotation files, or folders with annotations.jsonl; WEIGHT: how often its records come per epoch",
     )
     what.add_argument("--media-root", type=Path, metavar="DIR", help="folder of the media (the annotations')")
+    add_allow_outside(what)
     what.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     what.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
 

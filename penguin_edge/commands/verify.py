@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.commands.common import emit, positive, require_torch, say, table
+from penguin_edge.commands.common import add_allow_outside, emit, positive, require_torch, say, table
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.runtime.engines import open_engine
 
@@ -20,6 +20,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--calibration", metavar="DIR|FILE", help="with --against: the data that the bundle was calibrated with"
     )
+    add_allow_outside(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
@@ -42,7 +43,14 @@ def run(args: argparse.Namespace) -> int:
     from penguin_edge.export.verify import verify_bundle
 
     engine = open_engine(bundle, threads=args.threads)
-    result = verify_bundle(bundle, engine, checkpoint, lambda line: say(f"  {line}"), args.calibration)
+    result = verify_bundle(
+        bundle,
+        engine,
+        checkpoint,
+        lambda line: say(f"  {line}"),
+        args.calibration,
+        allow_outside=args.allow_outside,
+    )
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [
