@@ -28,7 +28,10 @@ from penguin_edge.places import data_bytes, is_data, local_path, regular_file, s
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Pillow's names of the formats that are read; JPEG holds MPO, and AVIF needs a Pillow that was built with it."""
 MAX_PIXELS = 1 << 27
-"""Pixels of a picture that is still decoded, 134 million: about 1 GB of memory at the worst, and any phone's 108."""
+"""Pixels of a picture that is still decoded: 134 million, so that the 108 of a phone fit. A progressive JPEG of that size
+takes 1.3 GB of memory, other formats less."""
+FORMAT_SHARE = {"WEBP": 2, "AVIF": 2}
+"""A picture in these formats has at most `MAX_PIXELS` over this: their decoders keep twice as much."""
 FRAME_SHARE = 4
 """A frame of an animation has at most `MAX_PIXELS` over this (33 million, 8K): Pillow keeps four of them at a time."""
 CLIP_SHARE = 256
@@ -119,7 +122,11 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.nd
     Raises:
         InputError: too large, damaged, or pixels without a fixed range.
     """
-    check_size(image, name, max_pixels)
+    check_size(image, name, max_pixels // FORMAT_SHARE.get(image.format or "", 1))
+    return _decoded(image, name)
+
+
+def _decoded(image: Image.Image, name: str) -> np.ndarray:
     try:
         with quiet():
             image.load()
@@ -241,7 +248,7 @@ def animation(image: Image.Image, name: str, numbers: list[int], max_pixels: int
             raise
         except Exception as error:  # Pillow's decoders raise many kinds on damaged data
             raise InputError(f"{name}: frame {number} of the animation is damaged; copy it again") from error
-        yield to_rgb(image, name, frame)
+        yield _decoded(image, name)
 
 
 def frame_count(image: Image.Image, name: str) -> int:

@@ -142,6 +142,15 @@ def measured(path: Path) -> tuple[str, int]:
     return said, int(megabytes)
 
 
+def test_formats_that_take_twice_the_memory_have_half_the_pixels() -> None:
+    height, width = picture(3).shape[:2]
+    for kind in {"WEBP", "AVIF"} & set(images.known_formats()):
+        data = encoded(picture(3), kind)
+        assert read_image(data, max_pixels=2 * height * width).pixels.shape == (height, width, 3)
+        with pytest.raises(InputError, match="safety limit"):
+            read_image(data, max_pixels=2 * height * width - 1)
+
+
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
     for name, data in (("a.png", blank_png(13_300, 13_300)), ("b.png", blank_png(30_000, 30_000))):
         path = tmp_path / name
