@@ -14,8 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +21,16 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from penguin_edge import bundle as contract
+from penguin_edge import child
 from penguin_edge.bundle import Bundle, GraphEntry, Manifest, TablePlace, signature
+from penguin_edge.bundle_folder import check_place, writing
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
+from penguin_edge.folders import scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
@@ -226,8 +227,7 @@ def choose_recipe(
     stand_in = replace(options, recipe=STAND_IN)
     check_options(checkpoint, target, stand_in)
     check_room(estimate(checkpoint, target, stand_in), options, Path(out))
-    if Path(out).exists() and not options.overwrite:
-        raise BundleError(f"{out} exists already; choose another folder or pass --overwrite")
+    final = check_place(out, overwrite=options.overwrite)
     job = {
         "part": AUTO,
         "source": checkpoint.source,
@@ -236,7 +236,7 @@ def choose_recipe(
         "target": options.target,
         "recipe": STAND_IN.to_json(),
         **asdict(auto),
-        "kept": str(_measurements(out)),
+        "kept": str(_measurements(final)),
         "max_ram": options.max_ram,
     }
     result = _run_part(AUTO, job, 0, progress)
@@ -244,8 +244,8 @@ def choose_recipe(
     return replace(options, recipe=recipe, auto=result["report"])
 
 
-def _measurements(out: str | Path) -> Path:
-    return Path(out).absolute().with_name(f".{Path(out).name}.auto.json")
+def _measurements(final: Path) -> Path:
+    return final.with_name(f".{final.name}.auto.json")
 
 
 def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress) -> Bundle:
@@ -261,6 +261,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     Tokenizer.open(checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
     need = estimate(checkpoint, target, options)
     check_room(need, options, Path(out))
+    final = check_place(out, overwrite=options.overwrite)
     bounds = target.bounds(options.max_seq_len)
     if options.recipe.prefill:
         bounds = replace(bounds, min_chunk=2)
@@ -270,7 +271,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     table: list[dict[str, Any]] = []
     quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
     # Beside the bundle and kept when the export fails: the next one goes on with the layer that was not done.
-    work = Path(out).absolute().with_name(f".{Path(out).name}.calibration") if recipe.calibrated else None
+    work = final.with_name(f".{final.name}.calibration") if recipe.calibrated else None
     common = {
         "source": checkpoint.source,
         "seed": checkpoint.seed,
@@ -282,7 +283,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     if work is not None and options.calibration is not None:
         job = {**common, "part": CALIBRATION, "calibration": asdict(options.calibration), "max_ram": options.max_ram}
         quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
-    with contract.writing(out, overwrite=options.overwrite) as folder:
+    with writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
         place: TablePlace | None = None
         for part in parts_of(checkpoint, recipe):
@@ -341,7 +342,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     if options.auto:
-        _measurements(out).unlink(missing_ok=True)
+        _measurements(final).unlink(missing_ok=True)
     return Bundle(Path(out), finished.manifest)
 
 
@@ -353,8 +354,8 @@ def _version(distribution: str) -> str:
 
 
 def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Progress) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="penguin-edge-") as scratch:
-        result_path, job_path, log_path = (Path(scratch) / name for name in ("result.json", "job.json", "log.txt"))
+    with scratch() as folder:
+        result_path, job_path, log_path = (folder / name for name in ("result.json", "job.json", "log.txt"))
         job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
         progress.begin(part, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
@@ -377,8 +378,8 @@ def _verify(folder: Path, progress: Progress) -> None:
     Raises:
         BundleError: a stage computes something else than the eager model.
     """
-    with tempfile.TemporaryDirectory(prefix="penguin-edge-") as scratch:
-        out_path, log_path = Path(scratch) / "out.txt", Path(scratch) / "log.txt"
+    with scratch() as work:
+        out_path, log_path = work / "out.txt", work / "log.txt"
         progress.begin("verify", 0)
         begin = time.monotonic()
         with out_path.open("wb") as out, log_path.open("wb") as log:
@@ -415,14 +416,18 @@ def _watch(
     progress: Progress,
     label: Callable[[float], str] | None = None,
 ) -> int:
-    """Run a Python module in a session of its own until it ends; it is killed when this process is stopped.
+    """Run a Python module in a session of its own until it ends; it ends with this process, however that ends.
 
     Args:
         label: what it is called after so many seconds, where that is more than `part`.
     """
-    command = [sys.executable, "-m", *module]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True, env={**MALLOC, **os.environ}
+        child.command(*module),
+        stdin=subprocess.PIPE,  # held open: its end tells the child that this process is gone
+        stdout=out,
+        stderr=log,
+        start_new_session=True,
+        env=child.environment(MALLOC),
     )
     try:
         name = label or (lambda seconds: part)
@@ -432,6 +437,9 @@ def _watch(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
     return process.returncode
 
 

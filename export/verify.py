@@ -8,7 +8,6 @@ arrives. `tokens` is judged with the reference's tokens fed back, so that one ne
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from penguin_edge.bundle import CHECK, VERIFY, Bundle, Manifest
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json
+from penguin_edge.folders import scratch
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.engine import Engine, chunks
@@ -151,7 +151,7 @@ def integers_again(
     with contextlib.ExitStack() as stack:
         ready = None
         if recipe.calibrated:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penguin-edge-")))
+            work = stack.enter_context(scratch())
             _calibrate_again(bundle, checkpoint, recipe, calibration, allow_outside, work)
             ready = ready_from(work)
         yield recipe, activations, ready

@@ -21,9 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -398,60 +396,6 @@ def _remembered(key: str) -> Path | None:
     except RuntimeError:
         return None
     return cache / "penguin-edge" / "verified" / key
-
-
-def _strangers(folder: Path) -> list[str]:
-    """Files in a bundle's folder that no export put there."""
-    try:
-        known = {
-            *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"],
-            MANIFEST,
-            VERIFY,
-            "profile.json",
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in known)
-
-
-@contextlib.contextmanager
-def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        BundleError: `out` exists and is not to be overwritten, or is a folder that is not a bundle.
-    """
-    out = Path(out)
-    if out.exists() or out.is_symlink():
-        if not overwrite:
-            raise BundleError(f"{out} exists already; choose another folder or pass --overwrite")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-            raise BundleError(f"{out} exists and is not a bundle; it is left as it is, choose another folder")
-        strangers = _strangers(out)
-        if strangers:
-            raise BundleError(
-                f"{out} holds {strangers[0]}, which is not of the bundle; move it away before you overwrite"
-            )
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise BundleError(
-            f"{out}: cannot be created ({error.strerror}); choose a folder that can be written"
-        ) from error
-    old = aside.with_suffix(".old")
-    try:
-        yield aside
-        if out.exists() and not overwrite:
-            raise BundleError(f"{out} appeared while the bundle was made; it is left as it is, choose another folder")
-        if out.exists():
-            out.replace(old)
-        aside.replace(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.replace(out)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(folder: Path, manifest: Manifest) -> Bundle:

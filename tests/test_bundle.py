@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from penguin_edge.bundle import MANIFEST, Bounds, signature, writing
+from penguin_edge.bundle import MANIFEST, Bounds, manifest_hash, signature
+from penguin_edge.bundle_folder import writing
 from penguin_edge.config import PRESETS
 from penguin_edge.errors import BundleError
+
+DATA = {"files": {}, "schema": 1}
+OLD = json.dumps({**DATA, "sha256": manifest_hash(DATA)})
 
 
 def old_bundle(folder: Path) -> Path:
     folder.mkdir()
-    (folder / MANIFEST).write_text('{"files": {}}')
+    (folder / MANIFEST).write_text(OLD)
     return folder
 
 
@@ -33,7 +38,7 @@ def test_a_failing_rename_brings_the_old_bundle_back(
     rename = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial":
+        if self.name == "new":
             raise error
         return rename(self, target)
 
@@ -41,7 +46,7 @@ def test_a_failing_rename_brings_the_old_bundle_back(
     with pytest.raises(error), writing(out, overwrite=True) as folder:
         (folder / MANIFEST).write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert (out / MANIFEST).read_text() == '{"files": {}}'
+    assert (out / MANIFEST).read_text() == OLD
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ WEIGHTS = Path("penguin_edge/data/nano/model.safetensors")
 # Which module may import which. A package stands for all of its modules unless one of them has a line of its own.
 # Every module may import the modules of its own package, except in penguin_edge itself, which is cut finer.
 
-BASE = {"config", "errors", "files", "schema"}
+BASE = {"child", "config", "errors", "files", "folders", "schema"}
 DEVICE = BASE | {
     "machine",
     "clock",
@@ -47,6 +47,7 @@ DEVICE = BASE | {
     "prompt",
     "bundle",
     "bundle_schema",
+    "bundle_folder",
 }  # runs without torch
 NETWORK = {"layers", "encoder", "projector", "decoder"}
 STORED = {"hf_config", "tensorfile", "checkpoint"}
@@ -74,6 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors", "schema"},
     "schema": set(),
+    "folders": {"errors", "files"},
+    "child": set(),
     "config": {"errors", "files", "schema"},
     "bundle_schema": BASE,
     "machine": BASE,
@@ -92,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": BASE | {"places", "prompt"},
     "samples": DEVICE | {"records"},
     "bundle": BASE | {"bundle_schema"},
+    "bundle_folder": BASE | {"bundle"},
     "plan_report": BASE | {"frames", "keyframes", "tra"},
     "bench_figures": BASE,
     "bench_report": BASE | {"bench_figures", "machine"},

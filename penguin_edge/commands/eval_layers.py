@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands.common import TORCH_BYTES, emit, is_bundle, require_torch, say, table
 from penguin_edge.errors import InputError
+from penguin_edge.folders import scratch
 from penguin_edge.frames import read_image
 from penguin_edge.layer_study import PATCHES, draw_layers, feature_cosines, summary, worst
 from penguin_edge.layout import media_source
@@ -195,10 +195,10 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
     data = CalibrationOptions(args.calibration or BUILTIN, seed=args.seed, allow_outside=args.allow_outside)
     wanted = data if args.calibration or recipe.calibrated else None
     check_options(checkpoint, target, ExportOptions("onnx", recipe, MIN_SEQ_LEN, calibration=wanted))
-    with tempfile.TemporaryDirectory(prefix="penguin-edge-") as work:
+    with scratch() as work:
         if wanted:
-            calibrate(checkpoint, recipe, read_calibration(wanted, checkpoint), Path(work), lambda stage: None)
-        yield recipe, target.activations, ready_from(Path(work)) if wanted else None
+            calibrate(checkpoint, recipe, read_calibration(wanted, checkpoint), work, lambda stage: None)
+        yield recipe, target.activations, ready_from(work) if wanted else None
 
 
 def _engine(args: argparse.Namespace, checkpoint: Checkpoint, again: Again) -> Engine:

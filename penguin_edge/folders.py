@@ -1,0 +1,263 @@
+"""Folders that are written aside and take their place whole, and what a kill leaves of them.
+
+    PARENT/.NAME.1a2b3c4d.partial/   one writer's, locked while that process lives
+        penguin-edge.json            whose it is, and the name it is to take
+        new/                         what is being written
+        old/                         what stood there, from the moment before `new` takes its place
+
+Whenever the writer is killed, the old folder or the new one is there, whole: in its place, or as `old` here, from where
+the next writer of the same name brings it back. A rest is cleared only if it carries our mark, is of this user and of
+this machine, and its lock is free: the process that made it is gone then, whatever its number is used for now.
+Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from penguin_edge.errors import PenguinError
+from penguin_edge.files import read_json
+
+MARK = "penguin-edge.json"
+SUFFIX = ".partial"
+SCRATCH = "penguin-edge-"
+LONGEST_NAME = 48
+"""Characters of a name that a rest repeats: a file system that takes the name takes the rest's name, too."""
+
+MayReplace = Callable[[Path, bool], None]
+"""Given what stands in a place, and whether it appeared while the new folder was written: raises if it has to stay."""
+
+
+def place_of(out: str | Path, error: type[PenguinError]) -> Path:
+    """The absolute path that `out` means: through links, without `.` and `..`.
+
+    Raises:
+        PenguinError: it is the root, or a link to nothing.
+    """
+    try:
+        place = Path(os.path.realpath(out))
+        dangling = Path(out).is_symlink() and not os.path.lexists(place)
+    except (OSError, ValueError) as found:  # a name with a NUL in it is a ValueError
+        raise error(f"{str(out)!r}: cannot be used as a folder ({found}); choose another name") from found
+    if dangling or place.is_symlink():
+        raise error(f"{out} is a link, and {place} is not there; make that folder, or remove the link")
+    if not place.name:
+        raise error(f"{out} is the root of the file system; choose another folder")
+    return place
+
+
+@contextlib.contextmanager
+def whole(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -> Iterator[Path]:
+    """A folder aside that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Where `out` is a link, the folder that it points to is replaced.
+
+    Raises:
+        PenguinError: what stands there may not be replaced, or the parent cannot be written.
+    """
+    place = place_of(out, error)
+    clear(place, error)
+    if os.path.lexists(place):
+        _check(place, False, may_replace, error)
+    made = [parent for parent in place.parents if not os.path.lexists(parent)]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside, lock = _claim(place.parent, f".{place.name[:LONGEST_NAME]}.", SUFFIX, place.name)
+    except OSError as found:
+        raise error(f"{out}: cannot be created ({found.strerror}); choose a folder that can be written") from found
+    new, old = aside / "new", aside / "old"
+    try:
+        new.mkdir()
+        yield new
+        _sync(new)
+        if os.path.lexists(place):
+            _check(place, True, may_replace, error)
+            place.replace(old)
+            may_replace(old, True)  # once more, where nobody adds to it
+        new.replace(place)
+        _sync_names(place.parent)
+    finally:
+        if old.is_dir() and not os.path.lexists(place):
+            old.replace(place)
+        _remove(aside)
+        os.close(lock)
+        if not os.path.lexists(place):
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def clear(place: Path, error: type[PenguinError]) -> None:
+    """Bring back what a killed writer had moved out of `place`, and remove its rests.
+
+    Raises:
+        PenguinError: something else stands in `place` now; neither of the two is touched.
+    """
+    for rest in _rests(place.parent, f".{place.name[:LONGEST_NAME]}.", SUFFIX):
+        with _taken(rest) as name:
+            if name != place.name:
+                continue
+            old, new = rest / "old", rest / "new"
+            if old.is_dir() and not os.path.lexists(place):
+                old.replace(place)
+            elif old.is_dir() and new.is_dir():
+                raise error(
+                    f"{old} stood in the place of {place} before a process was killed; something else is there now: "
+                    f"move one of the two away, then remove {rest}"
+                )
+            _remove(rest)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder for work, gone afterwards; those that killed processes left are removed first."""
+    parent = Path(tempfile.gettempdir())
+    for rest in _rests(parent, SCRATCH, ""):
+        with _taken(rest) as name:
+            if name == SCRATCH:
+                _remove(rest)
+    aside, lock = _claim(parent, SCRATCH, "", SCRATCH)
+    try:
+        work = aside / "work"
+        work.mkdir()
+        yield work
+    finally:
+        _remove(aside)
+        os.close(lock)
+
+
+def _check(place: Path, appeared: bool, may_replace: MayReplace, error: type[PenguinError]) -> None:
+    """Refuse what may not be replaced, or cannot be."""
+    may_replace(place, appeared)
+    if os.path.ismount(place):
+        raise error(f"{place} is a mount point, which cannot be replaced; choose a folder in it")
+    with contextlib.suppress(FileNotFoundError):  # the working directory itself may be gone
+        if Path.cwd().is_relative_to(place):
+            raise error(f"{place} is the working directory, or holds it; go elsewhere to replace it")
+
+
+def _here() -> dict[str, str]:
+    """What tells this machine from another that sees the same files: locks are not shared by all file systems."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        boot = ""
+    return {"host": platform.node(), "boot": boot}
+
+
+def _claim(parent: Path, prefix: str, suffix: str, name: str) -> tuple[Path, int]:
+    """A new folder, locked and then marked; the file descriptor holds the lock."""
+    while True:
+        folder = parent / f"{prefix}{uuid.uuid4().hex[:8]}{suffix}"
+        try:
+            folder.mkdir(mode=0o777 if suffix else 0o700)
+        except FileExistsError:
+            continue
+        lock = -1
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            _lock(lock)
+            (folder / MARK).write_text(json.dumps({"name": name, **_here()}), encoding="utf-8")
+            return folder, lock
+        except (FileNotFoundError, BlockingIOError):  # taken for a rest in the moment before it was locked
+            if lock >= 0:
+                os.close(lock)
+        except BaseException:
+            _remove(folder)
+            if lock >= 0:
+                os.close(lock)
+            raise
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a folder for as long as this process has it open; False where the file system has no such locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _rests(parent: Path, prefix: str, suffix: str) -> list[Path]:
+    """Folders whose names are as `_claim` makes them."""
+    try:
+        names = sorted(os.listdir(parent))
+    except OSError:
+        return []
+    length = len(prefix) + 8 + len(suffix)
+    return [
+        parent / name
+        for name in names
+        if len(name) == length
+        and name.startswith(prefix)
+        and name.endswith(suffix)
+        and set(name[len(prefix) :][:8]) <= set("0123456789abcdef")
+    ]
+
+
+@contextlib.contextmanager
+def _taken(rest: Path) -> Iterator[str | None]:
+    """The name in the mark of a rest that nobody uses any more, locked meanwhile; None for any other folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, lock)
+            free = os.fstat(lock).st_uid == os.geteuid() and _lock(lock)
+        except OSError:
+            free = False
+        name = None
+        if free:
+            try:
+                mark = read_json(rest / MARK)
+                here = _here()
+                if any(here[key] and mark[key] == here[key] for key in here):
+                    name = str(mark["name"])
+            except (PenguinError, KeyError, TypeError):
+                with contextlib.suppress(OSError):  # killed before it was marked; a rest with anything in it stays
+                    if (rest / MARK).is_file() and not (rest / MARK).stat().st_size:
+                        (rest / MARK).unlink()
+                    rest.rmdir()
+        yield name
+
+
+def _remove(aside: Path) -> None:
+    """Remove a writer's folder; its mark goes last, so that a kill leaves what the next one knows as ours."""
+    for name in ("new", "old", "work"):
+        shutil.rmtree(aside / name, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in a folder on the disk: what it replaces is removed then."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_names(Path(parent))
+
+
+def _sync_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems know no such thing for folders
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
