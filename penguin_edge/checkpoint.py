@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from penguin_edge.config import PATCH, PRESETS, PenguinConfig
 from penguin_edge.errors import CheckpointError
+from penguin_edge.folders import refuse_any, whole
 from penguin_edge.hf_config import config_from_folder, published_json
 from penguin_edge.model import PARTS, PenguinModel
 from penguin_edge.tensorfile import StoredTensor, checkpoint_files, read_header
@@ -351,22 +352,16 @@ def save(model: PenguinModel, folder: str | Path, tokenizer: Path, *, max_shard_
     Raises:
         CheckpointError: the folder exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _write_weights(model.named_parameters(), aside, max_shard_bytes)
-        for name, data in published_json(model.config, str(model.dtype).removeprefix("torch.")).items():
-            (aside / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer, aside / "tokenizer.json")
-        if folder.exists():
-            folder.rmdir()
-        aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with whole(folder, refuse_any(folder, CheckpointError), CheckpointError) as aside:
+        write_published(model, aside, tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def write_published(model: PenguinModel, folder: Path, tokenizer: Path, *, max_shard_bytes: int) -> None:
+    """The files of `save`, into a folder that is there."""
+    _write_weights(model.named_parameters(), folder, max_shard_bytes)
+    for name, data in published_json(model.config, str(model.dtype).removeprefix("torch.")).items():
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
 def _write_weights(parameters: Iterable[tuple[str, nn.Parameter]], folder: Path, max_shard_bytes: int) -> None:

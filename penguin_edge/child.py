@@ -44,7 +44,7 @@ def end_with_parent(alive: Callable[[], bool]) -> None:
 
 
 def quiet_worker() -> None:
-    """Begin a worker of `multiprocessing`: it ends with its parent, which alone answers Ctrl-C and decides when to stop."""
+    """Begin a worker of `multiprocessing`: it ends with its parent, which alone answers Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

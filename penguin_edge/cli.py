@@ -1,84 +1,136 @@
 """The command line: `penguin-edge VERB …`. Results go to stdout, logs and progress to stderr.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 130 stopped by the user.
+Exit codes: 0 ok, 1 failed, 2 usage; stopped: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (its terminal is gone).
+
+Nothing is imported here before `main` has said what a signal does: the verbs' imports take their time, and Ctrl-C in
+them is an end like any other.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Sequence
-from types import FrameType
 
-from penguin_edge import __version__
-from penguin_edge.commands import (
-    bench,
-    compare,
-    data,
-    doctor,
-    eval,
-    export,
-    info,
-    plan,
-    profile,
-    run,
-    stream,
-    train,
-    verify,
-)
-from penguin_edge.errors import PenguinError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
-VERBS = (doctor, info, plan, data, train, export, verify, run, stream, profile, bench, compare, eval)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; every failure is one sentence on stderr.
+
+    Args:
+        argv: the arguments after the program's name; without them this is the program itself, and what the process
+            does on a signal is decided here.
+    """
+    from penguin_edge import stopping
+
+    if argv is None:
+        stopping.begin()
+    try:
+        code = _run(argv)
+    except KeyboardInterrupt:  # while another failure was told
+        code = stopping.code()
+    if argv is None:
+        stopping.end()
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
+    import argparse
+
+    from penguin_edge import __version__
+    from penguin_edge.commands import (
+        bench,
+        compare,
+        data,
+        doctor,
+        eval,
+        export,
+        info,
+        plan,
+        profile,
+        run,
+        stream,
+        train,
+        verify,
+    )
+
     top = argparse.ArgumentParser(
         prog="penguin-edge", description="Penguin-VL from a PyTorch checkpoint to a phone or a Jetson."
     )
     top.add_argument("--version", action="version", version=f"penguin-edge {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in VERBS:
+    for verb in (doctor, info, plan, data, train, export, verify, run, stream, profile, bench, compare, eval):
         verb.add(verbs)
     return top
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _run(argv: Sequence[str] | None) -> int:
+    import warnings
 
+    from penguin_edge import stopping
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; every failure on purpose is one sentence on stderr."""
-    args = parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    debug = False
     try:
-        return int(args.run(args))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout is gone; leave without a second complaint at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (PenguinError, ValueError, OSError, MemoryError) as error:
-        if args.debug:
+        args = parser().parse_args(argv)
+        debug = args.debug
+        warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+        stopping.let_finish()
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return stopping.code() if code == stopping.CTRL_C else code
+    except SystemExit:  # argparse has said why
+        _flush()
+        raise
+    except BaseException as error:
+        # A library that a stop fell into may have made another error of it.
+        if isinstance(error, KeyboardInterrupt) or stopping.asked():
+            _tell("\nstopped" if sys.stderr.isatty() else "stopped")
+            return stopping.code()
+        if debug and not isinstance(error, BrokenPipeError):
             raise
-        print(f"penguin-edge: {_sentence(error)}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # the reader is gone and wants no complaint
+            _tell(f"penguin-edge: {_sentence(error)}")
         return 1
+    finally:
+        _flush()
 
 
-def _sentence(error: Exception) -> str:
+def _tell(line: str) -> None:
+    import contextlib
+
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(line, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Write what is left on stdout; where nothing can be written, the interpreter shall not try again when it ends."""
+    import os
+
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _sentence(error: BaseException) -> str:
+    from penguin_edge.errors import PenguinError
+
+    if isinstance(error, PenguinError):
+        return str(error)
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, --max-seq-len or --budget"
-    if isinstance(error, OSError) and not isinstance(error, PenguinError):
+    if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
-    return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if any("Traceback" in text for text in lines) else lines[0]
+    if type(error) is ValueError:
+        return line
+    name = type(error).__name__
+    return f"unexpected {name}{': ' * bool(line)}{line}; `penguin-edge --debug …` shows where it comes from"
 
 
 if __name__ == "__main__":

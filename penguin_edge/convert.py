@@ -31,6 +31,7 @@ from penguin_edge.checkpoint import Checkpoint, published_name
 from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, VisionConfig
 from penguin_edge.encoder import Encoder
 from penguin_edge.errors import CheckpointError, InputError
+from penguin_edge.folders import refuse_any, whole
 from penguin_edge.hf_config import published_json
 from penguin_edge.layers import Block, RMSNorm
 from penguin_edge.model import PenguinModel
@@ -122,10 +123,11 @@ def save_encoder(encoder: Encoder, folder: str | Path, image: ImageConfig | None
     Raises:
         CheckpointError: the folder exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} exists and is not empty; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder, refuse_any(folder, CheckpointError), CheckpointError) as aside:
+        _write_encoder(encoder, aside, image)
+
+
+def _write_encoder(encoder: Encoder, folder: Path, image: ImageConfig | None) -> None:
     dtype = str(encoder.patch_embedding.weight.dtype).removeprefix("torch.")
     files = published_json(PenguinConfig(vision=encoder.config, image=image or ImageConfig()), dtype)
     config = {"architectures": ["PenguinVLVisionEncoderModel"], **files["config.json"]["vision_encoder_config"]}

@@ -6,18 +6,22 @@ The order is laid out by `penguin_edge.sampler.Order`; a worker is handed the in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from penguin_edge.child import quiet_worker
 from penguin_edge.errors import MemoryLimitError, PenguinError
 from penguin_edge.packing import Batch, pack
 from penguin_edge.records import ANNOTATIONS, Record, read_records
@@ -136,21 +140,18 @@ def deliveries(micro: Micro, run: Run, workers: int, prefetch: int) -> Iterator[
     Raises:
         MemoryLimitError: a worker was killed, as happens when memory runs out.
     """
-    try:
-        yield from _loader(micro, run, workers, prefetch)
-    except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise MemoryLimitError(
-            "a loader process died, most likely for want of memory; use fewer --workers, or resume to try again"
-        ) from error
+    yield from _loaded(micro, run, workers, prefetch)
 
 
 def measure_lengths(
     records: Sequence[Record], builder: SampleBuilder, workers: int, report: Callable[[int], None]
 ) -> Iterator[int | str]:
-    """Tokens of every record by building it, in file order; a string says why a record cannot be used."""
-    for done, length in enumerate(_loader(Length(records, builder), None, workers, 64)):
+    """Tokens of every record by building it, in file order; a string says why a record cannot be used.
+
+    Raises:
+        MemoryLimitError: a worker was killed.
+    """
+    for done, length in enumerate(_loaded(Length(records, builder), None, workers, 64)):
         report(done + 1)
         yield length
 
@@ -198,8 +199,13 @@ class _Countdown:
             self.say(f"  {done} of {self.total}, {left:.0f} s left")
 
 
-def _loader(dataset: Dataset, sampler: Sampler | None, workers: int, prefetch: int) -> DataLoader:
-    return DataLoader(
+def _loaded(dataset: Dataset, sampler: Sampler | None, workers: int, prefetch: int) -> Iterator[Any]:
+    """What the dataset makes of each index, in order, by worker processes.
+
+    Raises:
+        MemoryLimitError: a worker was killed; it is raised here and nowhere else, so that no step is half taken.
+    """
+    loader = DataLoader(
         dataset,
         sampler=sampler,
         batch_size=None,
@@ -208,12 +214,42 @@ def _loader(dataset: Dataset, sampler: Sampler | None, workers: int, prefetch: i
         collate_fn=_as_is,
         worker_init_fn=_quiet_worker,
     )
+    with _no_alarm():
+        items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch notices it itself, or fails to fetch a tensor from the worker; a failure inside of a worker comes
+            # with its traceback.
+            lost = workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error))
+            if not lost or "Traceback" in str(error):
+                raise
+            raise MemoryLimitError(
+                "a loader process died, most likely for want of memory; use fewer --workers, or resume to try again"
+            ) from error
+        yield item
+
+
+@contextlib.contextmanager
+def _no_alarm() -> Iterator[None]:
+    """Take back what torch does on SIGCHLD: it raises wherever the main thread is, in the middle of a step or a save.
+
+    A worker that is gone is noticed when the next item does not come.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _quiet_worker(number: int) -> None:
-    """The parent decides when to stop: a worker neither answers Ctrl-C nor inherits the parent's way of stopping."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    quiet_worker()
 
 
 def _as_is(item: object) -> object:

@@ -7,9 +7,13 @@ value must be is said by a rule of `penguin_edge.schema`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +26,8 @@ MAX_DEPTH = 48
 """Objects and lists inside one another; penguin-edge's own files have 8."""
 MAX_DIGITS = 64
 """Characters of one number."""
+LONGEST_NAME = 48
+"""Characters of a name that a file beside it repeats: a file system that takes the name takes the other one, too."""
 
 
 def parse_json(
@@ -97,10 +103,27 @@ def read_json(
 def write_json(path: Path, data: Any) -> None:
     """Write aside, then rename, so that a reader never sees half a file. Numbers that are not finite become null."""
     text = json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it becomes when the block ends well; otherwise `path` stays as it was.
+
+    A link stays a link: what it points to is replaced. What is no file, such as a pipe or `/dev/stdout`, is written to.
+    """
+    path = Path(path)
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+        yield path
+        return
+    place = Path(os.path.realpath(path))
+    aside = place.with_name(f".{place.name[:LONGEST_NAME]}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield aside
+        if place.exists():
+            shutil.copymode(place, aside)
+        aside.replace(place)
     finally:
         aside.unlink(missing_ok=True)
 

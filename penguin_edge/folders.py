@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import uuid
@@ -30,11 +31,26 @@ from penguin_edge.files import read_json
 MARK = "penguin-edge.json"
 SUFFIX = ".partial"
 SCRATCH = "penguin-edge-"
+ANY_NAME = r".+\."
 LONGEST_NAME = 48
 """Characters of a name that a rest repeats: a file system that takes the name takes the rest's name, too."""
 
 MayReplace = Callable[[Path, bool], None]
 """Given what stands in a place, and whether it appeared while the new folder was written: raises if it has to stay."""
+
+
+def refuse_any(out: str | Path, error: type[PenguinError], *, but_empty: bool = True) -> MayReplace:
+    """For what never replaces anything, except perhaps an empty folder."""
+
+    def may_replace(found: Path, appeared: bool) -> None:
+        if not (but_empty and found.is_dir()):
+            raise error(f"{out} exists; it is left as it is: choose another name, or remove it first")
+        if any(found.iterdir()):
+            raise error(
+                f"{out} exists and is not empty; it is left as it is: choose another folder, or remove it first"
+            )
+
+    return may_replace
 
 
 def place_of(out: str | Path, error: type[PenguinError]) -> Path:
@@ -117,6 +133,36 @@ def clear(place: Path, error: type[PenguinError]) -> None:
             _remove(rest)
 
 
+def clear_all(parent: Path, error: type[PenguinError]) -> None:
+    """`clear` for every place in a folder that a killed process was about to fill."""
+    for rest in _rests(parent, ".", SUFFIX):
+        with _taken(rest) as name:
+            pass
+        if name is not None:
+            clear(parent / name, error)
+
+
+def discard(folder: Path, may_remove: MayReplace) -> None:
+    """Remove a folder at once, as seen from outside, if nothing but what may be removed is in it.
+
+    Raises:
+        PenguinError: what `may_remove` raises; the folder stays then.
+    """
+    may_remove(folder, False)
+    aside, lock = _claim(folder.parent, f".{folder.name[:LONGEST_NAME]}.", SUFFIX, folder.name)
+    gone = aside / "new"  # never brought back
+    try:
+        folder.replace(gone)
+        may_remove(gone, True)
+    except BaseException:
+        if gone.is_dir() and not os.path.lexists(folder):
+            gone.replace(folder)
+        raise
+    finally:
+        _remove(aside)
+        os.close(lock)
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """An empty folder for work, gone afterwards; those that killed processes left are removed first."""
@@ -194,20 +240,13 @@ def _lock(descriptor: int) -> bool:
 
 
 def _rests(parent: Path, prefix: str, suffix: str) -> list[Path]:
-    """Folders whose names are as `_claim` makes them."""
+    """Folders whose names are as `_claim` makes them; the prefix `.` stands for those of any name."""
     try:
         names = sorted(os.listdir(parent))
     except OSError:
         return []
-    length = len(prefix) + 8 + len(suffix)
-    return [
-        parent / name
-        for name in names
-        if len(name) == length
-        and name.startswith(prefix)
-        and name.endswith(suffix)
-        and set(name[len(prefix) :][:8]) <= set("0123456789abcdef")
-    ]
+    form = re.compile(re.escape(prefix) + ANY_NAME * (prefix == ".") + "[0-9a-f]{8}" + re.escape(suffix), re.DOTALL)
+    return [parent / name for name in names if form.fullmatch(name)]
 
 
 @contextlib.contextmanager

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from penguin_edge.checkpoint import Checkpoint, read_encoder, save
+from penguin_edge.checkpoint import Checkpoint, read_encoder
 from penguin_edge.errors import CheckpointError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.feed import Corpus, Delivery, Micro, Run, deliveries, measured_lengths, steps_of
+from penguin_edge.files import write_json
+from penguin_edge.folders import clear_all
 from penguin_edge.initialise import initialise
 from penguin_edge.losses import Distiller, count_items
 from penguin_edge.model import PenguinModel
@@ -38,25 +40,25 @@ from penguin_edge.sampler import Order, stable_seed
 from penguin_edge.samples import SampleBuilder
 from penguin_edge.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.trainee import (
-    ADAPTER,
     MEANS,
     Trainee,
     add_lora,
     is_adapter,
     named_tensors,
     published_model,
-    save_adapter,
     shard,
     whole,
 )
 from penguin_edge.trainer_state import (
     RESULT,
     TrainingState,
+    check_room,
     checkpoints,
     cut_log,
     load_optimizer_state,
     optimizer_state,
     read_state,
+    save_result,
     save_step,
 )
 
@@ -164,6 +166,7 @@ class Trainer:
         if self.main:
             config.out.mkdir(parents=True, exist_ok=True)
         begin, state = self._start()
+        check_room(config.out, begin, self.total)
         trainee = self._trainee(state)
         self._prepare(trainee, state)
         self.say(self._headline())
@@ -201,6 +204,9 @@ class Trainer:
     def _start(self) -> tuple[int, TrainingState | None]:
         """Steps already taken, and the state to resume from."""
         config = self.config
+        if config.resume and self.main:
+            clear_all(config.out, CheckpointError)
+        self.accelerator.wait_for_everyone()
         found = checkpoints(config.out) if config.resume else []
         if not found:
             if config.resume:
@@ -209,7 +215,7 @@ class Trainer:
                     cut_log(config.out, 0)
             return 0, None
         self.resumed = found[-1]
-        state = read_state(self.resumed, self.identity())
+        state = read_state(self.resumed, self.identity(), self.say)
         if self.main:
             cut_log(config.out, state.step)
         self.say(f"resuming from {self.resumed}: step {state.step} of {self.total}")
@@ -403,7 +409,7 @@ class Trainer:
         path = self.config.out / f"nonfinite-step-{step + 1}.json"
         if self.main:
             data = {"step": step + 1, "loss": repr(loss), "grad_norm": repr(norm), "ids": ids}
-            path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            write_json(path, data)
         raise NonFiniteLoss(
             f"the loss of step {step + 1} is {loss} and its gradient norm {norm}; the ids of its {len(ids)} records "
             f"are in {path}: look at them, or lower the learning rate and resume from the last checkpoint"
@@ -447,13 +453,14 @@ class Trainer:
 
     def _save_result(self) -> None:
         """The published form in the dtype of the model that training began with."""
-        config, result = self.config, self.config.out / RESULT
+        config = self.config
         model, extra = published_model(self.model, self.shape, config.lora)
-        if self.main and not result.exists():
-            dtype = self.checkpoint.dtype
-            save(model.to(dtype), result, self.checkpoint.tokenizer, max_shard_bytes=config.max_shard_bytes)
-            if config.lora is not None:
-                save_adapter(result / ADAPTER, extra, config.lora, self.checkpoint.source)
+        if self.main and not (config.out / RESULT).exists():
+            model = model.to(self.checkpoint.dtype)
+            adapter = (extra, config.lora, self.checkpoint.source) if config.lora else None
+            save_result(
+                config.out, model, self.checkpoint.tokenizer, adapter=adapter, max_shard_bytes=config.max_shard_bytes
+            )
         self.accelerator.wait_for_everyone()
 
     def identity(self) -> dict[str, Any]:

@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     "schema": set(),
     "folders": {"errors", "files"},
     "child": set(),
+    "stopping": set(),
     "config": {"errors", "files", "schema"},
     "bundle_schema": BASE,
     "machine": BASE,
@@ -118,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     "feed": DEVICE | {"records", "samples", "sampler", "packing"},
     "initialise": MODEL,
     "trainee": MODEL | {"losses", "packing", "recipe"},
-    "trainer_state": MODEL | {"trainee"},
+    "trainer_state": MODEL | {"recipe", "trainee"},
     "recipe": BASE | {"losses", "packing", "samples", "schedule"},
     "progress": BASE | {"packing", "trainer_state"},
     "train": MODEL | LEARNING,
@@ -136,7 +137,7 @@ ALLOWED: dict[str, set[str]] = {
     "export.verify": MODEL | {"eager", "quantize", "export", "runtime"},  # the one place where export meets runtime
     "runtime": DEVICE,
     "commands": EVERYTHING,
-    "cli": EVERYTHING,
+    "cli": EVERYTHING | {"stopping"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -14,13 +14,13 @@ count nor the number of processes changes what record 17 is.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import tempfile
+import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from penguin_edge.errors import InputError
+from penguin_edge.child import quiet_worker
+from penguin_edge.errors import InputError, MemoryLimitError
+from penguin_edge.folders import refuse_any, whole
 from penguin_edge.nano.assets import Assets, load_assets
 from penguin_edge.nano.scenes import SIDE, Array, Light, Painter, Placed
 from penguin_edge.nano.tasks import DENSE, TASKS, Scene, Split
@@ -157,18 +159,14 @@ def build(
     unknown = [task for task in tasks if task not in known]
     if unknown:
         raise InputError(f"unknown task {unknown[0]!r} for the {split} split; there are {', '.join(known)}")
-    if out.exists():
-        raise InputError(f"{out} exists; name a new folder, or remove it first")
-    load_assets(cache)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with whole(out, refuse_any(out, InputError, but_empty=False), InputError) as folder:
+        load_assets(cache)
         for name in ("images", "videos"):
             (folder / name).mkdir()
         write = partial(_write_part, folder=folder, tasks=tasks, split=split, seed=seed, side=side, cache=cache)
         parts = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
         done = 0
-        with (folder / ANNOTATIONS).open("w", encoding="utf-8") as file, ProcessPoolExecutor(workers) as pool:
+        with (folder / ANNOTATIONS).open("w", encoding="utf-8") as file, _pool(workers) as pool:
             for part, lines in zip(parts, pool.map(write, parts), strict=True):
                 file.writelines(f"{line}\n" for line in lines)
                 done += len(part)
@@ -178,8 +176,25 @@ def build(
         (folder / "training_answers.json").write_text(json.dumps(training_answers(asked)), encoding="utf-8")
         source = {"split": split, "seed": seed, "count": count, "tasks": tasks, "side": side}
         (folder / "source.json").write_text(json.dumps(source), encoding="utf-8")
-        folder.chmod(0o755)
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, which are stopped in the middle of their part when the block fails.
+
+    Raises:
+        MemoryLimitError: one was killed.
+    """
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise MemoryLimitError(
+                "a drawing process died, most likely for want of memory; nothing was written: use fewer --workers"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
