@@ -30,9 +30,10 @@ from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
-from penguin_edge.folders import scratch
+from penguin_edge.folders import held, place_of, scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
+from penguin_edge.quantize import kept
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.auto import STAND_IN, AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
@@ -254,6 +255,19 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     Raises:
         PenguinError: any part fails; `out` is then as it was before.
     """
+    final = check_place(out, overwrite=options.overwrite)
+    if not options.recipe.calibrated:
+        return _export(checkpoint, out, options, progress, None)
+    # Beside the bundle and kept when the export fails: the next one goes on with the layer that was not done.
+    work = final.with_name(f".{final.name}.calibration")
+    with held(work, BundleError):
+        return _export(checkpoint, out, options, progress, work)
+
+
+def _export(
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress, work: Path | None
+) -> Bundle:
+    """As `export_bundle`; `work` is the folder of a recipe that reads data."""
     target = find_target(options.target)
     target.check_installed()
     check_options(checkpoint, target, options)
@@ -261,7 +275,6 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     Tokenizer.open(checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
     need = estimate(checkpoint, target, options)
     check_room(need, options, Path(out))
-    final = check_place(out, overwrite=options.overwrite)
     bounds = target.bounds(options.max_seq_len)
     if options.recipe.prefill:
         bounds = replace(bounds, min_chunk=2)
@@ -270,8 +283,6 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
     embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
     table: list[dict[str, Any]] = []
     quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
-    # Beside the bundle and kept when the export fails: the next one goes on with the layer that was not done.
-    work = final.with_name(f".{final.name}.calibration") if recipe.calibrated else None
     common = {
         "source": checkpoint.source,
         "seed": checkpoint.seed,
@@ -340,9 +351,9 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
         if options.verify:
             _verify(folder, progress)
     if work is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        kept.remove(work)
     if options.auto:
-        _measurements(final).unlink(missing_ok=True)
+        _measurements(place_of(out, BundleError)).unlink(missing_ok=True)
     return Bundle(Path(out), finished.manifest)
 
 

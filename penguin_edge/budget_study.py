@@ -31,6 +31,7 @@ from penguin_edge.evaluate import (
     difference,
     score,
 )
+from penguin_edge.files import replacing
 from penguin_edge.prompt import Message, part_kind
 from penguin_edge.tra import DROPPED, KEY, FramePlan, Plan, Policy, plan_clip, size_ladder
 
@@ -207,7 +208,8 @@ def draw_study(result: dict[str, Any], path: str | Path) -> None:
     figure.supxlabel("visual tokens, share of a clip's native tokens", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
     try:
-        figure.savefig(path, format="png")
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png")
     except OSError as error:
         raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None
 

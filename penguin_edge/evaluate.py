@@ -32,7 +32,7 @@ from typing import Any
 
 from penguin_edge import schema
 from penguin_edge.errors import InputError
-from penguin_edge.files import parse_json, read_json
+from penguin_edge.files import parse_json, read_json, replacing
 from penguin_edge.prompt import EMPTY_THINK, Message
 from penguin_edge.records import Record
 
@@ -229,10 +229,9 @@ def save_answers(path: str | Path, questions: Sequence[Question], answers: Seque
         for q, a in zip(questions, answers, strict=True)
     ]
     path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); name another file for the answers") from error
 

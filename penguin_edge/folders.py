@@ -133,6 +133,31 @@ def clear(place: Path, error: type[PenguinError]) -> None:
             _remove(rest)
 
 
+@contextlib.contextmanager
+def held(folder: Path, error: type[PenguinError]) -> Iterator[None]:
+    """Keep a folder for this process, so that another one does not work in it, too.
+
+    Raises:
+        PenguinError: another process has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as found:
+        raise error(f"{folder}: cannot be used ({found.strerror}); move it away") from found
+    try:
+        _lock(lock)
+    except BlockingIOError as found:
+        os.close(lock)
+        raise error(f"{folder}: another process works there; wait for it, or choose another name") from found
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+        os.close(lock)
+
+
 def clear_all(parent: Path, error: type[PenguinError]) -> None:
     """`clear` for every place in a folder that a killed process was about to fill."""
     for rest in _rests(parent, ".", SUFFIX):

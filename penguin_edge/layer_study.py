@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.config import PATCH
 from penguin_edge.errors import InputError, TargetUnavailable
+from penguin_edge.files import replacing
 from penguin_edge.preprocess import fit_area, preprocess_image
 from penguin_edge.runtime.engine import Engine
 
@@ -185,6 +186,7 @@ def draw_layers(rows: Sequence[Row], path: str | Path) -> None:
     every[0].set_ylabel("SNR of a layer's outputs, dB", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
     try:
-        figure.savefig(path, format="png")
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png")
     except OSError as error:
         raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.config import TraConfig
 from penguin_edge.errors import InputError, TargetUnavailable
+from penguin_edge.files import replacing
 from penguin_edge.tra import DROPPED, INTERMEDIATE, KEY, Plan
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -199,7 +200,8 @@ def draw_png(
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(path, format="png")
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png")
     except OSError as error:
         raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None
 

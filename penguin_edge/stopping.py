@@ -99,6 +99,6 @@ def _again(failure: sys.UnraisableHookArgs) -> None:
         return
     import threading
 
-    again = threading.Timer(0.05, signal.raise_signal, (_State.first or signal.SIGINT,))
+    again = threading.Timer(0.05, os.kill, (os.getpid(), _State.first or signal.SIGINT))
     again.daemon = True
     again.start()

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from penguin_edge.checkpoint import Checkpoint, meta_model
@@ -38,6 +37,7 @@ from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
 from penguin_edge.quantize.builtin import builtin_pictures, builtin_text
 from penguin_edge.quantize.gptq import gptq
+from penguin_edge.quantize.kept import prepare, write_tensors
 from penguin_edge.quantize.linear import SMALLEST, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
 from penguin_edge.quantize.smooth import AWQ, GROUPS, READ, apply_factors, awq_factor, smooth_factor
@@ -45,7 +45,6 @@ from penguin_edge.quantize.static import measure
 from penguin_edge.records import read_records
 from penguin_edge.samples import DataOptions, Sample, SampleBuilder
 
-DIGEST = "digest.txt"
 Progress = Callable[[str], None]
 """Called with the name of each stage before its work begins."""
 BUILTIN = "builtin"
@@ -151,7 +150,7 @@ def digest(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) ->
 def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], work: Path, progress: Progress) -> str:
     """Write the integers of every layer of the recipe into `work`, one file each.
 
-    Files that are there already are kept, unless they were made from other data, weights or schemes.
+    Files that are there already are kept, unless they are damaged or made from other data, weights or schemes.
 
     Returns:
         A digest of all that decides the integers.
@@ -173,11 +172,8 @@ def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample],
                         f"{name}: {scheme.label} reads images, and the calibration data has none; name a data folder "
                         "in the training format, or leave out --calibration for the built-in pictures"
                     )
-    made_for, mark = digest(checkpoint, recipe, samples), work / DIGEST
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != made_for:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        mark.write_text(made_for, encoding="utf-8")
+    made_for = digest(checkpoint, recipe, samples)
+    prepare(work, made_for)
     features: list[Tensor] = []
     if visuals:
         walk = _Walk(checkpoint.load(("encoder",)), recipe, work, progress)
@@ -410,13 +406,6 @@ def _block(
 
 def write_integers(path: Path, integers: Integers) -> None:
     write_tensors(path, {name: getattr(integers, name) for name in ("levels", "scales", "zeros")})
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-    aside.replace(path)
 
 
 def read_integers(path: Path, scheme: Scheme) -> Integers:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.commands import latency
 from penguin_edge.commands.common import above_zero, emit, is_bundle, open_model, positive, say, status, table
 from penguin_edge.errors import InputError
+from penguin_edge.files import replacing
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.prompt import Tokenizer
@@ -157,14 +157,11 @@ def write_aside(path: Path, text: str) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, get_args
 
@@ -126,8 +127,12 @@ def _write_part(
     indices: range, *, folder: Path, tasks: Sequence[str], split: Split, seed: int, side: int, cache: Path | None
 ) -> list[str]:
     painter = Painter(load_assets(cache), side)
-    records = (write_record(folder, draw(painter, tasks, split, seed, i), i, split) for i in indices)
-    return [json.dumps(record) for record in records]
+    lines = []
+    for index in indices:
+        if _Worker.stopped is not None and _Worker.stopped.is_set():
+            break
+        lines.append(json.dumps(write_record(folder, draw(painter, tasks, split, seed, index), index, split)))
+    return lines
 
 
 def build(
@@ -180,13 +185,13 @@ def build(
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, which are stopped in the middle of their part when the block fails.
+    """Worker processes, which end with the record that they draw when the block fails.
 
     Raises:
         MemoryLimitError: one was killed.
     """
-    others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
+    stopped = multiprocessing.Event()
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(stopped,)) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
@@ -194,7 +199,17 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
                 "a drawing process died, most likely for want of memory; nothing was written: use fewer --workers"
             ) from error
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
             raise
+
+
+class _Worker:
+    """Of a worker process: whether the one that started it has given up."""
+
+    stopped: Event | None = None
+
+
+def _begin(stopped: Event) -> None:
+    quiet_worker()
+    _Worker.stopped = stopped
