@@ -410,7 +410,7 @@ def test_nothing_is_left_when_an_export_is_stopped(tmp_path: Path, number: signa
     while not any(tmp_path.glob(".out.*/*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == 128 + number
     assert "Traceback" not in process.stderr.read()
     assert list(tmp_path.iterdir()) == []
 

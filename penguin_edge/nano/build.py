@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -212,4 +213,8 @@ class _Worker:
 
 def _begin(stopped: Event) -> None:
     quiet_worker()
+    # A signal to the whole group stops them through the process that gathers; a pool that breaks at the same time as it
+    # is cancelled has its thread fail.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _Worker.stopped = stopped
