@@ -28,8 +28,8 @@ from penguin_edge.places import data_bytes, is_data, local_path, regular_file, s
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Pillow's names of the formats that are read; JPEG holds MPO, and AVIF needs a Pillow that was built with it."""
 MAX_PIXELS = 1 << 27
-"""Pixels of a picture that is still decoded: 134 million, so that the 108 of a phone fit. A progressive JPEG of that size
-takes 1.3 GB of memory, other formats less."""
+"""Pixels of a picture that is still decoded: 134 million, so that the 108 of a phone fit. A progressive JPEG of that
+size takes 1.3 GB of memory, other formats less."""
 FORMAT_SHARE = {"WEBP": 2, "AVIF": 2}
 """A picture in these formats has at most `MAX_PIXELS` over this: their decoders keep twice as much."""
 FRAME_SHARE = 4
