@@ -1,18 +1,9 @@
-"""Load and save Penguin-VL checkpoints, and Qwen3 or Llama-type text models, one tensor at a time.
-
-| part      | our names               | published names (X = one of ENCODER_PREFIXES)                         |
-|-----------|-------------------------|-----------------------------------------------------------------------|
-| encoder   | encoder.patch_embedding | X.embeddings.patch_embedding, weight [E,3,14,14] <-> [E,588]          |
-|           | encoder.layers, .norm   | X.encoder.layers, X.encoder.norm                                      |
-| projector | projector.readout.{0,2} | model.vision_projector.readout.{0,2}                                  |
-| embedding | embedding.weight        | model.embed_tokens.weight                                             |
-| decoder   | decoder.layers, .norm   | model.layers, model.norm                                              |
-|           | decoder.lm_head         | lm_head; when tied absent, and read from model.embed_tokens           |
-"""
+"""Load and save Penguin-VL checkpoints, and Qwen3 or Llama-type text models, one tensor at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,24 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from penguin_edge.config import PATCH, PRESETS, PenguinConfig
+from penguin_edge.config import PATCH, PRESETS, PenguinConfig, read_json
 from penguin_edge.errors import CheckpointError
 from penguin_edge.folders import refuse_any, whole
 from penguin_edge.hf_config import config_from_folder, published_json
 from penguin_edge.model import PARTS, PenguinModel
-from penguin_edge.tensorfile import StoredTensor, checkpoint_files, read_header
-
-ENCODER_PREFIXES = ("model.vision_encoder.vision_encoder.", "model.vision_encoder.", "vision_encoder.", "")
-"""Longest first: files of the reference code, of the embedded-config form, and of the encoder alone."""
-
-IGNORED = (
-    "model.vision_encoder_teacher.",
-    "model.vision_distill_layer.",
-    "vision_distill_layer.",
-    "model.audio_encoder.",
-    "model.audio_projector.",
-)
-"""Training leftovers that the reference saves along; dead weight at inference."""
+from penguin_edge.prompt import END
+from penguin_edge.tensorfile import FLOATS, StoredTensor
+from penguin_edge.weights import EMBEDDING, HEAD, check_tensor, open_files, published_name, read_finite
 
 DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 """A small byte-level BPE of the Qwen2 kind, for presets."""
@@ -57,39 +38,6 @@ DEFAULT_IDS: dict[str, Any] = {"image_token_id": 603, "eos_token_ids": (600,), "
 """The ids of its special tokens, which are not those of the published vocabulary."""
 
 
-def canonical_name(name: str) -> str | None:
-    """Our name of a published key, or None when it has no part in inference."""
-    if name.startswith(IGNORED) or name.endswith("rotary_emb.inv_freq"):
-        return None
-    if name.startswith("model.vision_projector."):
-        return "projector." + name.removeprefix("model.vision_projector.")
-    if name == "model.embed_tokens.weight":
-        return "embedding.weight"
-    if name == "lm_head.weight":
-        return "decoder.lm_head.weight"
-    for prefix in ENCODER_PREFIXES:
-        rest = name.removeprefix(prefix)
-        if name.startswith(prefix) and rest.startswith("embeddings.patch_embedding."):
-            return "encoder." + rest.removeprefix("embeddings.")
-        if name.startswith(prefix) and rest.startswith("encoder."):
-            return rest
-    if name.startswith(("model.layers.", "model.norm.")):
-        return "decoder." + name.removeprefix("model.")
-    return name
-
-
-def published_name(name: str) -> str:
-    """The key under which `save` writes one of our parameters."""
-    part, _, rest = name.partition(".")
-    if part == "encoder":
-        return "model.vision_encoder." + ("embeddings." + rest if rest.startswith("patch_embedding") else name)
-    if part == "projector":
-        return "model.vision_projector." + rest
-    if part == "embedding":
-        return "model.embed_tokens." + rest
-    return rest if rest.startswith("lm_head") else "model." + rest
-
-
 def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
     """A reproducible random weight: its own stream per name, so that parts can be made one at a time.
 
@@ -99,7 +47,7 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.endswith("norm.weight") or "layernorm" in name:
         centre, scale = (1.5 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0), 0.1
-    elif name == "embedding.weight":
+    elif name == EMBEDDING:
         centre, scale = 0.0, 0.35
     elif name.endswith(".bias"):
         centre, scale = 0.0, 0.1
@@ -171,24 +119,40 @@ class Checkpoint:
 
     @classmethod
     def _open_folder(cls, folder: Path) -> Checkpoint:
-        published = {name: tensor for path in checkpoint_files(folder) for name, tensor in read_header(path).items()}
-        stored, notes = _by_our_names(published)
-        config, encoder_folder, more = config_from_folder(folder, {name: t.shape for name, t in stored.items()})
+        data, stored, notes = open_files(folder)
+        config, encoder_folder, more = config_from_folder(folder, data, {name: t.shape for name, t in stored.items()})
         notes += more
         if encoder_folder and not any(name.startswith("encoder.") for name in stored):
-            extra, _ = _by_our_names(
-                {n: t for path in checkpoint_files(encoder_folder) for n, t in read_header(path).items()}
-            )
+            _, extra, more = open_files(encoder_folder)
             stored |= {name: tensor for name, tensor in extra.items() if name.startswith("encoder.")}
-            notes.append(f"encoder weights read from {encoder_folder}")
+            notes += [*more, f"encoder weights read from {encoder_folder}"]
         if not any(name.startswith(("embedding.", "decoder.")) for name in stored):
             raise CheckpointError(
                 f"{folder}: holds just an encoder; name the folder of the whole model, or use read_encoder in Python"
             )
-        tokenizer = folder / "tokenizer.json"
-        checkpoint = cls(str(folder), config, tokenizer, notes, stored)
+        config = _with_end_of_turn(config, folder / "tokenizer.json")
+        if not config.eos_token_ids:
+            notes.append(
+                "neither configuration nor tokenizer names a token that ends an answer; an answer ends at its limit"
+            )
+        checkpoint = cls(str(folder), config, folder / "tokenizer.json", notes, stored)
+        checkpoint._settle_head()
         checkpoint._check_tensors()
         return checkpoint
+
+    def _settle_head(self) -> None:
+        """Decide where a head lies that is said to be the table: as transformers 5, where both or just one is there."""
+        assert self.stored is not None
+        if not self.config.text.tie_word_embeddings or HEAD not in self.stored:
+            return
+        if EMBEDDING not in self.stored:
+            self.stored[EMBEDDING] = self.stored.pop(HEAD)
+        elif not self.stored[HEAD].same_as(self.stored[EMBEDDING]):
+            text = dataclasses.replace(self.config.text, tie_word_embeddings=False)
+            self.config = dataclasses.replace(self.config, text=text)
+            self.notes.append(
+                f"tie_word_embeddings is set, but {self.stored[HEAD].name} is stored with values of its own; it is used"
+            )
 
     def _check_tensors(self) -> None:
         assert self.stored is not None
@@ -196,49 +160,43 @@ class Checkpoint:
             name: tuple(p.shape) for name, p in meta_model(self.config, PARTS).named_parameters(remove_duplicate=False)
         }
         for name, shape in wanted.items():
-            tensor = self._find(name)
-            if tensor is None:
-                raise CheckpointError(
-                    f"{self.source}: tensor {published_name(name)} {list(shape)} is missing; the weights do not "
-                    "fit config.json"
-                )
-            if not tensor.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self.source}: tensor {tensor.name} is {tensor.dtype}, wanted floating-point weights; name the "
-                    "checkpoint before quantization"
-                )
-            if math.prod(tensor.shape) != math.prod(shape) or (tensor.shape != shape and "patch_embedding" not in name):
-                raise CheckpointError(
-                    f"{self.source}: tensor {tensor.name} is {list(tensor.shape)}, wanted {list(shape)}; the "
-                    "weights do not "
-                    "fit config.json"
-                )
-        known = set(wanted) | {"decoder.lm_head.weight"}
+            check_tensor(self._find(name), name, shape, self.source)
+        known = {*wanted, HEAD}
         unknown = sorted(tensor.name for name, tensor in self.stored.items() if name not in known)
         if unknown:
             self.notes.append(f"ignored {len(unknown)} tensors that are no part of the model, such as {unknown[0]}")
 
     def _find(self, name: str) -> StoredTensor | None:
         assert self.stored is not None
-        if name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings:
-            name = "embedding.weight"
+        if name == HEAD and self.config.text.tie_word_embeddings:
+            name = EMBEDDING
         return self.stored.get(name)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored embedding table; of a preset that in which its shape is published, else fp32."""
+        """The dtype that holds what is stored; of a preset that in which its shape is published, else fp32.
+
+        Matrices decide: the widest of them, at most fp32. Norms in fp32 beside matrices in bf16 are kept in bf16.
+        """
         if self.stored is None:
             return PUBLISHED_IN.get(self.source, torch.float32)
-        return self.stored["embedding.weight"].dtype
+        known = ("encoder.", "projector.", "embedding.", "decoder.")
+        found = {t.dtype for name, t in self.stored.items() if len(t.shape) > 1 and name.startswith(known)}
+        widest = functools.reduce(torch.promote_types, found & set(FLOATS))
+        return torch.float32 if widest == torch.float64 else widest
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """One parameter by our name, read now, in the dtype asked for."""
+        """One parameter by our name, read now, in the dtype asked for.
+
+        Raises:
+            CheckpointError: a number in it is NaN or infinite, or too large for that dtype.
+        """
         if self.stored is None:
-            tied = name == "decoder.lm_head.weight" and self.config.text.tie_word_embeddings
-            return random_tensor("embedding.weight" if tied else name, shape, self.seed, self.dtype).to(dtype)
+            tied = name == HEAD and self.config.text.tie_word_embeddings
+            return random_tensor(EMBEDDING if tied else name, shape, self.seed, self.dtype).to(dtype)
         tensor = self._find(name)
         assert tensor is not None, name
-        return tensor.read().reshape(tuple(shape)).to(dtype)
+        return read_finite(tensor, shape, dtype)
 
     def load(
         self, parts: Sequence[str] = PARTS, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -248,11 +206,7 @@ class Checkpoint:
         for prefix, module in list(model.named_modules()):
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{leaf}"
-                if (
-                    name == "decoder.lm_head.weight"
-                    and self.config.text.tie_word_embeddings
-                    and model.embedding is not None
-                ):
+                if name == HEAD and self.config.text.tie_word_embeddings and model.embedding is not None:
                     continue
                 value = self.tensor(name, parameter.shape, dtype or self.dtype).to(device)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
@@ -280,17 +234,22 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _by_our_names(published: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    stored: dict[str, StoredTensor] = {}
-    ignored: list[str] = []
-    for name, tensor in published.items():
-        ours = canonical_name(name)
-        if ours is None:
-            ignored.append(name)
-        else:
-            stored[ours] = tensor
-    notes = [f"ignored {len(ignored)} tensors of training or audio parts, such as {ignored[0]}"] if ignored else []
-    return stored, notes
+def _with_end_of_turn(config: PenguinConfig, tokenizer: Path) -> PenguinConfig:
+    """`config` with the token that ends a turn of the prompt format among those that end an answer.
+
+    Published files often name another one alone: the end of a text, which a chat model does not write after an answer.
+    """
+    if not tokenizer.is_file():
+        return config
+    tokens = read_json(tokenizer, "the tokenizer").get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else []:
+        if isinstance(token, dict) and token.get("content") == END:
+            found = token.get("id")
+            # A tokenizer of another model is refused by name where it is used; a language model's donor needs none.
+            if type(found) is int and 0 <= found < config.text.vocab_size:
+                ids = dict.fromkeys((*config.eos_token_ids, found))
+                return dataclasses.replace(config, eos_token_ids=tuple(ids))
+    return config
 
 
 def _note_to_stderr(line: str) -> None:
@@ -310,16 +269,18 @@ def read_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> t
         CheckpointError: not an encoder checkpoint, or a tensor is missing or misshapen.
     """
     folder = Path(folder)
-    stored, _ = _by_our_names({n: t for path in checkpoint_files(folder) for n, t in read_header(path).items()})
-    config, _, _ = config_from_folder(folder, {name: t.shape for name, t in stored.items()})
+    data, stored, _ = open_files(folder)
+    config, _, _ = config_from_folder(folder, data, {name: t.shape for name, t in stored.items()})
     model = meta_model(config, ("encoder",))
+    if model.encoder is None:
+        raise CheckpointError(f"{folder}: a text model without an encoder; name the folder of an encoder")
     for prefix, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            tensor = stored.get(f"{prefix}.{leaf}")
-            if tensor is None or math.prod(tensor.shape) != parameter.numel():
-                found = "missing" if tensor is None else str(list(tensor.shape))
-                raise CheckpointError(f"{folder}: tensor {prefix}.{leaf} is {found}, wanted {list(parameter.shape)}")
-            setattr(module, leaf, nn.Parameter(tensor.read().reshape(parameter.shape).to(dtype), requires_grad=False))
+            name = f"{prefix}.{leaf}"
+            tensor = stored.get(name)
+            check_tensor(tensor, name, tuple(parameter.shape), str(folder))
+            assert tensor is not None, name
+            setattr(module, leaf, nn.Parameter(read_finite(tensor, parameter.shape, dtype), requires_grad=False))
     return config, model.encoder
 
 

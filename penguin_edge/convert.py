@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from penguin_edge.checkpoint import Checkpoint, published_name
+from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, VisionConfig
 from penguin_edge.encoder import Encoder
 from penguin_edge.errors import CheckpointError, InputError
@@ -35,6 +35,7 @@ from penguin_edge.folders import refuse_any, whole
 from penguin_edge.hf_config import published_json
 from penguin_edge.layers import Block, RMSNorm
 from penguin_edge.model import PenguinModel
+from penguin_edge.weights import published_name
 
 Choice = Literal["first", "spaced"]
 

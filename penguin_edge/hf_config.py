@@ -9,145 +9,201 @@ there, or nothing that can be resolved; then the weights' shapes tell.
 from __future__ import annotations
 
 import dataclasses
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, TextConfig, VisionConfig, read_json
 from penguin_edge.errors import CheckpointError
+from penguin_edge.hf_stack import MAX_VOCABULARY, check, read_stack
+from penguin_edge.schema import Flag, Maybe, Real, Record, Rows, Rule, Text, Whole
 
 Shapes = dict[str, tuple[int, ...]]
-Stack = TypeVar("Stack", VisionConfig, TextConfig)
 TEXT_TYPES = {"penguinvl_qwen3": True, "qwen3": True, "llama": False}
 """Model types whose decoder is known, and whether q and k are normed per head."""
 
 
-def config_from_folder(folder: Path, shapes: Shapes) -> tuple[PenguinConfig, Path | None, list[str]]:
+@dataclass(frozen=True)
+class Ids:
+    """A token id, a list of them, or null: a rule of its own, since the published files have all three."""
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse anything else.
+
+        Raises:
+            SchemaError: one sentence that begins with `where`.
+        """
+        if isinstance(value, list):
+            Rows(Whole(0, MAX_VOCABULARY), most=4096).check(value, where)
+        else:
+            Maybe(Whole(0, MAX_VOCABULARY)).check(value, where)
+
+
+NAME = Maybe(Text(pattern=r"[^\0]*", longest=1024))
+MODEL = Record(
+    {},
+    optional={
+        "vision_encoder": NAME,
+        "mm_vision_encoder": NAME,
+        "vision_encoder_config": Maybe(Record({}, open=True)),
+        "vision_projector_type": Maybe(Text(longest=64)),
+        "image_token_index": Maybe(Whole(0, MAX_VOCABULARY)),
+        "image_token_id": Maybe(Whole(0, MAX_VOCABULARY)),
+        "max_frames": Maybe(Whole(1, 1_000_000)),
+        "eos_token_id": Ids(),
+        "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY)),
+    },
+    open=True,
+)
+GENERATION = Record({}, optional={"eos_token_id": Ids(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True)
+IMAGE_FIELDS: dict[str, Rule] = {
+    "image_mean": Maybe(Rows(Real(-100, 100), 3, 3)),
+    "image_std": Maybe(Rows(Real(above=0, most=1000), 3, 3)),
+    "rescale_factor": Maybe(Real(above=0, most=1)),
+    "min_tokens": Maybe(Whole(1, 1 << 20)),
+    "max_tokens": Maybe(Whole(1, 1 << 20)),
+    "image_merge_size": Maybe(Whole(1, 16)),
+    "video_merge_size": Maybe(Whole(1, 16)),
+    "fps": Maybe(Real(above=0, most=1000)),
+    "max_frames": Maybe(Whole(1, 1_000_000)),
+}
+STEPS = ("do_resize", "do_rescale", "do_normalize")
+PROCESSOR = Record(
+    {},
+    optional={
+        **IMAGE_FIELDS,
+        **dict.fromkeys((*STEPS, "do_center_crop", "do_pad"), Maybe(Flag())),
+        "patch_size": Maybe(Whole()),
+        "resample": Maybe(Whole()),
+        "image_processor": Maybe(Record({}, open=True)),
+    },
+    open=True,
+)
+
+
+def config_from_folder(
+    folder: Path, data: dict[str, Any], shapes: Shapes
+) -> tuple[PenguinConfig, Path | None, list[str]]:
     """The configuration of a checkpoint folder, the folder of its encoder if one is named and there, and notes.
 
     Args:
+        data: the content of its `config.json`.
         shapes: shapes of the stored tensors, by our names.
     Raises:
         CheckpointError: a file is missing or damaged, or asks for something the model cannot compute.
     """
     path = folder / "config.json"
-    data = read_json(path, "the model configuration")
     notes: list[str] = []
     if data.get("model_type") == "penguinvl_vision_encoder":
-        return PenguinConfig(vision=_stack(VisionConfig, data, path)), None, notes
+        vision = read_stack(VisionConfig, data, path)
+        check_layers(vision.num_hidden_layers, "encoder", shapes, path)
+        return PenguinConfig(vision=vision), None, notes
     kind = data.get("model_type")
-    if kind not in TEXT_TYPES:
+    if not isinstance(kind, str) or kind not in TEXT_TYPES:
         raise CheckpointError(f"{path}: model_type {kind!r} is unknown; known: {', '.join(sorted(TEXT_TYPES))}")
-    text = dataclasses.replace(_stack(TextConfig, data, path), qk_norm=TEXT_TYPES[kind])
-    vision, encoder_folder, more = _vision(folder, data, shapes)
+    check(MODEL, data, path)
+    text = dataclasses.replace(read_stack(TextConfig, data, path), qk_norm=TEXT_TYPES[kind])
+    check_layers(text.num_hidden_layers, "decoder", shapes, path)
+    found, encoder_folder, more = _vision(folder, data, shapes)
     notes += more
-    if vision and not (folder / "preprocessor_config.json").is_file():
-        notes.append("preprocessor_config.json not found; the published constants are used (mean and std 0.5)")
-    generation = (
-        read_json(folder / "generation_config.json", "") if (folder / "generation_config.json").is_file() else {}
-    )
-    eos = generation.get("eos_token_id")
-    eos = data.get("eos_token_id") if eos is None else eos
     config = PenguinConfig(
-        vision=vision,
+        vision=found,
         text=text,
-        image=_image(folder, data) if vision else ImageConfig(),
-        image_token_id=_image_token(data, path) if vision else -1,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        pad_token_id=int(data.get("pad_token_id") or 0),
+        image=_image(folder, data, notes) if found else ImageConfig(),
+        image_token_id=_image_token(data, path) if found else -1,
+        eos_token_ids=_stop_ids(folder, data, text.vocab_size),
+        pad_token_id=max(0, data.get("pad_token_id") or 0),
     )
     return config, encoder_folder, notes
 
 
-def _image_token(data: dict[str, Any], path: Path) -> int:
-    value = data.get("image_token_index")
-    if value is not None and not isinstance(value, int):
-        raise CheckpointError(f"{path}: image_token_index is {value!r}, wanted a token id")
-    return PenguinConfig.image_token_id if value is None else value
+def check_layers(layers: int, part: str, shapes: Shapes, path: Path) -> None:
+    """Refuse more layers than there are weights for, before a model of that size is made.
 
-
-def _stack(kind: type[Stack], data: dict[str, Any], path: Path) -> Stack:
-    """The transformer fields that encoder and decoder share. A value that the model cannot honour is refused."""
-    scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise CheckpointError(f"{path}: rope scaling {scaling} is not supported; wanted the default rotary embedding")
-    if data.get("attention_bias") or data.get("mlp_bias"):
-        raise CheckpointError(f"{path}: attention_bias or mlp_bias is set; wanted a model without biases in its blocks")
-    if data.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}: hidden_act {data['hidden_act']!r} is not supported; wanted 'silu'")
-    if data.get("use_sliding_window"):
-        raise CheckpointError(f"{path}: use_sliding_window is set; wanted full attention")
-    if data.get("patch_size", PATCH) != PATCH:
-        raise CheckpointError(f"{path}: patch_size {data['patch_size']}, wanted {PATCH}")
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        if data.get(item.name) is not None:
-            values[item.name] = data[item.name]
-    if "rope_theta" not in values:
-        values["rope_theta"] = scaling.get("rope_theta", 10_000.0)
-    if kind is TextConfig:
-        values.setdefault("tie_word_embeddings", False)
-    wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in wanted if name not in values]
-    if missing:
-        raise CheckpointError(f"{path}: field {missing[0]} is missing; copy the checkpoint's config.json again")
-    values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    # A file without head_dim means hidden/heads for Llama, and Qwen3's own default otherwise.
-    llama = data.get("model_type") == "llama"
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"] if llama else kind.head_dim)
-    try:
-        stack = kind(**{name: _typed(name, value) for name, value in values.items()})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: a field has an unusable value ({error})") from error
-    if stack.num_attention_heads % stack.num_key_value_heads or stack.head_dim % 2:
+    Args:
+        part: "encoder" or "decoder"; one whose weights are not in `shapes` at all passes.
+    Raises:
+        CheckpointError: the configuration has more layers than the weights.
+    """
+    numbers = [int(found[1]) for name in shapes if (found := re.match(rf"{part}\.layers\.(\d{{1,9}})\.", name))]
+    if numbers and layers > max(numbers) + 1:
         raise CheckpointError(
-            f"{path}: {stack.num_attention_heads} heads over {stack.num_key_value_heads} kv heads of "
-            f"{stack.head_dim}; wanted "
-            "a whole ratio and an even head_dim"
+            f"{path}: num_hidden_layers is {layers}, but the weights hold {max(numbers) + 1} layers of the {part}; "
+            "copy configuration and weights of one checkpoint"
         )
-    return stack
 
 
-def _typed(name: str, value: Any) -> Any:
-    if name in ("rope_theta", "rms_norm_eps"):
-        return float(value)
-    if name in ("tie_word_embeddings", "qk_norm"):
-        return bool(value)
-    if int(value) < 1:
-        raise ValueError(f"{name} is {value}, wanted a positive number")
-    return int(value)
+def _stop_ids(folder: Path, data: dict[str, Any], vocabulary: int) -> tuple[int, ...]:
+    """What ends an answer: the union of what the generation configuration and the model configuration name."""
+    path = folder / "generation_config.json"
+    generation = read_json(path, "the generation configuration") if path.is_file() else {}
+    check(GENERATION, generation, path)
+    out: dict[int, None] = {}
+    for source, found in ((path, generation), (folder / "config.json", data)):
+        ids = found.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if token >= vocabulary:
+                raise CheckpointError(
+                    f"{source}: eos_token_id is {token}, wanted an id below the model's vocab_size of {vocabulary}"
+                )
+            out[token] = None
+    return tuple(out)
+
+
+def _image_token(data: dict[str, Any], path: Path) -> int:
+    old, new = data.get("image_token_index"), data.get("image_token_id")
+    if old is not None and new is not None and old != new:
+        raise CheckpointError(
+            f"{path}: image_token_index is {old} and image_token_id is {new}; leave out the wrong one"
+        )
+    found = new if old is None else old
+    return PenguinConfig.image_token_id if found is None else found
 
 
 def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionConfig | None, Path | None, list[str]]:
     path = folder / "config.json"
     embedded = data.get("vision_encoder_config")
-    name = data.get("vision_encoder") or data.get("mm_vision_encoder")
-    if not isinstance(embedded, dict) and not name and not any(key.startswith("encoder.") for key in shapes):
+    names = [name for key in ("vision_encoder", "mm_vision_encoder") if (name := data.get(key))]
+    if embedded is None and not names and not any(key.startswith("encoder.") for key in shapes):
         return None, None, []
-    kind = data.get("vision_projector_type", "mlp2x_gelu")
+    kind = data.get("vision_projector_type") or "mlp2x_gelu"
     if kind != "mlp2x_gelu":
         raise CheckpointError(f"{path}: vision_projector_type {kind!r} is not supported; wanted 'mlp2x_gelu'")
-    if isinstance(embedded, dict):
+    found: dict[Path, VisionConfig] = {}
+    if embedded is not None:
         # What the dict leaves out is read from the weights, as if there were no dict.
         given = {key: value for key, value in embedded.items() if value is not None}
         complete = {item.name for item in dataclasses.fields(VisionConfig)} <= given.keys()
-        known = {} if complete else dataclasses.asdict(_vision_from_shapes(shapes, path))
-        return _stack(VisionConfig, {**known, **given}, path), None, []
-    for candidate in (folder / str(name), folder.parent / str(name), Path(str(name))):
-        if name and (candidate / "config.json").is_file():
-            encoder = read_json(candidate / "config.json", "the encoder configuration")
-            return _stack(VisionConfig, encoder, candidate / "config.json"), candidate, []
-    return (
-        _vision_from_shapes(shapes, path),
-        None,
-        [f"encoder configuration {name!r} not found; taken from the weights' shapes"],
-    )
+        known = {} if complete else _vision_from_shapes(shapes, path)
+        if given.keys() & {"rope_scaling", "rope_parameters"}:
+            known.pop("rope_theta", None)
+        found[path] = read_stack(VisionConfig, {**known, **given}, path)
+    encoder_folder = None
+    for name in dict.fromkeys(names):
+        for candidate in dict.fromkeys((folder / name, folder.parent / name, Path(name))):
+            config = candidate / "config.json"
+            if config.is_file():
+                found[config] = read_stack(VisionConfig, read_json(config, "the encoder configuration"), config)
+                encoder_folder = encoder_folder or candidate
+    if not found:
+        missing = f"encoder configuration {names[0] if names else None!r} not found; taken from the weights' shapes"
+        return read_stack(VisionConfig, _vision_from_shapes(shapes, path), path), None, [missing]
+    (first, vision), *others = found.items()
+    for other, stack in others:
+        if stack != vision:
+            raise CheckpointError(
+                f"{first} and {other} describe two different encoders; leave one of them, or its name in {path}, out"
+            )
+    check_layers(vision.num_hidden_layers, "encoder", shapes, first)
+    return vision, encoder_folder, []
 
 
-def _vision_from_shapes(shapes: Shapes, path: Path) -> VisionConfig:
+def _vision_from_shapes(shapes: Shapes, path: Path) -> dict[str, Any]:
     try:
         block = "encoder.layers.0."
         head_dim = shapes[block + "self_attn.q_norm.weight"][0]
-        return VisionConfig(
+        stack = VisionConfig(
             hidden_size=shapes["encoder.norm.weight"][0],
             intermediate_size=shapes[block + "mlp.gate_proj.weight"][0],
             num_hidden_layers=1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.layers.")),
@@ -155,31 +211,58 @@ def _vision_from_shapes(shapes: Shapes, path: Path) -> VisionConfig:
             num_key_value_heads=shapes[block + "self_attn.k_proj.weight"][0] // head_dim,
             head_dim=head_dim,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{path}: no encoder configuration, and the encoder's weights are missing ({error})"
         ) from error
+    return dataclasses.asdict(stack)
 
 
-def _image(folder: Path, data: dict[str, Any]) -> ImageConfig:
+def _image(folder: Path, data: dict[str, Any], notes: list[str]) -> ImageConfig:
     """Preprocessing constants, with those that the reference ignores in its files (merge sizes, fps, max_frames)."""
-    values: dict[str, Any] = {"max_frames": data.get("max_frames") or ImageConfig.max_frames}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        found = read_json(path, "the preprocessing configuration") if path.is_file() else {}
-        if found.get("patch_size", PATCH) != PATCH or found.get("resample", 3) != 3:
-            raise CheckpointError(f"{path}: wanted patch_size {PATCH} and resample 3 (bicubic)")
-        for item in dataclasses.fields(ImageConfig):
-            if found.get(item.name) is not None:
-                value = found[item.name]
-                values[item.name] = tuple(float(x) for x in value) if isinstance(value, list) else value
-    for name, value in values.items():
-        default = getattr(ImageConfig, name)
-        if isinstance(default, tuple) != isinstance(value, tuple) or (isinstance(value, tuple) and len(value) != 3):
-            raise CheckpointError(f"{folder}: {name} is {value!r}, wanted something like {default!r}")
-        if not isinstance(value, tuple) and not isinstance(value, (int, float)):
-            raise CheckpointError(f"{folder}: {name} is {value!r}, wanted a number")
-    return ImageConfig(**values)
+    first, second = folder / "preprocessor_config.json", folder / "processor_config.json"
+    files = {path: read_json(path, "the preprocessing configuration") for path in (first, second) if path.is_file()}
+    if not files or (first not in files and not files[second].get("image_processor")):
+        notes.append("preprocessor_config.json not found; the published constants are used (mean and std 0.5)")
+    values: dict[str, Any] = {}
+    told: dict[str, str] = {}
+
+    def add(found: dict[str, Any], where: str) -> None:
+        for name in IMAGE_FIELDS:
+            if found.get(name) is None:
+                continue
+            if name in told and values[name] != found[name]:
+                raise CheckpointError(
+                    f"{folder}: {name} is {values[name]} in {told[name]} and {found[name]} in {where}; leave out the "
+                    "wrong one"
+                )
+            values[name], told[name] = found[name], where
+
+    add({"max_frames": data.get("max_frames")}, "config.json")
+    for path, content in files.items():
+        check(PROCESSOR, content, path)
+        # transformers 5 writes the image processor into the other file.
+        nested = content.get("image_processor") or {}
+        check(PROCESSOR, nested, path)
+        for found in (content, nested):
+            _check_steps(found, path)
+            add(found, path.name)
+    fields: dict[str, Any] = {n: tuple(map(float, v)) if isinstance(v, list) else v for n, v in values.items()}
+    out = ImageConfig(**fields)
+    if out.max_tokens < out.min_tokens:
+        raise CheckpointError(f"{folder}: max_tokens {out.max_tokens} is below min_tokens {out.min_tokens}")
+    return out
+
+
+def _check_steps(found: dict[str, Any], path: Path) -> None:
+    if (found.get("patch_size") or PATCH) != PATCH or (3 if found.get("resample") is None else found["resample"]) != 3:
+        raise CheckpointError(f"{path}: wanted patch_size {PATCH} and resample 3 (bicubic)")
+    for step in STEPS:
+        if found.get(step) is False:
+            raise CheckpointError(f"{path}: {step} is false; images are always resized, rescaled and normalised here")
+    for step in ("do_center_crop", "do_pad"):
+        if found.get(step):
+            raise CheckpointError(f"{path}: {step} is set; images are neither cropped nor padded here")
 
 
 def published_json(config: PenguinConfig, dtype: str) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,17 @@
-"""Reading safetensors one tensor at a time, with plain reads.
+"""Reading safetensors one tensor at a time, with plain reads, and choosing the files of a checkpoint.
 
 The `safetensors` package maps the whole file, and every page it touches counts as resident: loading a checkpoint then
 peaks at twice its size. Plain reads into the tensor's own memory peak at once its size, and say which tensor is cut
 off.
+
+Headers and the shard index are input: their sizes, names, shapes and byte ranges are checked before anything is read.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,18 +20,53 @@ import torch
 from torch import Tensor
 
 from penguin_edge.errors import CheckpointError
+from penguin_edge.files import MAX_BYTES, parse_json, read_json
+from penguin_edge.schema import Record, Rows, SchemaError, Table, Text, Whole
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES: dict[str, tuple[torch.dtype, int]] = {
+    "F64": (torch.float64, 64),
+    "F32": (torch.float32, 32),
+    "F16": (torch.float16, 16),
+    "BF16": (torch.bfloat16, 16),
+    "C64": (torch.complex64, 64),
+    "I64": (torch.int64, 64),
+    "I32": (torch.int32, 32),
+    "I16": (torch.int16, 16),
+    "I8": (torch.int8, 8),
+    "U64": (torch.uint64, 64),
+    "U32": (torch.uint32, 32),
+    "U16": (torch.uint16, 16),
+    "U8": (torch.uint8, 8),
+    "BOOL": (torch.bool, 8),
+    "F8_E4M3": (torch.float8_e4m3fn, 8),
+    "F8_E4M3FNUZ": (torch.float8_e4m3fnuz, 8),
+    "F8_E5M2": (torch.float8_e5m2, 8),
+    "F8_E5M2FNUZ": (torch.float8_e5m2fnuz, 8),
+    "F8_E8M0": (torch.float8_e8m0fnu, 8),
+    "F4": (torch.float4_e2m1fn_x2, 4),
 }
+"""What the format knows, and bits per number. Most cannot be weights of ours; they are known to be refused by name."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Weights as numbers of their own, without scales beside them."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ENTRY = Record(
+    {"dtype": Text(words=tuple(DTYPES)), "shape": Rows(Whole(), most=8), "data_offsets": Rows(Whole(), 2, 2)}
+)
+INDEX_RULE = Record(
+    {
+        "weight_map": Table(
+            Text(longest=512),
+            Text(
+                pattern=r"[^/\\\0]+\.safetensors",
+                called="the plain name of a safetensors file in the same folder",
+                longest=255,
+            ),
+            least=1,
+        )
+    },
+    open=True,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +98,17 @@ class StoredTensor:
                 done += count
         return buffer.view(self.dtype).reshape(self.shape)
 
+    def same_as(self, other: StoredTensor) -> bool:
+        """Whether another tensor has the same shape, dtype and bytes; neither is ever in memory as a whole."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        step = 16 << 20
+        with self.path.open("rb") as left, other.path.open("rb") as right:
+            left.seek(self.offset)
+            right.seek(other.offset)
+            sizes = (min(step, self.nbytes - begin) for begin in range(0, self.nbytes, step))
+            return all(left.read(size) == right.read(size) for size in sizes)
+
 
 def _truncated(path: Path, name: str) -> CheckpointError:
     return CheckpointError(f"{path}: cut off inside tensor {name}; download or copy the checkpoint again")
@@ -70,63 +118,117 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """All tensors of one safetensors file, by name.
 
     Raises:
-        CheckpointError: not a safetensors file, a damaged header, an unknown dtype, or a file cut off.
+        CheckpointError: not a safetensors file, a damaged header, an unknown dtype, tensors that overlap or leave
+            bytes between them, or a file cut off.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            text = _header(stream, size)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({reason}); download or copy the checkpoint again"
+        ) from error
+    advice = "download or copy the checkpoint again"
+    what = f"{path}: not a readable safetensors file: its header"
+    header, start = parse_json(text, what, error=CheckpointError, advice=advice), 8 + len(text)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a readable safetensors file (its header is not an object); {advice}")
+    rows = {name: row for name, row in header.items() if name != "__metadata__"}
+    for name, row in rows.items():
         try:
-            header, start = _json_header(stream, size)
-        except (ValueError, UnicodeDecodeError) as error:
+            ENTRY.check(row, f"tensor {name[:200]}")
+        except SchemaError as error:
+            raise CheckpointError(f"{path}: {error}; {advice}") from error
+    out, end = {}, 0
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["data_offsets"]):
+        (dtype, bits), shape, (begin, stop) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
+        wanted = math.prod(shape) * bits // 8
+        if begin != end or stop - begin != wanted:
             raise CheckpointError(
-                f"{path}: not a readable safetensors file ({error}); download or copy the checkpoint again"
-            ) from error
-    out = {}
-    for name, row in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
-            if not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"bytes {begin} to {end} for {list(shape)} of {row['dtype']}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: tensor {name} has an entry that cannot be used ({error!r})") from error
-        if start + end > size:
+                f"{path}: tensor {name} {list(shape)} of {row['dtype']} lies at bytes {begin} to {stop}, wanted {end} "
+                f"to {end + wanted}: tensors lie one behind another; {advice}"
+            )
+        end = stop
+        if start + stop > size:
             raise _truncated(path, name)
-        out[name] = StoredTensor(path, name, dtype, shape, start + begin, end - begin)
-    return out
+        out[name] = StoredTensor(path, name, dtype, shape, start + begin, wanted)
+    if start + end != size:
+        raise CheckpointError(f"{path}: {size - start - end} bytes behind its last tensor; {advice}")
+    return {name: out[name] for name in rows}
 
 
-def _json_header(stream: BinaryIO, size: int) -> tuple[dict[str, dict], int]:
+def _header(stream: BinaryIO, size: int) -> bytes:
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= size - 8:
         raise ValueError(f"header length {length} in a file of {size} bytes")
-    header = json.loads(stream.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
-    return header, 8 + length
+    if length > MAX_BYTES:
+        raise ValueError(f"a header of {length} bytes, wanted at most {MAX_BYTES}")
+    return stream.read(length)
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those its index names, or all of them.
+def checkpoint_tensors(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of a checkpoint folder by their published names, from the files that transformers reads, and notes.
+
+    `model.safetensors` is read alone where it is there; otherwise the shards that the index names. Any other
+    safetensors file is left alone, with a note.
 
     Raises:
-        CheckpointError: none there, or a shard that the index names is missing.
+        CheckpointError: neither is there, a shard is missing, or index and shards do not agree about a tensor.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if ranks := [name for name in others if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", name)]:
+        raise CheckpointError(
+            f"{folder / ranks[0]}: a shard of a distributed training checkpoint; wanted the published form: load it "
+            "with transformers and save it with save_pretrained"
+        )
+    if (folder / WEIGHTS).is_file():
+        tensors, used = read_header(folder / WEIGHTS), {WEIGHTS}
+    elif (folder / INDEX).is_file():
+        tensors, used = _indexed(folder)
+    elif others:
+        raise CheckpointError(
+            f"{folder}: {others[0]}{' and others' if others[1:] else ''} there, but neither {WEIGHTS} nor {INDEX}, "
+            "which says what belongs to the model; copy that, too, or rename a single file"
+        )
+    else:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        advice = f"; save {pickled[0]} as safetensors first" if pickled else ""
+        raise CheckpointError(
+            f"{folder}: no *.safetensors file there; wanted the published checkpoint's weights{advice}"
+        )
+    unread = [name for name in others if name not in used]
+    notes = [f"read {', '.join(sorted(used)[:2])}{' …' * (len(used) > 2)}, and not {unread[0]}"] if unread else []
+    return tensors, notes
+
+
+def _indexed(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
+    advice = "copy the checkpoint again"
+    index = read_json(folder / INDEX, what=f"{folder / INDEX}: the shard index", error=CheckpointError, advice=advice)
+    try:
+        INDEX_RULE.check(index, "the shard index")
+    except SchemaError as error:
+        raise CheckpointError(f"{folder / INDEX}: {error}; {advice}") from error
+    places: Mapping[str, str] = index["weight_map"]
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in names:
+        for name, tensor in read_header(folder / shard).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} lies in {tensors[name].path.name} and in {shard}; readers take one or "
+                    "the other: delete the stale one, or save the checkpoint again"
+                )
+            tensors[name] = tensor
+    for name, shard in places.items():
+        if name not in tensors or tensors[name].path.name != shard:
+            found = f"it lies in {tensors[name].path.name}" if name in tensors else "no shard holds it"
             raise CheckpointError(
-                f"{index}: not a readable shard index ({error!r}); copy the checkpoint again"
-            ) from error
-        missing = [name for name in names if not (folder / os.path.basename(name)).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); copy it again"
+                f"{folder / INDEX}: tensor {name} is said to be in {shard}, but {found}; index and shards are of two "
+                "checkpoints: copy both again"
             )
-        return [folder / os.path.basename(name) for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file there; wanted the published checkpoint's weights")
-    return files
+    return tensors, set(names)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from penguin_edge.checkpoint import meta_model, published_name
+from penguin_edge.checkpoint import meta_model
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import TargetUnavailable
 from penguin_edge.layers import Block
@@ -27,6 +27,7 @@ from penguin_edge.losses import Distiller, Scope, cross_entropy
 from penguin_edge.model import PenguinModel
 from penguin_edge.packing import Backend, Batch, forward_packed
 from penguin_edge.recipe import Lora, Precision
+from penguin_edge.weights import published_name
 
 ADAPTER = "adapter"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from penguin_edge.checkpoint import Checkpoint, meta_model, published_name, save
+from penguin_edge.checkpoint import DEFAULT_IDS, Checkpoint, meta_model, save
 from penguin_edge.config import PRESETS, PenguinConfig, TextConfig
 from penguin_edge.errors import CheckpointError
 from penguin_edge.model import PARTS
+from penguin_edge.weights import published_name
 
 VLM = Path(__file__).parent / "golden" / "vlm"
 QUIET = {"note": lambda line: None}
@@ -86,7 +87,7 @@ def test_training_leftovers_are_ignored_with_one_note(copy: Path) -> None:
 @pytest.mark.parametrize("shard", [10**9, 300_000])
 def test_saved_checkpoints_load_bit_for_bit(tmp_path: Path, tied: bool, dtype: torch.dtype, shard: int) -> None:
     config = dataclasses.replace(
-        PRESETS["tiny"], text=dataclasses.replace(PRESETS["tiny"].text, tie_word_embeddings=tied)
+        PRESETS["tiny"], text=dataclasses.replace(PRESETS["tiny"].text, tie_word_embeddings=tied), **DEFAULT_IDS
     )
     source = Checkpoint("tiny", config, Checkpoint.open("tiny", **QUIET).tokenizer)
     model = source.load(dtype=dtype)
@@ -202,6 +203,7 @@ def damage(folder: Path, how: str) -> None:
         path = folder / "preprocessor_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.5]}))
     elif how == "missing shard":
+        weights.unlink()
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {name: "model-00001-of-00002.safetensors"}})
         )
@@ -222,7 +224,7 @@ def damage(folder: Path, how: str) -> None:
         ("rope scaling", "rope scaling"),
         ("odd projector", "identity"),
         ("odd projector, embedded", "mlp3x_gelu"),
-        ("quantized", "torch.int8"),
+        ("quantized", "int8"),
         ("odd mean", "image_mean"),
         ("missing shard", "shard"),
     ],

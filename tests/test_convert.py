@@ -25,7 +25,7 @@ LLAMA = TextConfig(64, 32, 48, 3, 4, 4, 8, rope_theta=1e4, rms_norm_eps=1e-5, qk
 def language_model(text: TextConfig = QWEN) -> PenguinModel:
     """Random, with weights of every parameter unlike their initial ones."""
     torch.manual_seed(0)
-    model = PenguinModel(PenguinConfig(vision=None, text=text))
+    model = PenguinModel(PenguinConfig(vision=None, text=text, eos_token_ids=(1,)))
     for parameter in model.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
     return model.eval()

@@ -50,7 +50,7 @@ DEVICE = BASE | {
     "bundle_folder",
 }  # runs without torch
 NETWORK = {"layers", "encoder", "projector", "decoder"}
-STORED = {"hf_config", "tensorfile", "checkpoint"}
+STORED = {"tensorfile", "foreign", "weights", "hf_stack", "hf_config", "checkpoint"}
 MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
 TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
 TRAINING |= {"text_quality", "layer_study"}
@@ -105,9 +105,12 @@ ALLOWED: dict[str, set[str]] = {
     "projector": BASE | {"layers"},
     "decoder": BASE | {"layers"},
     "model": BASE | NETWORK | {"preprocess"},
-    "hf_config": BASE,
+    "hf_stack": BASE,
+    "hf_config": BASE | {"hf_stack"},
     "tensorfile": BASE,
-    "checkpoint": BASE | STORED | {"model"},
+    "foreign": BASE | {"tensorfile"},
+    "weights": BASE | {"foreign", "tensorfile"},
+    "checkpoint": BASE | STORED | {"model", "prompt"},
     "generate": DEVICE | NETWORK | {"model"},
     "eager": MODEL,
     "data": MODEL,
