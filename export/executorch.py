@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from penguin_edge.bundle import Bounds, signature
+from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import Decoder
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import EncoderMethod, decoder_logits
@@ -267,6 +268,9 @@ class ExecutorchTarget:
         # Four patches per visual token at merge size 2, and never more visual tokens than the cache holds.
         patches = min(MAX_PATCHES, 4 * max_seq_len)
         return Bounds(max_seq_len, min(128, max_seq_len), max_batch=1, patch_buckets=(patches,))
+
+    def check_model(self, config: PenguinConfig) -> None:
+        """XNNPACK takes every shape that a checkpoint may have."""
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """XNNPACK's linears with dynamic activations: 8da4w by symmetric groups of 32 n, 8da8w by symmetric rows.

@@ -43,6 +43,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 from penguin_edge.bundle import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_names, signature
+from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
@@ -55,6 +56,8 @@ OPSET = 23
 """The first with RMSNormalization; older ones give twice the nodes."""
 ACCURACY = 4
 """MatMulNBits with activations in int8: about twice as fast in decoding as with fp32 ones."""
+HEAD_STEP = 16
+"""What the head_dim of GroupQueryAttention must be a multiple of, since it turns keys and queries, too."""
 MAX_MERGED = 4
 """Largest M: two by two patches for one visual token."""
 TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
@@ -377,6 +380,18 @@ class OnnxTarget:
     def kv_dtype(self, precision: str) -> str:
         """fp32 for all: nothing is rounded that a recipe does not name."""
         return "fp32"
+
+    def check_model(self, config: PenguinConfig) -> None:
+        """GroupQueryAttention takes heads of a multiple of 16.
+
+        Raises:
+            InputError: another head_dim in the decoder.
+        """
+        if config.text.head_dim % HEAD_STEP:
+            raise InputError(
+                f"the decoder's head_dim is {config.text.head_dim}, but GroupQueryAttention of ONNX Runtime takes "
+                f"multiples of {HEAD_STEP}; take --target executorch"
+            )
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """MatMulNBits takes blocks of 16 to 256, MatMulIntegerToFloat symmetric 8-bit rows.

@@ -161,6 +161,7 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
             impossible length.
     """
     recipe = options.recipe
+    target.check_model(checkpoint.config)
     if recipe.precision not in target.precisions:
         raise InputError(
             f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
@@ -317,7 +318,7 @@ def _export(
                 inputs, outputs = signature(part, config, bounds)
                 entries[part] = GraphEntry(
                     result["file"],
-                    recipe.name,
+                    recipe.label,
                     tuple(inputs),
                     tuple(outputs),
                     round(result["peak_mb"] - result["baseline_mb"], 1),
@@ -329,7 +330,7 @@ def _export(
             model=config,
             source={"name": checkpoint.source, "sha256": checkpoint.fingerprint(), "random": checkpoint.stored is None},
             target=options.target,
-            precision=recipe.name,
+            precision=recipe.label,
             bounds=bounds,
             graphs=entries,
             embedding_dtype=embedding_dtype,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from penguin_edge.bundle import Bounds, TablePlace
+from penguin_edge.config import PenguinConfig
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Scheme
 
@@ -39,6 +40,9 @@ class Target(Protocol):
 
     def kv_dtype(self, precision: str) -> str:
         """What the KV buffers hold unless a recipe says otherwise: "fp32" or "fp16"."""
+
+    def check_model(self, config: PenguinConfig) -> None:
+        """Raise InputError, by name, for a model that this engine cannot compute, before any work is done."""
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly.

@@ -219,9 +219,15 @@ def load_quantized(
         model.embedding.weight = nn.Parameter(integers.weight(), requires_grad=False)
     if model.decoder is not None:
         model.decoder.kv_form = kv_form(recipe, len(model.decoder.layers), ready)
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+            value = parameter.detach().to(dtype)
+            if not all(math.isfinite(float(limit)) for limit in value.aminmax()):
+                raise InputError(
+                    f"{path}.{name}: a number becomes infinite in {recipe.precision}; take another precision, or "
+                    "quantize this layer"
+                )
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
     return model, rows
 
 

@@ -28,10 +28,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import read_json
 from penguin_edge.quantize.linear import Scheme
 from penguin_edge.quantize.smooth import AWQ
+from penguin_edge.schema import Flag, Record, SchemaError, Text
 
 VERSION = 1
+MAX_LAYERS, MAX_NAME = 10_000, 256
+TYPED = Record({}, {"name": Text(longest=MAX_NAME), "lenient": Flag()}, open=True)
 LINEAR_PARTS = ("encoder", "projector", "decoder", "lm_head", "prefill")
 SMOOTHED = ("encoder", "decoder", "prefill")
 """Parts made of blocks whose activations can be smoothed."""
@@ -55,6 +59,11 @@ class Recipe:
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
     lenient: bool = False
     """A layer that the part's group does not divide takes a smaller group, or stays as it is; the table says so."""
+
+    @property
+    def label(self) -> str:
+        """What a bundle says of its precision: one that quantizes nothing is called by the precision that it has."""
+        return self.name if self.quantized else self.precision
 
     @property
     def quantized(self) -> bool:
@@ -95,13 +104,17 @@ class Recipe:
         if not isinstance(data, dict):
             raise InputError(f"{name}: got {type(data).__name__}, wanted an object with a scheme per part")
         version = data.get("version", VERSION)
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise InputError(f"{name}: recipe version {version!r}, this penguin-edge knows {VERSION}; update it")
         known = {f.name for f in fields(cls)} - {"name"}
         unknown = sorted(set(data) - known - {"version", "name"})
         if unknown:
             raise InputError(f"{name}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
         values = {key: value for key, value in data.items() if key in known}
+        try:
+            TYPED.check(data, name)
+        except SchemaError as error:
+            raise InputError(str(error)) from error
         if values.get("precision", "fp32") not in ("fp32", "fp16"):
             raise InputError(f"{name}: precision {values['precision']!r}, wanted fp32 or fp16")
         if values.get("embedding") not in (None, "int8", "int4"):
@@ -126,8 +139,11 @@ class Recipe:
                     f"{name}: smooth: {part} is not quantized; give it a scheme, or leave it out of smooth"
                 )
         layers = values.get("layers", {})
-        if not isinstance(layers, dict):
-            raise InputError(f"{name}: layers is {type(layers).__name__}, wanted an object of layer name and scheme")
+        if not isinstance(layers, dict) or len(layers) > MAX_LAYERS or any(len(key) > MAX_NAME for key in layers):
+            raise InputError(
+                f"{name}: layers is {json.dumps(layers)[:60]}, wanted an object of at most {MAX_LAYERS} layer "
+                "names and their schemes"
+            )
         values["layers"] = {key: _scheme(value, f"{name}: {key}") for key, value in layers.items()}
         return cls(name=name, **values)
 
@@ -188,10 +204,5 @@ def find_recipe(name: str) -> Recipe:
     if path.suffix != ".json":
         known = ", ".join(PRESETS)
         raise InputError(f"unknown quantization {name!r}; known: {known}, or a recipe file ending in .json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a recipe file") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from error
+    data = read_json(path, advice="name a recipe file, such as the one in docs/quantization.md")
     return Recipe.from_json(data, path.name)

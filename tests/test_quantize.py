@@ -178,8 +178,17 @@ def test_a_recipe_survives_its_file(parts: dict[str, Any], layers: dict[str, Any
         ({"prefill": {"bits": 8}, "smooth": {"prefill": 2}}, "wanted 0 to 1, or awq"),
         ({"smooth": {"prefill": 0.5}}, "smooth: prefill is not quantized"),
         ({"embedding": "int2"}, "wanted int8, int4 or null"),
-        ({"layers": ["a"]}, "layers is list"),
+        ({"layers": ["a"]}, 'layers is ["a"]'),
         ({"layers": {"a": 4}}, "r.json: a: got 4"),
+        ({"version": True}, "recipe version True"),
+        ({"version": 1.0}, "recipe version 1.0"),
+        ({"lenient": 1}, "lenient is 1, wanted true or false"),
+        ({"name": 3}, "name is 3"),
+        ({"precision": None}, "wanted fp32 or fp16"),
+        ({"precision": ["fp16"]}, "wanted fp32 or fp16"),
+        ({"kv": {}}, "wanted fp16, int8 or null"),
+        ({"decoder": {"bits": 4, "group": 3 << 40}}, "a group of"),
+        ({"layers": {"x" * 300: None}}, "layers is"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(data: Any, says: str, tmp_path: Path) -> None:
@@ -196,7 +205,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         find_recipe(str(tmp_path / "none.json"))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
         find_recipe(str(tmp_path / "broken.json"))
 
 
