@@ -267,7 +267,7 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
     ),
     ("bitsandbytes", "qwen3", packed({".weight": ((1024, 1), U8), ".absmax": ((32,), torch.float32)}), "bitsandbytes"),
     (
-        "(as of fp8 or compressed-tensors)",
+        "packed",
         "qwen3",
         packed({".weight_packed": ((64, 4), I32), ".weight_scale": ((64, 1), torch.float32)}),
         "(as of fp8 or compressed-tensors)",
