@@ -21,7 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError, CheckpointError
 from penguin_edge.files import read_json, write_json
 from penguin_edge.schema import SchemaError
+from penguin_edge.stamps import Stamp
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -291,13 +292,56 @@ def file_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder, its manifest, and what tells its files from others.
+
+    Graphs are loaded when they are first needed. A folder that was replaced meanwhile would then hold another model's,
+    so the files are noted when the bundle is opened, and `unchanged` compares them.
+    """
 
     folder: Path
     manifest: Manifest
+    _place: Path = field(init=False, repr=False, compare=False)
+    """Where the folder was, links followed: neither a link that is set anew nor another working directory moves it."""
+    _noted: dict[str, Stamp | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_place", self.folder.resolve())
+        noted = {name: Stamp.of(self.path(name)) for name in (*self.manifest.files, MANIFEST)}
+        object.__setattr__(self, "_noted", noted)
 
     def path(self, name: str) -> Path:
-        return self.folder / name
+        return self._place / name
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Read files of the bundle in the block: they are those that were there when it was opened.
+
+        Raises:
+            BundleError: one of them was replaced, changed or removed, before the block or in it.
+        """
+        self._check_unchanged()
+        try:
+            yield
+        finally:  # Also says why what happened in the block went wrong.
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        for name, noted in self._noted.items():
+            now = Stamp.of(self.path(name))
+            if now == noted:
+                continue
+            if now is not None and now.same_file(noted):
+                # Another mode or name, or a time stamp set back: its content tells which.
+                entry = self.manifest.files.get(name)
+                if entry is None or file_hash(self.path(name)) == entry.sha256:
+                    self._noted[name] = now
+                    continue
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> BundleError:
+        return BundleError(
+            f"{self.path(name)}: replaced, changed or removed while the bundle was open; open the bundle again"
+        )
 
     @classmethod
     def read(cls, folder: str | Path) -> Bundle:
@@ -359,22 +403,28 @@ class Bundle:
         """
         for name, entry in self.manifest.files.items():
             self._check_size(name, entry)
-            if file_hash(self.path(name)) != entry.sha256:
+            with self.path(name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+                read = Stamp.of(stream.fileno())
+            if found != entry.sha256:
                 raise BundleError(
                     f"{self.path(name)}: its content differs from what was exported (SHA-256 does not match); copy the "
                     "bundle again or export it again"
                 )
+            if read is None or not read.same_file(self._noted[name]):
+                raise self._changed(name)
 
     def check_hashes_once(self, also: Callable[[Bundle], None] = lambda bundle: None) -> None:
-        """Hash the files at the first open on this machine; afterwards size and time stamps stand for them.
+        """Hash the files at the first open on this machine; afterwards their stamps stand for their content.
 
         Args:
             also: a further check that belongs to the first open of this manifest.
+        Raises:
+            BundleError: as `check_hashes`.
         """
-        stamp = {
-            name: [p.stat().st_size, p.stat().st_mtime_ns] for name in self.manifest.files for p in [self.path(name)]
-        }
-        known = [str(self.folder.resolve()), self.manifest.to_json()["sha256"], stamp]
+        self._check_unchanged()
+        files = {name: [entry.sha256, self._noted[name]] for name, entry in self.manifest.files.items()}
+        known = [str(self._place), self.manifest.to_json()["sha256"], files]
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         seen = _remembered(key)
         # A machine where nothing can be remembered hashes at every open: slower, never wrong.

@@ -32,3 +32,7 @@ class MemoryLimitError(PenguinError):
 
 class TargetUnavailable(PenguinError):
     """An engine or exporter that is not installed; the message holds the `pip install` line."""
+
+
+class BusyError(InputError):
+    """A session, a stream or an engine that is at work for another caller; the call changed nothing."""

@@ -20,6 +20,7 @@ from penguin_edge.bundle import Bounds
 from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import KVCache
 from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.guard import Guard
 from penguin_edge.model import PenguinModel
 
 
@@ -76,6 +77,8 @@ class EagerEngine:
         self._dtype, self._device = model.dtype, model.device
         form = model.decoder.kv_form if model.decoder is not None else None
         self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device, form)
+        self.kv_version = 0
+        self._guard = Guard("engine")
 
     @property
     def kv_len(self) -> int:
@@ -91,12 +94,14 @@ class EagerEngine:
     def encode(
         self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
+        with self._guard:
+            return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
 
     @torch.no_grad()
     def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         assert self.model.projector is not None
-        return self.model.projector(self._float(features)).float().cpu().numpy()
+        with self._guard:
+            return self.model.projector(self._float(features)).float().cpu().numpy()
 
     @torch.no_grad()
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -107,23 +112,26 @@ class EagerEngine:
     def forward(self, embeds: NDArray[np.float32], logit_index: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self.model.decoder is not None
         count = embeds.shape[0]
-        if self.kv_len + count > self.bounds.max_seq_len:
-            raise BudgetError(
-                f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter "
-                "prompt or a "
-                "larger --max-seq-len"
-            )
-        positions = self.kv_len + torch.arange(count, device=self._device)
-        hidden = self.model.decoder(self._float(embeds)[None], positions, self._cache.attend)
-        self._cache.length += count
-        return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
+        with self._guard:
+            if self.kv_len + count > self.bounds.max_seq_len:
+                raise BudgetError(
+                    f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter "
+                    "prompt or a larger --max-seq-len"
+                )
+            self.kv_version += 1
+            positions = self.kv_len + torch.arange(count, device=self._device)
+            hidden = self.model.decoder(self._float(embeds)[None], positions, self._cache.attend)
+            self._cache.length += count
+            return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
 
     def truncate(self, length: int) -> None:
-        if not 0 <= length <= self.kv_len:
-            raise InputError(
-                f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}"
-            )
-        self._cache.length = length
+        with self._guard:
+            if not 0 <= length <= self.kv_len:
+                raise InputError(
+                    f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}"
+                )
+            self.kv_version += 1
+            self._cache.length = length
 
     can_move = True
 
@@ -134,4 +142,6 @@ class EagerEngine:
             raise InputError(
                 f"move [{begin}, {end}) to {to}: wanted 0 <= to <= begin < end <= {self.bounds.max_seq_len}"
             )
-        self._cache.move(begin, end, to, self.config.text.rope_theta)
+        with self._guard:
+            self.kv_version += 1
+            self._cache.move(begin, end, to, self.config.text.rope_theta)

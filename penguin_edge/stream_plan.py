@@ -213,6 +213,12 @@ class StreamPlanner:
         self._settle()
         return self._changes(before)
 
+    def discard(self, number: int) -> int:
+        """Forget one frame, which turned out to be of no use; the others keep their sizes. Returns its tokens."""
+        held = next(held for held in self._held if held.number == number)
+        self._remove(held)
+        return self._tokens(held)
+
     def clear(self) -> None:
         """Forget all frames, and begin at native size again."""
         self._held.clear()

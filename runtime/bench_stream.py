@@ -108,6 +108,10 @@ class SlowedEngine:
     def kv_len(self) -> int:
         return self.inner.kv_len
 
+    @property
+    def kv_version(self) -> int:
+        return self.inner.kv_version
+
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)
 

@@ -8,18 +8,22 @@
 | forward | embeds [S,H] f32, logit_index [K] i64 (-1 is the last)      | logits [K,V] f32       |
 
 `forward` appends S tokens to the KV cache at `kv_len`; `truncate(n)` forgets all but the first n, at no cost.
+
+An engine has one cache, and it does not know whose tokens lie in it. Every write to it (`forward`, `truncate`, `move`,
+also one that fails) counts `kv_version` up. A caller that remembers the number after its own last write sees whether
+the cache still is what it left there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.bundle import Bounds
-from penguin_edge.config import PenguinConfig
+from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BudgetError, InputError
 
 F32 = NDArray[np.float32]
@@ -27,11 +31,17 @@ I64 = NDArray[np.int64]
 
 
 class Engine(Protocol):
-    """One loaded model with one KV cache. Not thread-safe; one caller at a time."""
+    """One loaded model with one KV cache.
+
+    One thread at a time: a second one is refused with `BusyError`. `embed` only reads, and may be called at any time.
+    """
 
     name: str
     config: PenguinConfig
     bounds: Bounds
+
+    @property
+    def kv_version(self) -> int: ...
 
     @property
     def kv_len(self) -> int: ...
@@ -69,13 +79,41 @@ def chunks(count: int, bounds: Bounds) -> Iterator[slice]:
         begin += size
 
 
-def check_encode(bounds: Bounds, pixels: F32) -> None:
-    """Refuse a batch outside the declared bounds.
+def check_encode(bounds: Bounds, pixels: F32, rows: I64, cols: I64) -> None:
+    """Refuse patches [B, P, 588] whose places [P] do not fit them, or that are outside the declared bounds.
 
     Raises:
-        InputError: more frames or more patches than the bundle was exported for.
+        InputError: another shape or dtype, or more frames or patches than the bundle was exported for.
     """
-    batch, patches = pixels.shape[:2]
+    _check_array("pixels", pixels, "f", (None, None, PATCH_VALUES))
+    for name, places in (("rows", rows), ("cols", cols)):
+        _check_array(name, places, "iu", (pixels.shape[1],))
+    _check_frames(bounds, *pixels.shape[:2])
+
+
+def check_project(bounds: Bounds, features: F32) -> None:
+    """Refuse features [B, T, M, C] outside the declared bounds.
+
+    Raises:
+        InputError: another shape or dtype, or more frames or patches than the bundle was exported for.
+    """
+    _check_array("features", features, "f", (None, None, None, None))
+    _check_frames(bounds, features.shape[0], features.shape[1] * features.shape[2])
+
+
+def _check_array(name: str, values: Any, kinds: str, shape: tuple[int | None, ...]) -> None:
+    """Refuse what is no array of these kinds ("f": floats, "iu": integers) and sizes; None takes any size."""
+    found = values.shape if isinstance(values, np.ndarray) else None
+    fits = found is not None and len(found) == len(shape)
+    fits = fits and all(want in (None, size) for size, want in zip(found or (), shape, strict=True))
+    if not fits or values.dtype.kind not in kinds:
+        got = type(values).__name__ if found is None else f"{values.dtype} {list(found)}"
+        wanted = ", ".join("any" if size is None else f"{size}" for size in shape)
+        kind = "floats" if kinds == "f" else "integers"
+        raise InputError(f"{name}: {got}, wanted an array of {kind} of shape [{wanted}]")
+
+
+def _check_frames(bounds: Bounds, batch: int, patches: int) -> None:
     if not 1 <= batch <= bounds.max_batch or not 1 <= patches <= bounds.max_patches:
         raise InputError(
             f"{batch} frames of {patches} patches, wanted at most {bounds.max_batch} of {bounds.max_patches}; use a "
@@ -83,13 +121,15 @@ def check_encode(bounds: Bounds, pixels: F32) -> None:
         )
 
 
-def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64) -> None:
-    """Refuse a chunk outside the declared bounds.
+def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64, width: int) -> None:
+    """Refuse a chunk [S, width] outside the declared bounds.
 
     Raises:
         BudgetError: the cache cannot hold the chunk.
-        InputError: chunk or logit index outside the bounds.
+        InputError: another shape or dtype, or chunk or logit index outside the bounds.
     """
+    _check_array("embeds", embeds, "f", (None, width))
+    _check_array("logit_index", logit_index, "iu", (None,))
     count, wanted = embeds.shape[0], logit_index.shape[0]
     if kv_len + count > bounds.max_seq_len:
         raise BudgetError(
@@ -113,7 +153,7 @@ def check_move(max_seq_len: int, begin: int, end: int, to: int) -> None:
     Raises:
         InputError: anything but 0 <= to <= begin < end <= max_seq_len.
     """
-    if not 0 <= to <= begin < end <= max_seq_len:
+    if not all(map(_is_whole, (begin, end, to))) or not 0 <= to <= begin < end <= max_seq_len:
         raise InputError(
             f"move [{begin}, {end}) to {to} in a cache of {max_seq_len}; wanted 0 <= to <= begin < end <= {max_seq_len}"
         )
@@ -123,7 +163,11 @@ def check_truncate(kv_len: int, length: int) -> None:
     """Refuse a prefix longer than what the cache holds.
 
     Raises:
-        InputError: `length` is negative or above `kv_len`.
+        InputError: `length` is no whole number, negative or above `kv_len`.
     """
-    if not 0 <= length <= kv_len:
+    if not _is_whole(length) or not 0 <= length <= kv_len:
         raise InputError(f"truncate to {length} tokens, but the cache holds {kv_len}; wanted 0 to {kv_len}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -25,9 +25,18 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.errors import BundleError, InputError, TargetUnavailable
+from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
+from penguin_edge.guard import Guard
 from penguin_edge.runtime.embedding import EmbeddingTable
-from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_move, check_truncate
+from penguin_edge.runtime.engine import (
+    F32,
+    I64,
+    check_encode,
+    check_forward,
+    check_move,
+    check_project,
+    check_truncate,
+)
 from penguin_edge.runtime.kv_shift import move_positions
 
 KV_STEP = 64
@@ -54,6 +63,11 @@ class ExecutorchEngine:
         self._methods: dict[str, Any] = {}
         self._positions = np.arange(self.bounds.max_seq_len, dtype=np.int64)
         self._kv_len = 0
+        self._buffers: list[np.ndarray] = []
+        self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
+        """Positions that were written since `_heal` last looked at them."""
+        self.kv_version = 0
+        self._guard = Guard("engine")
         _OPEN.add(self)
 
     @classmethod
@@ -104,13 +118,16 @@ class ExecutorchEngine:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; nothing is moved."""
-        check_truncate(self._kv_len, length)
-        self._kv_len = length
+        with self._guard:
+            check_truncate(self._kv_len, length)
+            self.kv_version += 1
+            self._kv_len = length
 
     @property
     def can_move(self) -> bool:
         """Whether the decoder's program names its KV buffers, which those of earlier exports do not."""
-        return bool(self._program("decoder").method_meta("forward").num_attributes())
+        with self._guard:
+            return bool(self._program("decoder").method_meta("forward").num_attributes())
 
     def move(self, begin: int, end: int, to: int) -> None:
         """See `penguin_edge.runtime.engine.MovingEngine`."""
@@ -119,12 +136,13 @@ class ExecutorchEngine:
             raise InputError(
                 f"{self._bundle.folder}: its program does not name its KV buffers; recompute, or export it again"
             )
-        method, text = self._method("decoder"), self.config.text
-        for layer in range(text.num_hidden_layers):
-            # Tensors over the program's own memory.
-            keys, values = (method.get_attribute(f"{what}_{layer}").numpy()[None] for what in ("keys", "values"))
-            move_positions(keys, values, begin, end, to, text.rope_theta)
-        self._kv_len = to + end - begin
+        with self._guard:
+            self._method("decoder")
+            self.kv_version += 1
+            self._unchecked[to : to + end - begin] = True
+            for keys, values in zip(self._buffers[0::2], self._buffers[1::2], strict=True):
+                move_positions(keys[None], values[None], begin, end, to, self.config.text.rope_theta)
+            self._kv_len = to + end - begin
 
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""
@@ -132,27 +150,61 @@ class ExecutorchEngine:
 
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         """[1, P, 588] -> [1, P, C]."""
-        check_encode(self.bounds, pixels)
-        return self._call("encoder", _f32(pixels), _i64(rows), _i64(cols))
+        check_encode(self.bounds, pixels, rows, cols)
+        with self._guard:
+            return self._call("encoder", _f32(pixels), _i64(rows), _i64(cols))
 
     def project(self, features: F32) -> F32:
         """[1, T, M, C] -> [1, T, H]."""
-        batch, tokens, merged = features.shape[:3]
-        check_encode(self.bounds, features.reshape(batch, tokens * merged, -1))
-        return self._call("projector", _f32(features))
+        check_project(self.bounds, features)
+        with self._guard:
+            return self._call("projector", _f32(features))
 
     def forward(self, embeds: F32, logit_index: I64) -> F32:
-        """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
-        check_forward(self.bounds, self._kv_len, embeds, logit_index)
+        """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`.
+
+        Raises:
+            PenguinError: NaN or infinity, from a bundle whose KV buffers have no names; its cache is empty then.
+        """
+        with self._guard:
+            return self._forward(embeds, logit_index)
+
+    def _forward(self, embeds: F32, logit_index: I64) -> F32:
+        check_forward(self.bounds, self._kv_len, embeds, logit_index, self.config.text.hidden_size)
         end = self._kv_len + embeds.shape[0]
         filled = min(-(-end // KV_STEP) * KV_STEP, self.bounds.max_seq_len)
         start = np.array([self._kv_len], dtype=np.int64)
         # XNNPACK crashes on empty tensors: who wants no logits gets one computed and none given.
         count = logit_index.shape[0]
         index = _i64(logit_index) if count else np.array([-1], dtype=np.int64)
+        self._method("decoder")
+        self._heal(end, filled)
+        self.kv_version += 1
+        self._unchecked[self._kv_len : end] = True
         logits = self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
         self._kv_len = end
+        if not self._buffers and not np.isfinite(logits).all():
+            # They cannot be healed: a method that is loaded anew begins with zeros.
+            del self._methods["decoder"]
+            self._kv_len = 0
+            raise PenguinError(
+                f"{self._bundle.folder}: the decoder gave NaN or infinite numbers, and its cache was emptied; run "
+                "`penguin-edge verify` on the bundle, or export it again"
+            )
         return logits[0, :count]
+
+    def _heal(self, begin: int, end: int) -> None:
+        """Put zeros where NaN or infinity was left at positions [begin, end), which the next call masks.
+
+        The program gives what it masks the weight 0, and 0 times NaN is NaN. Anything else stays: it may be moved.
+        """
+        if not self._buffers or not self._unchecked[begin:end].any():
+            return
+        self._unchecked[begin:end] = False
+        for buffer in self._buffers:
+            left = buffer[:, begin:end]
+            if not np.isfinite(left).all():
+                left[:, ~np.isfinite(left).all(axis=(0, 2))] = 0
 
     def _call(self, graph: str, *inputs: Any) -> F32:
         method = self._method(graph)
@@ -174,14 +226,19 @@ class ExecutorchEngine:
         if graph not in self._methods:
             program = self._program(graph)
             with self._loading(graph):
-                self._methods[graph] = program.load_method("forward")
+                method = self._methods[graph] = program.load_method("forward")
+            if graph == "decoder" and self.can_move:
+                # Arrays [kv_heads, max_seq_len, D] over the program's own memory: keys and values of each layer.
+                layers = range(self.config.text.num_hidden_layers)
+                names = [f"{what}_{layer}" for layer in layers for what in ("keys", "values")]
+                self._buffers = [method.get_attribute(name).numpy() for name in names]
         return self._methods[graph]
 
     def _program(self, graph: str) -> Any:
         """Open a graph's file at its first use.
 
         Raises:
-            BundleError: the bundle has no such graph, or this ExecuTorch cannot load it.
+            BundleError: the bundle has no such graph or was changed, or this ExecuTorch cannot load it.
         """
         if graph in self._programs:
             return self._programs[graph]
@@ -196,7 +253,8 @@ class ExecutorchEngine:
     def _loading(self, graph: str) -> Iterator[None]:
         manifest = self._bundle.manifest
         try:
-            yield
+            with self._bundle.unchanged():
+                yield
         except RuntimeError as error:
             raise BundleError(
                 f"{self._bundle.path(manifest.graphs[graph].file)}: this ExecuTorch cannot load it ({error}); it was "

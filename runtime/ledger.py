@@ -26,6 +26,12 @@ def blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]
     return found
 
 
+def to_last_frame(keys: Sequence[Any]) -> list[Any]:
+    """Keys without the text behind the last frame."""
+    end = next((at for at in range(len(keys), 0, -1) if isinstance(keys[at - 1], tuple)), 0)
+    return list(keys[:end])
+
+
 def last_frame(keys: Sequence[Any]) -> int:
     """Positions of the last frame: its tokens and the text between it and the frame before."""
     count, visual = 0, keys[-1][0] if keys else None

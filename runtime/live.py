@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.frames import Frame
+from penguin_edge.runtime.answer import Token
 from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.events import Kept, Ready, Said
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.session import Token
 from penguin_edge.runtime.steering import Steering
 from penguin_edge.runtime.stream import StreamSession
 from penguin_edge.tra import KEY

@@ -25,7 +25,9 @@ from penguin_edge.frames import Frame, read_image, read_video
 from penguin_edge.layout import LabelledClip, detection_mode, media_source, token_count
 from penguin_edge.places import is_data, local_path
 from penguin_edge.prompt import Message, part_kind, parts_of
+from penguin_edge.runtime.options import check_options
 from penguin_edge.runtime.report import Clock
+from penguin_edge.schema import Maybe, Real
 from penguin_edge.tra import DROPPED, KeyFrameDetector, Mode, Plan
 
 REMEMBERED = 32
@@ -39,6 +41,25 @@ def digest(pixels: NDArray[np.uint8]) -> str:
     state = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     state.update(np.ascontiguousarray(pixels).data)
     return state.hexdigest()
+
+
+def own(frame: Frame | NDArray[np.uint8], time: float | None, index: int) -> Frame:
+    """A frame with pixels of its own: a camera loop may write the next picture into the same buffer.
+
+    Args:
+        frame: a `Frame`, or pixels [H, W, 3] uint8 RGB with `time` in seconds.
+    Raises:
+        InputError: wrong shape or dtype, no pixel at all, or a time that is no finite number.
+    """
+    given = frame if isinstance(frame, Frame) else Frame(frame, time)
+    pixels = given.pixels
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise InputError(f"a frame is {got}; wanted uint8 [H, W, 3] in RGB")
+    if not pixels.size:
+        raise InputError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted at least one")
+    check_options(time=(given.time, Maybe(Real())))
+    return Frame(np.array(pixels), None if given.time is None else float(given.time), index)
 
 
 class Visual(NamedTuple):

@@ -19,9 +19,18 @@ import numpy as np
 
 from penguin_edge.bundle import KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
+from penguin_edge.guard import Guard
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
 from penguin_edge.runtime.embedding import EmbeddingTable
-from penguin_edge.runtime.engine import F32, I64, check_encode, check_forward, check_move, check_truncate
+from penguin_edge.runtime.engine import (
+    F32,
+    I64,
+    check_encode,
+    check_forward,
+    check_move,
+    check_project,
+    check_truncate,
+)
 from penguin_edge.runtime.kv_shift import move_positions
 
 KEPT_PATCHES = 1024
@@ -50,6 +59,8 @@ class OnnxRuntimeEngine:
         self._bindings: dict[str, Any] = {}
         self._buffers: list[dict[str, np.ndarray]] = []
         self._scales: list[F32] | None = None
+        self.kv_version = 0
+        self._guard = Guard("engine")
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -82,8 +93,10 @@ class OnnxRuntimeEngine:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; nothing is moved."""
-        check_truncate(self.kv_len, length)
-        self._start[0] = length
+        with self._guard:
+            check_truncate(self.kv_len, length)
+            self.kv_version += 1
+            self._start[0] = length
 
     @property
     def can_move(self) -> bool:
@@ -95,11 +108,13 @@ class OnnxRuntimeEngine:
         check_move(self.bounds.max_seq_len, begin, end, to)
         if not self.can_move:
             raise InputError(f"{self._bundle.folder}: no {KV_SCALES} for its int8 cache; recompute, or export it again")
-        scales = self._key_scales()
-        for layer, buffers in enumerate(self._buffers):
-            scale = scales[layer] if scales else None
-            move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
-        self._start[0] = to + end - begin
+        with self._guard:
+            scales = self._key_scales()
+            self.kv_version += 1
+            for layer, buffers in enumerate(self._buffers):
+                scale = scales[layer] if scales else None
+                move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
+            self._start[0] = to + end - begin
 
     def _key_scales(self) -> list[F32]:
         """[kv, 1, D] of each layer's keys; none where the cache is not int8.
@@ -110,7 +125,8 @@ class OnnxRuntimeEngine:
         if self._scales is None and self._bundle.manifest.kv_dtype == "int8":
             text, path = self.config.text, self._bundle.path(KV_SCALES)
             shape = (2 * text.num_hidden_layers, text.num_key_value_heads, 1, text.head_dim)
-            found = np.fromfile(path, "<f4")
+            with self._bundle.unchanged():
+                found = np.fromfile(path, "<f4")
             if found.size != math.prod(shape):
                 raise BundleError(f"{path}: {found.size} scales, wanted {math.prod(shape)}; export the model again")
             self._scales = list(found.reshape(shape)[: text.num_hidden_layers].astype(np.float32))
@@ -122,23 +138,28 @@ class OnnxRuntimeEngine:
 
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         """[B, P, 588] -> [B, P, C]."""
-        check_encode(self.bounds, pixels)
+        check_encode(self.bounds, pixels, rows, cols)
         # Without an arena every layer asks the system for its large tensors anew, a fifth of the attention's time; with
         # one the largest picture's memory would be kept for ever.
         options = self._runtime.RunOptions()
         if pixels.shape[0] * pixels.shape[1] > KEPT_PATCHES:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)}, options)
+        with self._guard:
+            return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)}, options)
 
     def project(self, features: F32) -> F32:
         """[B, T, M, C] -> [B, T, H]."""
-        batch, tokens, merged = features.shape[:3]
-        check_encode(self.bounds, features.reshape(batch, tokens * merged, -1))
-        return self._call("projector", {"features": _f32(features)})
+        check_project(self.bounds, features)
+        with self._guard:
+            return self._call("projector", {"features": _f32(features)})
 
     def forward(self, embeds: F32, logit_index: I64) -> F32:
         """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
-        check_forward(self.bounds, self.kv_len, embeds, logit_index)
+        with self._guard:
+            return self._forward(embeds, logit_index)
+
+    def _forward(self, embeds: F32, logit_index: I64) -> F32:
+        check_forward(self.bounds, self.kv_len, embeds, logit_index, self.config.text.hidden_size)
         # At least `min_chunk` positions go through the graph for prompts, where the bundle has one.
         prompt = "prefill" in self._bundle.manifest.graphs and len(embeds) >= self.bounds.min_chunk
         graph = "prefill" if prompt else "decoder"
@@ -151,6 +172,7 @@ class OnnxRuntimeEngine:
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         binding.bind_output("logits")
+        self.kv_version += 1
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
@@ -197,7 +219,7 @@ class OnnxRuntimeEngine:
         """Load a graph at its first use.
 
         Raises:
-            BundleError: the bundle has no such graph, or this ONNX Runtime cannot load it.
+            BundleError: the bundle has no such graph or was changed, or this ONNX Runtime cannot load it.
         """
         if graph in self._sessions:
             return self._sessions[graph]
@@ -217,7 +239,10 @@ class OnnxRuntimeEngine:
         # Each graph has threads of its own: those of the one that has just run are not to spin while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            with self._bundle.unchanged():
+                session = self._runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except BundleError:
+            raise
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
             raise BundleError(

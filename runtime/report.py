@@ -1,10 +1,13 @@
-"""What one answer cost: counts, and where the time went. Times are monotonic nanoseconds inside, milliseconds
-outside."""
+"""What an answer or a stream cost: counts, and where the time went.
+
+Times are monotonic nanoseconds inside, milliseconds outside.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,3 +57,21 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class StreamStats:
+    """What a stream has cost since it began."""
+
+    frames: int = 0
+    encoded: int = 0
+    """Frames through the encoder, shrunk ones included."""
+    reencoded: int = 0
+    """Frames that got another size, by the encoder or by pooling."""
+    prefilled_tokens: int = 0
+    reprefilled_tokens: int = 0
+    """Of these, all but the frames that had just arrived: what stands behind a frame that changed or went."""
+    moved_tokens: int = 0
+    max_visual_tokens: int = 0
+    given_up: Counter[str] = field(default_factory=Counter)
+    """Frames that left the window, by reason: `window`, `full`, `dropped`, `size`, `time`, `unusable`."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.errors import InputError
+from penguin_edge.errors import PenguinError
+from penguin_edge.runtime.options import check_options
+from penguin_edge.schema import Maybe, Real, Whole
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,14 @@ class SamplingOptions:
     """Milliseconds from the question on after which the answer ends with the token that is there; None: no limit."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}, wanted at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}, wanted 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}, wanted above 0 and at most 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}, wanted 0 or more")
-        if self.max_ms is not None and not self.max_ms > 0:
-            raise InputError(f"max_ms is {self.max_ms}, wanted more than 0")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}, wanted 0 (off) or more")
+        check_options(
+            max_new_tokens=(self.max_new_tokens, Whole(1)),
+            temperature=(self.temperature, Real(0)),
+            top_p=(self.top_p, Real(above=0, most=1)),
+            top_k=(self.top_k, Whole()),
+            seed=(self.seed, Whole(most=2**128)),
+            max_ms=(self.max_ms, Maybe(Real(above=0))),
+        )
 
 
 class Sampler:
@@ -45,7 +43,18 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """One token id from logits [V]."""
+        """One token id from logits [V].
+
+        Raises:
+            PenguinError: a logit that is NaN or infinite, of which no token follows.
+        """
+        finite = np.isfinite(logits)
+        if not finite.all():
+            raise PenguinError(
+                f"{finite.size - np.count_nonzero(finite)} of {finite.size} logits are NaN or infinite, so there is no "
+                "next token; run `penguin-edge verify` on the bundle, and if that passes export it in a wider "
+                "precision (--quant fp32)"
+            )
         options = self._options
         if options.temperature == 0:
             return int(logits.argmax())

@@ -35,7 +35,8 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     """
     config, path = bundle.manifest.model, bundle.path(TOKENIZER)
     try:
-        return Tokenizer.open(path, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
+        with bundle.unchanged():
+            return Tokenizer.open(path, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
     except CheckpointError as error:
         raise BundleError(f"{error}; {COPY_AGAIN}") from error
 

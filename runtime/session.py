@@ -1,4 +1,4 @@
-"""A session: frames, plan, feature cache, and what occupies which position of the KV cache.
+"""A session: frames, plan, feature cache, and what stands at each position of the KV cache.
 
     session = Session.open("out/penguin-tiny")
     for frame in read_video("street.mp4", fps=2):
@@ -7,7 +7,8 @@
         print(token.text, end="")
 
 Every position of the KV cache has a key: a token id, or (image or frame at a size, its n-th token). A new prompt
-keeps the longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before.
+keeps the longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before. Where
+someone else has used the engine meanwhile, nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +24,44 @@ from numpy.typing import NDArray
 
 from penguin_edge import prompt as chat
 from penguin_edge.bundle import Bundle
-from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.errors import BudgetError, BusyError, InputError, PenguinError
 from penguin_edge.frames import Frame
-from penguin_edge.layout import LabelledClip, Size, fit_media, spell_out
+from penguin_edge.guard import Guard
+from penguin_edge.layout import fit_media, spell_out
 from penguin_edge.machine import peak_mb
 from penguin_edge.preprocess import Patches, preprocess_image
-from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, frame_tag, part_kind, parts_of, render
+from penguin_edge.prompt import Message, Piece, Special, TextStream, Tokenizer, part_kind, parts_of, render
+from penguin_edge.runtime.answer import (
+    Answering,
+    Layout,
+    Render,
+    Token,
+    Turn,
+    UnusablePicture,
+    describe,
+    ending,
+    largest_fit,
+    shapes,
+)
 from penguin_edge.runtime.engine import F32, Engine, chunks
 from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media
+from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media, own
+from penguin_edge.runtime.options import check_options
 from penguin_edge.runtime.report import Clock, Report
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
 from penguin_edge.runtime.self_check import open_tokenizer
+from penguin_edge.schema import LARGEST, Maybe, Text, Whole
 from penguin_edge.tra import DROPPED, KEY, Mode, Plan, Policy
 
 PATCHES_PER_CALL = 4096
 """Frames of one grid are encoded together up to this many patches; larger batches gain nothing and cost memory."""
 
 
-@dataclass(frozen=True)
-class Token:
-    """One decoded token; `text` may be empty while a character is incomplete."""
-
-    id: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question that was kept: it follows the first `frames` frames of the stream."""
-
-    frames: int
-    prompt: str
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A prompt planned under a visual budget; `length` counts all of its tokens."""
-
-    pieces: list[Piece]
-    visuals: list[Visual]
-    plans: list[Plan]
-    budget: int
-    length: int
-
-
-Render = Callable[[list[Plan], list[int]], list[Piece]]
-"""From the clips' plans and the token count of every image and frame to the pieces of the prompt."""
-
-
 class Session:
-    """One conversation over one engine. Not thread-safe."""
+    """One conversation over one engine. One thread at a time: a second one is refused with `BusyError`.
+
+    Sessions may share an engine. It has one cache, so each prefills from nothing where another one has been at work.
+    """
 
     def __init__(
         self,
@@ -96,8 +82,7 @@ class Session:
         """
         if tra not in ("strict", "reference"):
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
-        if max_frames is not None and max_frames < 1:
-            raise InputError(f"max_frames is {max_frames}, wanted at least 1")
+        check_options(max_frames=(max_frames, Maybe(Whole(1))), budget=(budget, Maybe(Whole(-LARGEST))))
         if budget is not None and budget < 1:
             raise BudgetError(f"a budget of {budget} visual tokens holds nothing; wanted at least 1")
         self.engine = engine
@@ -120,6 +105,9 @@ class Session:
         self._features: OrderedDict[Visual, F32] = OrderedDict()
         self._feature_rows = 0
         self._held: list[Any] = []
+        """Keys of the cache, which hold as long as the engine's `kv_version` is `_version`."""
+        self._version = -1
+        self._guard = Guard("session")
 
     @classmethod
     def open(
@@ -165,14 +153,13 @@ class Session:
             frame: a `Frame`, or pixels [H, W, 3] uint8 RGB with `time` in seconds.
         Raises:
             InputError: wrong shape or dtype, or another size than the frames before.
+            BusyError: another thread uses the session.
         """
-        # Own the pixels: a camera loop may write the next picture into the same buffer.
-        pixels = np.array(frame.pixels if isinstance(frame, Frame) else frame)
-        frame = Frame(pixels, frame.time if isinstance(frame, Frame) else time, len(self._frames))
-        if frame.pixels.dtype != np.uint8 or frame.pixels.ndim != 3 or frame.pixels.shape[2] != 3:
-            raise InputError(
-                f"a frame is {frame.pixels.dtype} {list(frame.pixels.shape)}; wanted uint8 [H, W, 3] in RGB"
-            )
+        with self._guard:
+            self._push(frame, time)
+
+    def _push(self, frame: Frame | NDArray[np.uint8], time: float | None) -> None:
+        frame = own(frame, time, len(self._frames))
         self._stream.add(frame)
         self._frames.append(frame)
         if len(self._frames) > self.max_frames:
@@ -190,7 +177,16 @@ class Session:
 
         The question is forgotten afterwards unless `keep`: then it and its answer stay, and a new turn opens. Either
         way the frames stay prefilled.
+
+        Raises:
+            BudgetError: it does not fit into the bundle's `max_seq_len`.
+            BusyError: another thread uses the session or its engine.
+            PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
+        return Answering(self._guard, self._ask(prompt, keep, options))
+
+    def _ask(self, prompt: str, keep: bool, options: SamplingOptions | None) -> Generator[Token, None, None]:
+        check_options(prompt=(prompt, Text(longest=LARGEST)))
         turns = [*self._turns, Turn(len(self._frames), prompt, ())]
         evicted = self._evicted
         media: list[Picture | Clip] = [self._stream] if self._frames else []
@@ -199,7 +195,8 @@ class Session:
             return self._turn_pieces(turns, plans[0] if plans else None)
 
         self.report = report = Report()
-        yield from self._answer(report, pieces, media, self.new_clock(), options or SamplingOptions())
+        with ending(report):
+            yield from self._answer(report, pieces, media, self.new_clock(), options or SamplingOptions())
         if keep:
             stops = self.config.eos_token_ids
             answer = tuple(i for i in report.token_ids if i not in stops)
@@ -215,16 +212,24 @@ class Session:
         Raises:
             InputError: a malformed conversation or unreadable media.
             BudgetError: it does not fit into the bundle's `max_seq_len`.
+            BusyError: another thread uses the session or its engine.
+            PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
+        return Answering(self._guard, self._converse(messages, options))
+
+    def _converse(self, messages: Sequence[Message], options: SamplingOptions | None) -> Generator[Token, None, None]:
         clock = self.new_clock()
         self.report = report = Report()
-        self._refuse_media(any(part_kind(part) != "text" for part in parts_of(messages)))
-        media = open_media(messages, self.library, clock)
+        with ending(report):
+            if not isinstance(messages, Sequence):
+                raise InputError(f"messages: {type(messages).__name__}, wanted a list of objects with role and content")
+            self._refuse_media(any(part_kind(part) != "text" for part in parts_of(messages)))
+            media = open_media(messages, self.library, clock)
 
-        def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
-            return render(spell_out(messages, shapes(media), plans), counts, thinking=self.thinking)
+            def pieces(plans: list[Plan], counts: list[int]) -> list[Piece]:
+                return render(spell_out(messages, shapes(media), plans), counts, thinking=self.thinking)
 
-        yield from self._answer(report, pieces, media, clock, options or SamplingOptions())
+            yield from self._answer(report, pieces, media, clock, options or SamplingOptions())
 
     def _refuse_media(self, given: bool) -> None:
         if given and self.config.vision is None:
@@ -280,21 +285,11 @@ class Session:
         if wanted < least:
             raise BudgetError(
                 f"a budget of {wanted} visual tokens for {least} images and clips; each takes at least one token, "
-                "so raise "
-                "the budget or leave some out"
+                "so raise the budget or leave some out"
             )
         best = self._fit(pieces, media, wanted)
         if best.length > capacity and media and self.tra == "strict":
-            # A smaller budget drops frames and with them their time stamps: the length follows, so halve the interval.
-            best = self._fit(pieces, media, least)
-            low, high = least, min(wanted, max(capacity, 1))
-            while high - low > max(1, high // 64):
-                middle = (low + high) // 2
-                attempt = self._fit(pieces, media, middle)
-                if attempt.length <= capacity:
-                    low, best = middle, attempt
-                else:
-                    high = middle
+            best = largest_fit(lambda limit: self._fit(pieces, media, limit), least, wanted, capacity)
         if best.length > capacity:
             raise BudgetError(
                 f"the prompt takes {best.length} tokens and the answer up to {max_new_tokens}, but max_seq_len is "
@@ -305,8 +300,7 @@ class Session:
         if used > best.budget and self.tra == "strict":
             raise BudgetError(
                 f"the images take {used} visual tokens at the reference's size, the budget is {best.budget}; "
-                "raise it or "
-                "leave out --shared-image-size"
+                "raise it or leave out --shared-image-size"
             )
         return best
 
@@ -318,7 +312,7 @@ class Session:
         with clock("plan"):
             layout = self._plan(pieces, media, options.max_new_tokens)
             keys = self._keys(layout)
-            self._describe(report, media, layout)
+            describe(report, media, layout, self.tokenizer)
         self._compute_features(media, layout.visuals, clock)
         with clock("prefill"):
             logits = self._prefill(keys, report)
@@ -326,7 +320,7 @@ class Session:
         report.finish_reason = "cancelled"
         try:
             while True:
-                token = sampler.pick(logits)
+                token = self._pick(sampler, logits)
                 now = time.monotonic_ns()
                 if report.first_token_ms is None:
                     report.first_token_ms = (now - begin) / 1e6
@@ -350,30 +344,45 @@ class Session:
                 if finished:
                     return
                 if self.report is not report:
-                    raise InputError(
+                    raise BusyError(
                         "another question was asked meanwhile; read an answer to its end, or close it, first"
                     )
+                if self._stale():
+                    self._compute_again(keys, report)
                 logits = self._forward([token], self.engine.embed(np.array([token])), 1)[0]
         finally:
             if report.token_ms:
                 report.tokens_per_s = 1e3 * len(report.token_ms) / sum(report.token_ms)
             report.peak_mb = peak_mb()
 
-    def _describe(self, report: Report, media: list[Picture | Clip], layout: Layout) -> None:
-        report.budget = layout.budget
-        report.images = sum(isinstance(item, Picture) for item in media)
-        report.visual_tokens = sum(visual.tokens for visual in layout.visuals)
-        clips = [item for item in media if isinstance(item, Clip)]
-        for clip, plan in zip(clips, layout.plans, strict=True):
-            report.frames += len(plan.frames)
-            report.keys += plan.keys
-            report.intermediates += plan.intermediates
-            report.dropped += plan.dropped
-            report.notes += plan.notes
-            tags = [frame_tag(t) for t, f in zip(clip.times, plan.frames, strict=True) if f.kind != DROPPED]
-            report.timestamp_tokens += sum(
-                len(self.tokenizer.encode(("," if i else "") + tag)) for i, tag in enumerate(tags)
-            )
+    def _stale(self) -> bool:
+        """Whether someone else has written to the cache since this session did."""
+        return self._version != self.engine.kv_version
+
+    def _pick(self, sampler: Sampler, logits: F32) -> int:
+        try:
+            return sampler.pick(logits)
+        except PenguinError:
+            # Whatever is not finite may lie in the cache, too: the next question is to find none of it.
+            self._version = -1
+            raise
+
+    def _compute_again(self, keys: list[Any], report: Report) -> None:
+        """Bring the cache back to where an answer was: its tokens one at a time, as they were computed first."""
+        self._truncate(0)
+        for rows in chunks(len(keys), self.engine.bounds):
+            self._forward(keys[rows], self._embeds(keys[rows]), 0)
+        for token in report.token_ids[:-1]:
+            self._forward([token], self.engine.embed(np.array([token])), 0)
+        note = "the engine was used by others while this answer was read: what its cache had held was computed again"
+        if note not in report.notes:
+            report.notes.append(note)
+
+    def _truncate(self, length: int) -> None:
+        """Keep so many positions of the cache, which this session has written."""
+        self.engine.truncate(length)
+        del self._held[length:]
+        self._version = self.engine.kv_version
 
     def _keys(self, layout: Layout) -> list[Any]:
         """What stands at each position of the prompt."""
@@ -435,26 +444,38 @@ class Session:
         with clock("project"):
             batch, count, channels = features.shape
             rows = self.engine.project(features.reshape(batch, count // merged, merged, channels))
-        for visual, row in zip(visuals, rows, strict=True):
-            self._features[visual] = row
-            self._feature_rows += len(row)
+        sound = [
+            bool(np.isfinite(one).all() and np.isfinite(row).all()) for one, row in zip(features, rows, strict=True)
+        ]
+        for visual, row, kept in zip(visuals, rows, sound, strict=True):
+            if kept:
+                self._features[visual] = row
+                self._feature_rows += len(row)
+        if not all(sound):
+            raise UnusablePicture([visual for visual, kept in zip(visuals, sound, strict=True) if not kept])
 
     def _prefill(self, keys: list[Any], report: Report) -> F32:
         """Bring the KV cache to `keys`; returns the logits [V] after the last one."""
-        same = 0
-        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
-            same += 1
+        same = self._same(keys)
         # The last position is always computed again: its logits are wanted. Where the bundle has a graph of its own
         # for prompts, it is given no less than that graph's least chunk, so that reuse does not change an answer.
-        same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk), self.engine.kv_len)
-        self.engine.truncate(same)
-        del self._held[same:]
+        same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk))
+        self._truncate(same)
         report.prompt_tokens, report.reused_tokens = len(keys), same
         logits = np.empty((0, 0), np.float32)
         new = keys[same:]
         for rows in chunks(len(new), self.engine.bounds):
             logits = self._forward(new[rows], self._embeds(new[rows]), int(rows.stop == len(new)))
         return logits[0]
+
+    def _same(self, keys: list[Any]) -> int:
+        """Positions from the first on that hold what they are to hold."""
+        if self._stale():
+            self._held.clear()
+        same = 0
+        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
+            same += 1
+        return same
 
     def _embeds(self, keys: list[Any]) -> F32:
         out = np.empty((len(keys), self.config.text.hidden_size), np.float32)
@@ -473,9 +494,5 @@ class Session:
     def _forward(self, keys: list[Any], embeds: F32, wanted: int) -> F32:
         logits = self.engine.forward(embeds, np.full(wanted, -1, np.int64))
         self._held += keys
+        self._version = self.engine.kv_version
         return logits
-
-
-def shapes(media: Sequence[Picture | Clip]) -> list[Size | LabelledClip]:
-    """What the planner needs to know of each medium."""
-    return [item if isinstance(item, Clip) else item.size for item in media]

@@ -26,9 +26,8 @@ A question and its answer leave the cache when the next frame comes, unless they
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,21 +35,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.frames import Frame
 from penguin_edge.layout import cap_size
 from penguin_edge.preprocess import Patches, preprocess_image
 from penguin_edge.prompt import Tokenizer, frame_tag
+from penguin_edge.runtime.answer import Token, Turn, UnusablePicture
 from penguin_edge.runtime.control import Device, Setting, Work, settings
 from penguin_edge.runtime.engine import Engine, MovingEngine, chunks
 from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.ledger import last_frame, rebase
-from penguin_edge.runtime.media import Visual
+from penguin_edge.runtime.ledger import last_frame, rebase, to_last_frame
+from penguin_edge.runtime.media import Visual, own
+from penguin_edge.runtime.options import check_options
 from penguin_edge.runtime.pool import pooled, retained
-from penguin_edge.runtime.report import Clock
+from penguin_edge.runtime.report import Clock, StreamStats
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.self_check import open_tokenizer
-from penguin_edge.runtime.session import Session, Token, Turn
+from penguin_edge.runtime.session import Session
+from penguin_edge.schema import LARGEST, Real, Whole
 from penguin_edge.stream_plan import Change, Limits, StreamPlanner
 from penguin_edge.tra import Plan, size_ladder
 
@@ -61,26 +63,11 @@ QUESTION_TOKENS, ANSWER_TOKENS = 128, 128
 """Positions that frames leave free, beside what stands around them."""
 
 
-@dataclass
-class StreamStats:
-    """What a stream has cost since it began."""
-
-    frames: int = 0
-    encoded: int = 0
-    """Frames through the encoder, shrunk ones included."""
-    reencoded: int = 0
-    """Frames that got another size, by the encoder or by pooling."""
-    prefilled_tokens: int = 0
-    reprefilled_tokens: int = 0
-    """Of these, all but the frames that had just arrived: what stands behind a frame that changed or went."""
-    moved_tokens: int = 0
-    max_visual_tokens: int = 0
-    given_up: Counter[str] = field(default_factory=Counter)
-    """Frames that left the window, by reason: `window`, `full`, `dropped`, `size`, `time`."""
-
-
 class StreamSession(Session):
-    """One stream over one engine. Not thread-safe: `penguin_edge.runtime.live` puts a thread and a queue before it."""
+    """One stream over one engine, for one thread: `penguin_edge.runtime.live` puts a thread and a queue before it.
+
+    What changes the window is refused with `BusyError` while an answer is being read.
+    """
 
     def __init__(
         self,
@@ -97,6 +84,8 @@ class StreamSession(Session):
         thinking: bool = False,
     ) -> None:
         """As `open`, over an engine of the caller's."""
+        check_options(question_tokens=(question_tokens, Whole()), answer_tokens=(answer_tokens, Whole()))
+        check_options(window_s=(window_s, Real(above=0)))
         if shrink not in ("encode", "pool"):
             raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
         if cache not in ("recompute", "rebase"):
@@ -201,8 +190,13 @@ class StreamSession(Session):
         Returns:
             What became of earlier frames.
         Raises:
-            InputError: wrong shape or dtype, no time, or an answer that is being read.
+            InputError: wrong shape or dtype, or no time.
+            UnusablePicture: its features are not finite; the stream goes on without it.
         """
+        with self._guard:
+            return self._add(frame, time)
+
+    def _add(self, frame: Frame | NDArray[np.uint8], time: float | None) -> list[Change]:
         self._idle()
         new = self._taken(frame, time)
         assert new.time is not None
@@ -210,7 +204,7 @@ class StreamSession(Session):
         changes: list[Change] = []
         for reason, broken in (("size", size != self._stream.size), ("time", new.time < self._last_time())):
             if broken and self._frames:
-                changes += self.restart(reason)
+                changes += self._restart(reason)
         with self.clock("plan"):
             self._stream.add(new)
             if self._stream.digests[-1] in self._stream.digests[:-1]:
@@ -271,14 +265,14 @@ class StreamSession(Session):
         blank = np.zeros((2 * size[0], 2 * size[1], 3), np.uint8)
         self.library.new_clip(lambda: ()).add(Frame(blank, 0.0))
         patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=size)
-        features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
-        self.engine.project(features.reshape(1, patches.tokens, -1, features.shape[-1]))
-        self.engine.truncate(0)
-        self._held.clear()
-        for count in (self.engine.bounds.max_chunk, 1):
-            if self.engine.kv_len + count <= self.engine.bounds.max_seq_len:
-                self.engine.forward(self.engine.embed(np.zeros(count, np.int64)), np.array([-1]))
-        self.engine.truncate(0)
+        with self._guard:
+            features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
+            self.engine.project(features.reshape(1, patches.tokens, -1, features.shape[-1]))
+            self._truncate(0)
+            for count in (self.engine.bounds.max_chunk, 1):
+                if self.engine.kv_len + count <= self.engine.bounds.max_seq_len:
+                    self.engine.forward(self.engine.embed(np.zeros(count, np.int64)), np.array([-1]))
+            self._truncate(0)
 
     def set_budget(self, budget: int) -> list[Change]:
         """Keep another budget of visual tokens from now on; frames that it has no room for shrink or go.
@@ -286,16 +280,22 @@ class StreamSession(Session):
         Raises:
             BudgetError: a budget below one token.
         """
-        self._idle()
-        limits = replace(self._limits(), budget=budget)
-        self.budget = budget
-        changes = self.planner.set_limits(limits)
-        self._forget([change for change in changes if not change.tokens])
-        self._update(changes)
-        return changes
+        check_options(budget=(budget, Whole(-LARGEST)))
+        with self._guard:
+            self._idle()
+            limits = replace(self._limits(), budget=budget)
+            changes = self.planner.set_limits(limits)
+            self.budget = budget
+            self._forget([change for change in changes if not change.tokens])
+            self._update(changes)
+            return changes
 
     def restart(self, reason: str = "restart") -> list[Change]:
         """Forget all frames and the turns that were kept; the next frame begins a stream."""
+        with self._guard:
+            return self._restart(reason)
+
+    def _restart(self, reason: str) -> list[Change]:
         self._idle()
         changes = [
             Change(number, frame.tokens, 0, reason)
@@ -319,13 +319,17 @@ class StreamSession(Session):
         Raises:
             BudgetError: the question and its answer take more than is left beside the frames, or would leave no room
                 for frames if they were kept.
+            PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
+        return super().ask(prompt, keep=keep, options=options)
+
+    def _ask(self, prompt: str, keep: bool, options: SamplingOptions | None) -> Generator[Token, None, None]:
         options = options or SamplingOptions(max_new_tokens=self.answer_tokens)
         if keep:
             self._check_kept(prompt, options.max_new_tokens)
         self._answering += 1
         try:
-            yield from super().ask(prompt, keep=keep, options=options)
+            yield from super()._ask(prompt, keep, options)
         finally:
             self._answering -= 1
         if keep:
@@ -333,31 +337,21 @@ class StreamSession(Session):
 
     def forget_features(self) -> None:
         """Keep nothing but the frames: the next question encodes and prefills all of them."""
-        self._features.clear()
-        self._feature_rows = 0
-        self._held.clear()
-        self.engine.truncate(0)
+        with self._guard:
+            self._idle()
+            self._features.clear()
+            self._feature_rows = 0
+            self._truncate(0)
 
     def prompt_keys(self) -> list[Any]:
         """What stands at each position of the KV cache before a question is asked."""
-        return self._prompt_keys(self._current())
-
-    def _prompt_keys(self, layout: Any) -> list[Any]:
-        keys = self._keys(layout)
-        while keys and not isinstance(keys[-1], tuple):
-            keys.pop()
-        return keys
+        return to_last_frame(self._keys(self._current()))
 
     def _taken(self, frame: Frame | NDArray[np.uint8], time: float | None) -> Frame:
-        given = frame if isinstance(frame, Frame) else Frame(frame, time, self.stats.frames)
-        if given.pixels.dtype != np.uint8 or given.pixels.ndim != 3 or given.pixels.shape[2] != 3:
-            raise InputError(
-                f"a frame is {given.pixels.dtype} {list(given.pixels.shape)}; wanted uint8 [H, W, 3] in RGB"
-            )
-        if given.time is None or not np.isfinite(given.time):
-            raise InputError(f"a frame at {given.time} seconds; a stream needs the time of each frame")
-        # Own the pixels: a camera loop may write the next picture into the same buffer.
-        return Frame(np.array(given.pixels), float(given.time), self.stats.frames)
+        new = own(frame, time, self.stats.frames)
+        if new.time is None:
+            raise InputError("a frame without a time; a stream needs the time of each frame, in seconds")
+        return new
 
     def _last_time(self) -> float:
         return self._stream.times[-1] or 0.0 if self._stream.times else 0.0
@@ -376,7 +370,7 @@ class StreamSession(Session):
 
     def _idle(self) -> None:
         if self._answering:
-            raise InputError("an answer is being read; read it to its end, or close it, before the stream goes on")
+            raise BusyError("an answer is being read; read it to its end, or close it, before the stream goes on")
 
     def _limits(self, kept: Sequence[Turn] | None = None) -> Limits:
         """What is left for frames beside the text around them, the turns that were kept, a question and an answer."""
@@ -427,6 +421,14 @@ class StreamSession(Session):
             self._turns = [replace(t, frames=t.frames - (index < t.frames)) for t in self._turns]
             self.stats.given_up[change.reason] += 1
 
+    def _discard(self, visuals: Sequence[Visual], unusable: Sequence[Visual]) -> None:
+        """Take frames out of the window whose features cannot be computed: those that come are to be told of."""
+        gone = []
+        for number, visual in zip(self._numbers, visuals, strict=True):
+            if visual in unusable:
+                gone.append(Change(number, self.planner.discard(number), 0, "unusable"))
+        self._forget(gone)
+
     def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
         """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
         layout = self._current()
@@ -436,13 +438,18 @@ class StreamSession(Session):
             self._pool(layout.visuals, shrunk)
         with self.clock("preprocess"):
             self._frames[:] = retained(self._frames, layout.visuals)
-        self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
+        try:
+            self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
+        except UnusablePicture as error:
+            self._discard(layout.visuals, error.visuals)
+            self._update([change for change in changes if change.frame in self._numbers])
+            raise
         self.stats.encoded += sum(frames for frames, _ in self._encoded)
         self.stats.reencoded += len(shrunk)
         for visual in set(self._features) - set(layout.visuals):
             self._feature_rows -= len(self._features.pop(visual))
         with self.clock("plan"):
-            keys = self._prompt_keys(layout)
+            keys = to_last_frame(self._keys(layout))
         self._extend(keys, arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
 
@@ -464,22 +471,18 @@ class StreamSession(Session):
     def _extend(self, keys: list[Any], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
         if self._mover is not None:
-            # Should an engine fail on the way, nothing in the cache is where it was.
-            held, self._held = self._held, []
+            held = [] if self._stale() else self._held
+            # Should an engine fail on the way, it has counted its version up, and nothing of this counts as held.
             done = rebase(self._mover, held, keys, self._embeds, self.clock)
-            self._held = list(keys)
+            self._held, self._version = list(keys), self.engine.kv_version
             self._pieces = done.pieces
             self.stats.moved_tokens += done.moved
             self._count(done.computed, keys, arrived)
             return
-        same = 0
-        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
-            same += 1
-        same = min(same, self.engine.kv_len)
+        same = self._same(keys)
         if same < len(keys):
             same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk))
-        self.engine.truncate(same)
-        del self._held[same:]
+        self._truncate(same)
         new = keys[same:]
         self._count(len(new), keys, arrived)
         with self.clock("prefill"):

@@ -82,6 +82,10 @@ class CountingEngine:
     def kv_len(self) -> int:
         return self.inner.kv_len
 
+    @property
+    def kv_version(self) -> int:
+        return self.inner.kv_version
+
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         self.encoded_frames += len(pixels)
         return self.inner.encode(pixels, rows, cols)

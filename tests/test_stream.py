@@ -175,7 +175,10 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         ((picture(0).astype(np.float32), 30.0), "uint8"),
         ((picture(0)[:, :, 0], 30.0), "RGB"),
         ((picture(0), None), "needs the time"),
-        ((picture(0), float("nan")), "needs the time"),
+        ((picture(0), float("nan")), "time is NaN, wanted a finite number"),
+        ((picture(0), "1"), 'time is "1", wanted a finite number'),
+        ((picture(0)[:0], 30.0), "112x0 pixels"),
+        ((None, 30.0), "a frame is NoneType"),
     ):
         with pytest.raises(InputError, match=word):
             run.push(*wrong)

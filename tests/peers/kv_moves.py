@@ -34,8 +34,8 @@ from penguin_edge.layers import rotate
 from penguin_edge.layout import media_source
 from penguin_edge.prompt import Tokenizer, part_kind
 from penguin_edge.records import read_records
+from penguin_edge.runtime.answer import Turn
 from penguin_edge.runtime.kv_shift import turn
-from penguin_edge.runtime.session import Turn
 from penguin_edge.runtime.stream import StreamSession
 
 KEPT, ANSWER = 200, 8

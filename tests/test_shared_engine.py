@@ -1,0 +1,455 @@
+"""Several callers over one engine: each gets the answers that it gets alone, or is refused; never another's."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import CountingEngine, picture, tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.errors import BusyError, InputError, PenguinError
+from penguin_edge.generate import EagerEngine
+from penguin_edge.guard import Guard
+from penguin_edge.prompt import Tokenizer
+from penguin_edge.runtime.answer import Token
+from penguin_edge.runtime.engine import Engine, MovingEngine
+from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.session import Session
+from penguin_edge.runtime.stream import StreamSession
+
+SHORT = SamplingOptions(max_new_tokens=5)
+QUESTIONS = ("What is it?", "Which colours are there, and where?")
+Answer = Generator[Token, None, None]
+
+
+def asked(of: Session, question: str, seed: int) -> Answer:
+    """A question about a picture of a conversation's own."""
+    image = {"type": "image", "image": picture(seed)}
+    return of.converse([{"role": "user", "content": [image, {"type": "text", "text": question}]}], SHORT)
+
+
+def ids(answer: Answer) -> list[int]:
+    return [token.id for token in answer]
+
+
+def meddle(engine: Engine, how: str) -> None:
+    """What a caller of the engine itself may do between two questions of somebody else."""
+    if how == "truncate":
+        engine.truncate(engine.kv_len // 2)
+    elif how == "again":
+        engine.truncate(0)
+        engine.forward(engine.embed(np.arange(40, 60)), np.empty(0, np.int64))
+    elif how == "append" and engine.kv_len + 2 <= engine.bounds.max_seq_len:
+        engine.forward(engine.embed(np.arange(2)), np.empty(0, np.int64))
+    elif how == "move" and isinstance(engine, MovingEngine) and engine.kv_len > 3:
+        engine.move(2, engine.kv_len, 1)
+
+
+MEDDLING = ("truncate", "again", "append", "move")
+
+
+def tiny(max_seq_len: int = 512) -> tuple[Engine, Tokenizer]:
+    return EagerEngine(tiny_model(), max_seq_len=max_seq_len), tiny_tokenizer()
+
+
+@pytest.fixture(
+    params=["eager", "onnx", pytest.param("onnx int8-prefill", marks=pytest.mark.slow), "executorch"], scope="module"
+)
+def opened(
+    request: pytest.FixtureRequest, nano_bundle: Callable[[str, str], Path]
+) -> Callable[[], tuple[Engine, Tokenizer]]:
+    """Opens one more engine of a kind, with its tokenizer."""
+    if request.param == "eager":
+        return tiny
+    target, _, quant = request.param.partition(" ")
+    bundle = Bundle.read(nano_bundle(target, quant or "fp32"))
+    config = bundle.manifest.model
+    words = Tokenizer.open(
+        bundle.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
+    )
+    return lambda: (open_engine(bundle, threads=1), words)
+
+
+def alone(opened: Callable[[], tuple[Engine, Tokenizer]], question: str, seed: int) -> list[int]:
+    return ids(asked(Session(*opened()), question, seed))
+
+
+def test_sessions_over_one_engine_answer_as_they_do_alone(opened: Callable[[], tuple[Engine, Tokenizer]]) -> None:
+    """Questions in turn, an answer cut short, tokens in turn, and a caller that uses the engine itself."""
+    right = {(q, seed): alone(opened, q, seed) for q in QUESTIONS for seed in range(3)}
+    assert len({tuple(answer) for answer in right.values()}) > 1, "the answers were to differ"
+    engine, words = opened()
+    one, two, three = (Session(engine, words) for _ in range(3))
+    first, second = QUESTIONS
+    for seed in range(2):
+        assert ids(asked(one, first, seed)) == right[first, seed]
+        assert ids(asked(two, second, seed + 1)) == right[second, seed + 1]
+        next(asked(three, second, 0))
+        assert ids(asked(one, first, seed)) == right[first, seed]
+        for how in MEDDLING:
+            meddle(engine, how)
+            assert ids(asked(two, second, seed)) == right[second, seed]
+    going = {0: asked(one, first, 0), 1: asked(two, second, 1), 2: asked(three, first, 2)}
+    got: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for turn, how in zip(range(40), itertools.cycle((None, *MEDDLING)), strict=False):
+        meddle(engine, how or "")
+        token = next(going[turn % 3], None)
+        got[turn % 3] += [token.id] if token is not None else []
+    assert got == {0: right[first, 0], 1: right[second, 1], 2: right[first, 2]}
+    assert any("computed again" in note for note in one.report.notes)
+
+
+def test_a_session_that_has_the_engine_to_itself_still_reuses_its_prefix() -> None:
+    engine = CountingEngine()
+    one, two = (Session(engine, tiny_tokenizer()) for _ in range(2))
+    ids(asked(one, QUESTIONS[0], 0))
+    ids(asked(one, QUESTIONS[1], 0))
+    assert one.report.reused_tokens > 0 and not one.report.notes
+    ids(asked(two, QUESTIONS[0], 0))
+    assert two.report.reused_tokens == 0
+    ids(asked(one, QUESTIONS[1], 0))
+    assert one.report.reused_tokens == 0 and engine.encoded_frames == 2  # Features are the session's own.
+
+
+STEP = st.tuples(st.integers(0, 2), st.sampled_from(("ask", "next", "next", "next", "close", *MEDDLING)))
+
+
+@settings(deadline=None, max_examples=12)
+@given(steps=st.lists(STEP, min_size=8, max_size=40), cache=st.sampled_from(["recompute", "rebase"]))
+def test_any_interleaving_of_sessions_and_streams(steps: list[tuple[int, str]], cache: Any) -> None:
+    """Two conversations and a stream, in any order; what is finished is what was right alone."""
+    engine, words = tiny()
+    sessions = [
+        Session(engine, words),
+        StreamSession(engine, words, budget=40, window_s=3.0, cache=cache, question_tokens=32, answer_tokens=8),
+        Session(engine, words),
+    ]
+    going: dict[int, tuple[Answer, list[int], tuple[Any, ...]]] = {}
+    pushed = 0
+    for who, what in steps:
+        session = sessions[who]
+        if what == "ask" and who not in going:
+            if who == 1:
+                session.push(picture(pushed), float(pushed))
+                pushed += 1
+                going[who] = session.ask(QUESTIONS[pushed % 2], options=SHORT), [], (pushed, QUESTIONS[pushed % 2])
+            else:
+                seed, question = len(steps) % 3, QUESTIONS[who // 2]
+                going[who] = asked(session, question, seed), [], (seed, question)
+        elif what == "next" and who in going:
+            token = next(going[who][0], None)
+            if token is not None:
+                going[who][1].append(token.id)
+                continue
+            _, got, (seed, question) = going.pop(who)
+            if who != 1:
+                assert got == alone(tiny, question, seed)
+            elif cache == "recompute":
+                fresh = StreamSession(*tiny(), budget=40, window_s=3.0, question_tokens=32, answer_tokens=8)
+                for i in range(seed):
+                    fresh.push(picture(i), float(i))
+                assert got == ids(fresh.ask(question, options=SHORT))
+        elif what == "close" and who in going:
+            going.pop(who)[0].close()
+        else:
+            meddle(engine, what)
+
+
+def test_a_stream_goes_on_after_another_has_used_its_engine() -> None:
+    for cache in ("recompute", "rebase"):
+        engine = CountingEngine(max_seq_len=1024)
+        run = StreamSession(engine, tiny_tokenizer(), cache=cache)  # type: ignore[arg-type]
+        fresh = StreamSession(EagerEngine(tiny_model(), max_seq_len=1024), tiny_tokenizer())
+        other = Session(engine, tiny_tokenizer())
+        for i in range(5):
+            run.push(picture(i), float(i))
+            fresh.push(picture(i), float(i))
+            ids(asked(other, QUESTIONS[0], i))
+        assert ids(run.ask("What?", options=SHORT)) == ids(fresh.ask("What?", options=SHORT))
+        run.push(picture(9), 9.0)
+        assert engine.kv_len == len(run.prompt_keys()) == len(run._held)
+
+
+def test_live_and_a_session_over_one_engine() -> None:
+    engine, words = tiny(1024)
+    right = alone(tiny, QUESTIONS[0], 1)
+    fresh = StreamSession(*tiny(1024))
+    other = Session(engine, words)
+    with Live(StreamSession(engine, words)) as live:
+        for i in range(4):
+            live.push(picture(i), float(i))
+            fresh.push(picture(i), float(i))
+            live.wait()
+            assert ids(asked(other, QUESTIONS[0], 1)) == right
+        got = [token.id for token in live.ask("What?", options=SHORT)]
+        assert got == ids(fresh.ask("What?", options=SHORT))
+
+
+# One thread at a time.
+
+
+class Gated(CountingEngine):
+    """Stands in `forward` until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(max_seq_len=512)
+        self.inside, self.gate = threading.Event(), threading.Event()
+
+    def hold(self, call: Callable[[], Any]) -> threading.Thread:
+        """A thread inside the engine, at a gate."""
+        inner = self.inner
+        assert isinstance(inner, EagerEngine)
+        attend = inner._cache.attend
+
+        def gated(*arguments: Any) -> Any:
+            self.inside.set()
+            assert self.gate.wait(20)
+            return attend(*arguments)
+
+        inner._cache.attend = gated  # type: ignore[method-assign]
+        thread = threading.Thread(target=call)
+        thread.start()
+        assert self.inside.wait(20)
+        inner._cache.attend = attend  # type: ignore[method-assign]
+        return thread
+
+
+def test_a_second_thread_in_an_engine_is_refused_and_changes_nothing() -> None:
+    gated = Gated()
+    engine = gated.inner
+    assert isinstance(engine, EagerEngine)
+    embeds, last = engine.embed(np.arange(20)), np.array([-1])
+    want = engine.forward(embeds, last)
+    engine.truncate(0)
+    got: list[Any] = []
+    thread = gated.hold(lambda: got.append(engine.forward(embeds, last)))
+    for call in (
+        lambda: engine.forward(embeds, last),
+        lambda: engine.truncate(0),
+        lambda: engine.move(1, 2, 0),
+        lambda: engine.project(np.zeros((1, 1, 4, 64), np.float32)),
+        lambda: engine.encode(np.zeros((1, 4, 588), np.float32), np.zeros(4, np.int64), np.zeros(4, np.int64)),
+    ):
+        with pytest.raises(BusyError, match="at work for another thread; give each thread one of its own"):
+            call()
+    assert np.array_equal(engine.embed(np.arange(20)), embeds)  # Looking up embeddings is for everyone.
+    gated.gate.set()
+    thread.join()
+    assert np.array_equal(got[0], want) and engine.kv_len == 20
+
+
+@pytest.mark.parametrize("kind", ["onnx", "executorch"])
+def test_a_second_thread_in_a_bundles_engine_is_refused(nano_bundle: Callable[[str, str], Path], kind: str) -> None:
+    """The guard is held while the native call runs; here a thread holds it and makes none."""
+    engine = open_engine(Bundle.read(nano_bundle(kind, "fp32")), threads=1)
+    assert isinstance(engine, MovingEngine)
+    embeds, last = engine.embed(np.arange(20)), np.array([-1])
+    want = engine.forward(embeds, last)
+    entered, leave = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        guard: Guard = engine._guard  # type: ignore[attr-defined]
+        with guard:
+            entered.set()
+            assert leave.wait(20)
+
+    thread = threading.Thread(target=occupy)
+    thread.start()
+    assert entered.wait(20)
+    places = np.zeros(4, np.int64)
+    for call in (
+        lambda: engine.forward(embeds, last),
+        lambda: engine.truncate(0),
+        lambda: engine.move(1, 2, 0),
+        lambda: engine.project(np.zeros((1, 1, 4, 128), np.float32)),
+        lambda: engine.encode(np.zeros((1, 4, 588), np.float32), places, places),
+    ):
+        with pytest.raises(BusyError, match="this engine is at work for another thread"):
+            call()
+    assert np.array_equal(engine.embed(np.arange(20)), embeds) and engine.kv_len == 20
+    leave.set()
+    thread.join()
+    engine.truncate(0)
+    assert np.array_equal(engine.forward(embeds, last), want)
+
+
+@pytest.mark.parametrize("kind", [Session, StreamSession])
+def test_a_second_thread_in_a_session_is_refused(kind: type[Session]) -> None:
+    gated = Gated()
+    run = kind(gated, tiny_tokenizer())
+    run.push(picture(0), 0.0)
+    fresh = kind(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer())
+    fresh.push(picture(0), 0.0)
+    got: list[int] = []
+    answer = run.ask("What?", options=SHORT)
+    thread = gated.hold(lambda: got.extend(ids(answer)))
+    calls: list[Callable[[], Any]] = [
+        lambda: run.push(picture(1), 1.0),
+        lambda: next(run.ask("And?")),
+        lambda: next(run.converse([{"role": "user", "content": "Hello"}])),
+        lambda: next(answer),
+    ]
+    if isinstance(run, StreamSession):
+        calls += [run.restart, run.warm_up, run.forget_features, lambda: run.set_budget(20)]
+    for call in calls:
+        with pytest.raises(BusyError, match="this session is at work for another thread"):
+            call()
+    with pytest.raises(BusyError, match="next token is being computed"):
+        answer.close()
+    gated.gate.set()
+    thread.join()
+    assert got == ids(fresh.ask("What?", options=SHORT))
+    # Between tokens any thread may take over.
+    run.push(picture(1), 1.0)
+    fresh.push(picture(1), 1.0)
+    assert ids(run.ask("And?", options=SHORT)) == ids(fresh.ask("And?", options=SHORT))
+
+
+def test_threads_that_try_at_once_get_right_answers_or_a_refusal() -> None:
+    """Unsynchronized threads over one engine: the guard is the only thing between them."""
+    engine, words = tiny()
+    right = [alone(tiny, QUESTIONS[0], seed) for seed in range(3)]
+    wrong: list[Any] = []
+    done = [0, 0, 0]
+
+    def work(seed: int) -> None:
+        session = Session(engine, words)
+        for _ in range(12):
+            try:
+                got = ids(asked(session, QUESTIONS[0], seed))
+            except BusyError:
+                continue
+            except Exception as error:
+                wrong.append(error)
+                continue
+            done[seed] += 1
+            if got != right[seed]:
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and sum(done) > 0
+
+
+# Wrong types, in one sentence.
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"budget": "600"}, 'budget is "600", wanted a whole number'),
+        ({"budget": float("nan")}, "budget is NaN"),
+        ({"budget": 6.5}, "budget is 6.5"),
+        ({"budget": True}, "budget is true"),
+        ({"max_frames": "3"}, 'max_frames is "3"'),
+        ({"max_frames": 0}, "max_frames is 0, wanted a whole number, at least 1"),
+        ({"tra": None}, "tra mode None"),
+    ],
+)
+def test_options_of_a_session(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        Session(*tiny(), **options)
+    Session(*tiny(), budget=np.int64(600))  # type: ignore[arg-type]  # NumPy's numbers are numbers.
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"window_s": float("nan")}, "window_s is NaN, wanted a finite number and above 0"),
+        ({"window_s": "60"}, 'window_s is "60"'),
+        ({"question_tokens": 12.5}, "question_tokens is 12.5"),
+        ({"answer_tokens": -1}, "answer_tokens is -1"),
+        ({"budget": [600]}, "budget is \\[600\\]"),
+    ],
+)
+def test_options_of_a_stream(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        StreamSession(*tiny(), **options)
+    run = StreamSession(*tiny(), budget=40, question_tokens=32, answer_tokens=8)
+    run.push(picture(0), 0.0)
+    with pytest.raises(InputError, match='budget is "20"'):
+        run.set_budget("20")  # type: ignore[arg-type]
+    assert run.budget == 40 and ids(run.ask("What?", options=SHORT))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"temperature": float("nan")}, "temperature is NaN"),
+        ({"temperature": float("inf")}, "temperature is Infinity"),
+        ({"temperature": "0.7"}, 'temperature is "0.7", wanted a finite number'),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": True}, "temperature is true"),
+        ({"top_p": 0.0}, "top_p is 0.0, wanted a finite number and above 0 and at most 1"),
+        ({"top_p": float("nan")}, "top_p is NaN"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"seed": None}, "seed is null"),
+        ({"seed": -1}, "seed is -1"),
+        ({"max_new_tokens": "8"}, 'max_new_tokens is "8"'),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens is NaN"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, wanted a whole number, at least 1"),
+        ({"max_ms": float("nan")}, "max_ms is NaN"),
+        ({"max_ms": "1"}, 'max_ms is "1"'),
+    ],
+)
+def test_sampling_options(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        SamplingOptions(**options)
+
+
+def test_prompts_that_are_no_text() -> None:
+    run = Session(*tiny())
+    for wrong in (None, b"What?", 3, ["What?"]):
+        with pytest.raises(InputError, match=r"prompt is .*, wanted a string"):
+            next(run.ask(wrong))  # type: ignore[arg-type]
+    for messages in (None, 3, "What?", [{"role": "user"}], [{"role": "user", "content": None}]):
+        with pytest.raises(PenguinError):
+            next(run.converse(messages))  # type: ignore[arg-type]
+        assert run.report.finish_reason == "error"
+    assert ids(run.ask("What?", options=SHORT))
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_arrays_of_another_shape_or_dtype(nano_bundle: Callable[[str, str], Path], target: str) -> None:
+    engine = open_engine(Bundle.read(nano_bundle(target, "fp32")), threads=1)
+    embeds, last = engine.embed(np.arange(6)), np.array([-1])
+    want = engine.forward(embeds, last)
+    places = np.arange(4)
+    wrong: list[Callable[[], Any]] = [
+        lambda: engine.forward(embeds[0], last),
+        lambda: engine.forward(embeds[:, :-1], last),
+        lambda: engine.forward(embeds.astype(np.int64), last),
+        lambda: engine.forward(embeds.tolist(), last),
+        lambda: engine.forward(embeds, np.array([-1.0])),
+        lambda: engine.forward(embeds, [-1]),  # type: ignore[arg-type]
+        lambda: engine.truncate(2.0),  # type: ignore[arg-type]
+        lambda: engine.truncate("2"),  # type: ignore[arg-type]
+        lambda: engine.truncate(True),
+        lambda: engine.embed(np.array([1.0])),
+        lambda: engine.embed([1]),  # type: ignore[arg-type]
+        lambda: engine.embed(np.array([[1]])),
+        # One place for four patches would be spread over all of them.
+        lambda: engine.encode(np.zeros((1, 4, 588), np.float32), places[:1], places),
+        lambda: engine.encode(np.zeros((4, 588), np.float32), places, places),
+        lambda: engine.encode(np.zeros((1, 4, 587), np.float32), places, places),
+        lambda: engine.project(np.zeros((1, 4, 128), np.float32)),
+    ]
+    for call in wrong:
+        with pytest.raises(InputError, match="wanted"):
+            call()
+    assert engine.kv_len == 6
+    engine.truncate(0)
+    assert np.array_equal(engine.forward(embeds, last), want)
