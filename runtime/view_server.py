@@ -12,7 +12,8 @@
 
 It listens on 127.0.0.1 alone and answers only to the names of this machine, so that no other machine and no page from
 elsewhere (DNS rebinding, forms, frames) can look or ask. There are no queues: a page is sent what is newest when its
-connection takes more, so that a slow one misses states in between and holds nothing up.
+connection takes more, so that a slow one misses states in between and holds nothing up. What connections may take is
+bounded (`view_limits.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.view import View
+from penguin_edge.runtime.view_limits import HEAD_BYTES, Limits, bounded
 
 PORT = 8765
 TICK_S = 0.1
@@ -41,8 +43,7 @@ PICTURE_S = 0.2
 """Between two pictures, at least."""
 ALIVE_S = 5.0
 """A page without news for three times as long takes the connection for dead."""
-PAGES = 16
-"""Open at the same time."""
+DEFAULT = Limits()
 BODY, PROMPT = 65_536, 4_000
 """Bytes of a question's request, characters of a question."""
 
@@ -87,12 +88,14 @@ class ViewServer:
         bound: socket.socket,
         *,
         options: SamplingOptions | None = None,
+        limits: Limits = DEFAULT,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         """
         Args:
             bound: from `socket_at`; closed with the server.
             options: for the answers to what is asked in the page.
+            limits: what pages and connections may take.
             note: is told of errors of the stream that a question met.
         """
         import uvicorn
@@ -100,13 +103,13 @@ class ViewServer:
         self.view, self.live, self._options, self._note = view, live, options, note
         self.address = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self._page, self._policy = _page()
-        self._open = 0
+        self._limits, self._open = limits, 0
         self._bound, self._over = bound, threading.Event()
         # Nothing of uvicorn's is printed, and no signal is taken: it runs beside the main thread.
         config = uvicorn.Config(
             self._app(),
             loop="asyncio",
-            http="h11",
+            http=bounded(limits),
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -114,7 +117,9 @@ class ViewServer:
             log_level="critical",
             access_log=False,
             server_header=False,
-            limit_concurrency=8 * PAGES,
+            backlog=limits.connections,
+            timeout_keep_alive=limits.kept_s,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(config)
@@ -151,14 +156,17 @@ class ViewServer:
 
     async def _draw(self) -> None:
         while True:
-            self.view.encode()
+            try:
+                self.view.encode()
+            except Exception as error:  # The next picture may be drawn again.
+                self._note(f"a frame could not be drawn: {error}")
             await asyncio.sleep(PICTURE_S)
 
     def _app(self) -> Any:
         from starlette.applications import Starlette
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse, Response, StreamingResponse
         from starlette.routing import Route
 
@@ -181,21 +189,40 @@ class ViewServer:
             headers = {"Cross-Origin-Resource-Policy": "same-origin", **NO_STORE}
             return Response(jpeg, media_type="image/jpeg", headers=headers)
 
+        limits = self._limits
+
+        class Page(StreamingResponse):
+            """Counts itself where it is sent: between a count and a test elsewhere, others come in."""
+
+            async def __call__(page, scope: Any, receive: Any, send: Any) -> None:
+                if self._open >= limits.pages:
+                    await refused(503, f"{limits.pages} pages look on already; close one")(scope, receive, send)
+                    return
+                self._open += 1
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    self._open -= 1
+
         async def events(request: Request) -> Response:
             if foreign(request):
                 return refused(403, "not for pages from elsewhere")
-            if self._open >= PAGES:
-                return refused(503, f"{PAGES} pages look on already; close one")
-            return StreamingResponse(self._events(), media_type="text/event-stream", headers=NO_STORE)
+            return Page(self._events(), media_type="text/event-stream", headers=NO_STORE)
 
         async def ask(request: Request) -> Response:
             if foreign(request) or "origin" not in request.headers:
                 return refused(403, "only the page itself may ask")
             body = b""
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY:
-                    return refused(413, f"a question of more than {BODY} bytes; shorten it")
+            try:
+                async with asyncio.timeout(limits.body_s):
+                    async for chunk in request.stream():
+                        body += chunk
+                        if len(body) > BODY:
+                            return refused(413, f"a question of more than {BODY} bytes; shorten it")
+            except TimeoutError:
+                return refused(408, f"the question was not sent within {limits.body_s:g} s; ask again")
+            except ClientDisconnect:
+                return refused(400, "the question was not sent to its end; ask again")
             try:
                 prompt = str(json.loads(body)["prompt"]).strip()
             except (ValueError, KeyError, TypeError):
@@ -222,28 +249,24 @@ class ViewServer:
         return Starlette(routes=routes, middleware=[own])
 
     async def _events(self) -> AsyncIterator[str]:
-        self._open += 1
-        try:
-            seen, last, idle = 0, "", 0.0
-            while True:
-                closing = self._server.should_exit
-                state = json.dumps(self.view.state(self.live), separators=(",", ":"))
-                seen, answers = self.view.answers(seen)
-                out = ""
-                if state != last:
-                    out, last = f"event: state\ndata: {state}\n\n", state
-                if answers:
-                    out += f"event: answers\ndata: {json.dumps(answers)}\n\n"
-                idle = 0.0 if out else idle + TICK_S
-                if idle >= ALIVE_S:
-                    out, idle = "event: alive\ndata:\n\n", 0.0
-                if out:
-                    yield out
-                if closing:
-                    return
-                await asyncio.sleep(TICK_S)
-        finally:
-            self._open -= 1
+        seen, last, idle = 0, "", 0.0
+        while True:
+            closing = self._server.should_exit
+            state = json.dumps(self.view.state(self.live), separators=(",", ":"))
+            seen, answers = self.view.answers(seen)
+            out = ""
+            if state != last:
+                out, last = f"event: state\ndata: {state}\n\n", state
+            if answers:
+                out += f"event: answers\ndata: {json.dumps(answers)}\n\n"
+            idle = 0.0 if out else idle + TICK_S
+            if idle >= ALIVE_S:
+                out, idle = "event: alive\ndata:\n\n", 0.0
+            if out:
+                yield out
+            if closing:
+                return
+            await asyncio.sleep(TICK_S)
 
 
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
