@@ -30,6 +30,7 @@ from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
+from penguin_edge.files import parse_json, read_json
 from penguin_edge.folders import held, place_of, scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
@@ -377,7 +378,7 @@ def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Pro
             code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, label)
         if not result_path.is_file():
             raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
-        result = json.loads(result_path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(result_path)
     if "error" in result:
         raise BundleError(str(result["error"]))
     progress.done(part, result["seconds"], result["peak_mb"])
@@ -399,7 +400,7 @@ def _verify(folder: Path, progress: Progress) -> None:
         lines = out_path.read_text(encoding="utf-8").splitlines()
         if not lines:
             raise BundleError(f"verifying the bundle ended {_ending(code)}; {_tail(log_path)}")
-    failed = [stage for stage in json.loads(lines[-1])["stages"] if not stage["passed"]]
+    failed = [stage for stage in parse_json(lines[-1], "the verification")["stages"] if not stage["passed"]]
     if failed:
         raise BundleError(
             f"the exported {failed[0]['name']} differs from the eager model (relative error "

@@ -61,8 +61,19 @@ LEAST = Tolerance(0.2, 0.99, 0.99, "what is looser tells nothing")
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
-    """What a bundle's arithmetic may differ from the eager model's, which has the same integers."""
-    return QUANTIZED if manifest.quantization else TOLERANCES[manifest.precision]
+    """What a bundle's arithmetic may differ from the eager model's, which has the same integers.
+
+    Raises:
+        BundleError: nothing says what it computes in.
+    """
+    if manifest.quantization:
+        return QUANTIZED
+    if manifest.precision not in TOLERANCES:
+        raise BundleError(
+            f"the manifest's precision is {manifest.precision!r}, which does not say in which numbers the bundle "
+            f"computes; wanted {' or '.join(TOLERANCES)}: export the model again"
+        )
+    return TOLERANCES[manifest.precision]
 
 
 def beyond_noise(tolerance: Tolerance, reference: Arrays, name: str) -> tuple[Tolerance, str]:

@@ -7,7 +7,6 @@ there is none, is written to the file that the job names; stdout and stderr belo
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.auto import choose
 from penguin_edge.export.targets import TARGETS
-from penguin_edge.files import write_json
+from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
@@ -159,7 +158,7 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str, recipe: R
 
 
 def main(path: str) -> int:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job = read_json(path)
     assert job["part"] in (*PARTS, *DECODERS, CALIBRATION, AUTO)
     begin = time.monotonic()
     try:

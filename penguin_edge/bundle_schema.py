@@ -16,9 +16,12 @@ FILE_NAME = Text(
     longest=255,
 )
 SHA256 = Text(pattern="[0-9a-f]{64}", called="64 hexadecimal digits")
+FILES = Table(FILE_NAME, Record({"sha256": SHA256, "bytes": Whole(0)}), 1, 10_000)
+"""Files by their names, each with its SHA-256 and size."""
 CHECK_PATCHES = 48
 """Patches of the largest picture of the check data, which every encoder takes."""
-DTYPES = {"f32", "f16", "bf16", "i64", "i8", "u8"}
+DTYPES = {"f32", "i64"}
+"""Of the tensors that a graph takes and gives; KV buffers have `kv_dtype`."""
 
 _word = Text(longest=200)
 _dimension: dict[type, Rule] = {int: Whole(1), str: Text(pattern="[A-Z]", called="a number or a letter")}
@@ -81,7 +84,7 @@ MANIFEST = Record(
         "generation": Record(
             {}, {"temperature": Real(0.0, 100.0), "top_p": Real(0.0, 1.0), "top_k": Whole(0, 1 << 24)}
         ),
-        "files": Table(FILE_NAME, Record({"sha256": SHA256, "bytes": Whole(0)}), 1, 10_000),
+        "files": FILES,
         "sha256": SHA256,
     },
     {

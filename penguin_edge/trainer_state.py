@@ -27,12 +27,14 @@ import torch
 from safetensors import SafetensorError
 
 from penguin_edge.bundle import file_hash, manifest_hash
+from penguin_edge.bundle_schema import FILES, SHA256
 from penguin_edge.checkpoint import write_published
 from penguin_edge.errors import CheckpointError, PenguinError
 from penguin_edge.files import parse_json, read_json, replacing, write_json
 from penguin_edge.folders import MayReplace, discard, refuse_any, whole
 from penguin_edge.model import PenguinModel
 from penguin_edge.recipe import Lora
+from penguin_edge.schema import Record, Whole
 from penguin_edge.trainee import ADAPTER, like, save_adapter
 from penguin_edge.trainee import whole as whole_tensor
 
@@ -42,6 +44,8 @@ STEP = "step.json"
 RESULT = "model"
 NAME = re.compile(r"step-(\d{8,})")
 SCHEMA = 2
+STEP_RULE = Record({"schema": Whole(), "files": FILES, "sha256": SHA256})
+"""What `step.json` holds."""
 UNHASHED = 1
 """The schema of steps that have no `step.json`."""
 
@@ -163,9 +167,9 @@ def check_step(folder: Path) -> bool:
     """
     if not (folder / STEP).exists():
         return False
-    data = read_json(folder / STEP, error=CheckpointError)
-    files = data.get("files") if isinstance(data, dict) else None
-    if not isinstance(files, dict) or data.get("sha256") != manifest_hash(data) or STATE not in files:
+    data = read_json(folder / STEP, rule=STEP_RULE, error=CheckpointError)
+    files = data["files"]
+    if data["sha256"] != manifest_hash(data) or STATE not in files:
         raise CheckpointError(f"{folder / STEP}: damaged")
     for name, entry in files.items():
         path = folder / name

@@ -12,12 +12,15 @@ Each graph is loaded when it is first called. The system gives memory to the KV 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import KV_SCALES, Bundle, kv_names
+from penguin_edge.bundle import COPY_AGAIN, KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.guard import Guard
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
@@ -37,6 +40,13 @@ KEPT_PATCHES = 1024
 """The encoder keeps the memory of calls up to so many patches: 190 MB at the 2B model's shape."""
 LINE = 64
 """Bytes of a cache line."""
+TYPES = {
+    **dict.fromkeys(("f32", "fp32"), "tensor(float)"),
+    **dict.fromkeys(("f16", "fp16"), "tensor(float16)"),
+    **dict.fromkeys(("i8", "int8"), "tensor(int8)"),
+    "i64": "tensor(int64)",
+}
+"""What ONNX Runtime calls a manifest's types."""
 KV_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
@@ -249,12 +259,39 @@ class OnnxRuntimeEngine:
                 f"{path}: onnxruntime {self._runtime.__version__} cannot load it ({reason}); it was exported for "
                 f"{manifest.tools.get('onnxruntime', 'an unknown version')}: copy the bundle again, or export again"
             ) from error
+        self._check_tensors(session, graph, path)
         if any(row["scheme"] and row["layer"].startswith(f"{graph}.") for row in self._layers):
             # ONNX Runtime computes from copies of its own, and has read the file for nothing but them.
             page_out(path.with_name(f"{path.name}.data"))
             trim_heap()
         self._sessions[graph] = session
         return session
+
+    def _check_tensors(self, session: Any, graph: str, path: Path) -> None:
+        """Compare what a loaded graph takes and gives with what the manifest says of it.
+
+        Raises:
+            BundleError: a tensor is missing, left over, or of another type or shape.
+        """
+        manifest, text = self._bundle.manifest, self.config.text
+        entry = manifest.graphs[graph]
+        wanted = {spec.name: (TYPES[spec.dtype], spec.shape) for spec in (*entry.inputs, *entry.outputs)}
+        if graph in ("decoder", "prefill"):
+            shape = (1, text.num_key_value_heads, self.bounds.max_seq_len, text.head_dim)
+            for layer in range(text.num_hidden_layers):
+                wanted |= {name: (TYPES[manifest.kv_dtype], shape) for name in kv_names(layer).values()}
+        found = {spec.name: (spec.type, spec.shape) for spec in (*session.get_inputs(), *session.get_outputs())}
+        for name in sorted(wanted.keys() | found.keys()):
+            if name in wanted and name in found and _agree(wanted[name], found[name]):
+                continue
+            given, stated = (" ".join(map(str, tensors.get(name, ("none",)))) for tensors in (found, wanted))
+            raise BundleError(f"{path}: its tensor {name} is {given}, the manifest states {stated}; {COPY_AGAIN}")
+
+
+def _agree(wanted: tuple[str, Sequence[int | str]], found: tuple[str, Sequence[int | str]]) -> bool:
+    """Equal types and numbers; a letter stands for any length."""
+    pairs = itertools.zip_longest(wanted[1], found[1])
+    return wanted[0] == found[0] and all(a == b or (isinstance(a, str) and isinstance(b, str)) for a, b in pairs)
 
 
 def _aligned_zeros(shape: list[int], dtype: Any) -> np.ndarray:

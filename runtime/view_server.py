@@ -31,10 +31,12 @@ from types import TracebackType
 from typing import Any
 
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
+from penguin_edge.files import parse_json
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_limits import HEAD_BYTES, Limits, bounded
+from penguin_edge.schema import Record, Text
 
 PORT = 8765
 TICK_S = 0.1
@@ -45,6 +47,8 @@ ALIVE_S = 5.0
 """A page without news for three times as long takes the connection for dead."""
 DEFAULT = Limits()
 BODY, PROMPT = 65_536, 4_000
+QUESTION = Record({"prompt": Text(longest=BODY)}, open=True)
+"""What the page sends."""
 """Bytes of a question's request, characters of a question."""
 
 
@@ -224,8 +228,8 @@ class ViewServer:
             except ClientDisconnect:
                 return refused(400, "the question was not sent to its end; ask again")
             try:
-                prompt = str(json.loads(body)["prompt"]).strip()
-            except (ValueError, KeyError, TypeError):
+                prompt = parse_json(body, "the question", rule=QUESTION)["prompt"].strip()
+            except InputError:
                 return refused(400, 'wanted {"prompt": "…"} as JSON')
             if not 0 < len(prompt) <= PROMPT:
                 return refused(400, f"a question has 1 to {PROMPT} characters, this one {len(prompt)}")

@@ -255,3 +255,17 @@ def test_verify_names_what_is_wrong_with_its_check_data(nano_bundle: BundleMaker
     (tmp_path / CHECK).write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="cannot be read as check data"):
         stored_arrays(tmp_path / CHECK, config)
+
+
+def test_a_graph_with_other_tensors_than_stated_is_refused(nano_bundle: BundleMaker, tmp_path: Path) -> None:
+    """As in bundles of earlier exports, whose check data do not say which configuration they were made for."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(nano_bundle("onnx", "fp32"), folder)
+    save_file(load((folder / CHECK).read_bytes()), folder / CHECK)
+    data = json.loads((folder / MANIFEST).read_text())
+    data["model"]["text"]["num_hidden_layers"] = 1
+    data["files"][CHECK] = {"sha256": file_hash(folder / CHECK), "bytes": (folder / CHECK).stat().st_size}
+    data["sha256"] = manifest_hash(data)
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"its tensor past_key_1 is tensor\(float\).*the manifest states none"):
+        answers(folder)
