@@ -78,7 +78,7 @@ def opened(path: Path, max_pixels: int = MAX_FRAME_PIXELS) -> Iterator[tuple[Inp
         raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
 
 
-def check_pixels(path: Path, stream: VideoStream, max_pixels: int) -> None:
+def check_pixels(path: Path | str, stream: VideoStream, max_pixels: int) -> None:
     """Refuse frames that are too large, before one is decoded.
 
     Raises:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from penguin_edge import video
+from penguin_edge.containers import MAX_FRAME_PIXELS, check_pixels
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.frames import Frame, read_video
 from penguin_edge.places import exists, local_path, scheme_of, shown
@@ -201,12 +202,22 @@ def _pictures(
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
-    converter = video.rgb_converter()
+    check_pixels("the stream", stream, MAX_FRAME_PIXELS)
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a size that comes later counts, too
+    converter, size = video.rgb_converter(), (0, 0)
+
+    def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
+        """Pixels in the frame's own size, which `_OneSize` judges."""
+        nonlocal converter, size
+        if size != (frame.width, frame.height):
+            converter, size = video.rgb_converter(), (frame.width, frame.height)
+        return video.to_rgb(frame, converter)
+
     flags, name = container.format.flags, container.format.name
     by_arrival = bool(flags & _NO_TIMES) or name in _CLOCKLESS or name.endswith("_pipe")
     clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & _MAY_JUMP)
     for frame in container.decode(stream):
         for due, ready in clock.take(frame, frame.time, time.monotonic()):
-            yield due, video.to_rgb(ready, converter)
+            yield due, rgb(ready)
     for due, ready in clock.end():
-        yield due, video.to_rgb(ready, converter)
+        yield due, rgb(ready)
