@@ -26,16 +26,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.errors import BudgetError, InputError, PenguinError
+from penguin_edge.errors import BudgetError, BusyError, InputError, PenguinError
 from penguin_edge.frames import Frame
 from penguin_edge.runtime.answer import Token
 from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.events import Kept, Ready, Said
+from penguin_edge.runtime.options import check_options
 from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.steering import Steering
 from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.schema import LARGEST, Maybe, Real, Text, Whole
 from penguin_edge.tra import KEY
 
 QUEUE = 4
@@ -148,8 +150,7 @@ class Live:
         Raises:
             InputError: a queue without room, no rate, or a target without a cost model.
         """
-        if queued < 1 or (fps is not None and not fps > 0):
-            raise InputError(f"a queue of {queued} frames at {fps} frames per second, wanted more than nothing")
+        check_options(queued=(queued, Whole(1)), fps=(fps, Maybe(Real(above=0))), rate=(rate, Maybe(Real(above=0))))
         if target is not None and cost is None:
             raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
         self._steering: Steering | None = None
@@ -188,10 +189,11 @@ class Live:
         Returns:
             Whether it was queued; False for a frame beyond `fps`.
         Raises:
-            InputError: after `close`.
+            InputError: after `close`, or a time that is no finite number.
             PenguinError: what went wrong with an earlier frame.
         """
         given = frame if isinstance(frame, Frame) else Frame(frame, time)
+        check_options(time=(given.time, Maybe(Real())))
         copied = Frame(np.array(given.pixels), given.time, given.index)
         with self._changed:
             self._check()
@@ -218,15 +220,17 @@ class Live:
         Args:
             wait: until another question is answered, which otherwise is an error.
         Raises:
-            InputError: another question is being answered, or the stream was closed.
+            BusyError: another question is being answered.
+            InputError: the stream was closed.
             PenguinError: what went wrong with an earlier frame.
         """
+        check_options(prompt=(prompt, Text(longest=LARGEST)))
         question = _Question(prompt, keep, options)
         with self._changed:
             self._changed.wait_for(lambda: not (wait and self._question) or self._closed)
             self._check()
             if self._question is not None:
-                raise InputError(
+                raise BusyError(
                     "another question is being answered; read its answer to the end, or close it, and ask again"
                 )
             self._question = question
@@ -246,8 +250,9 @@ class Live:
         Raises:
             InputError: neither of them, a pause that is none, or a closed stream.
         """
-        if (every is None and not on_change) or (every is not None and not every > 0):
-            raise InputError(f"a watch every {every} seconds; name a pause, or on_change, or both")
+        check_options(prompt=(prompt, Text(longest=LARGEST)), every=(every, Maybe(Real(above=0))))
+        if every is None and not on_change:
+            raise InputError("a watch that never speaks; name a pause in seconds (every), or on_change, or both")
         watch = Watch(prompt, every, on_change, options)
         with self._changed:
             self._check()
@@ -279,9 +284,7 @@ class Live:
         """End the worker after what it is doing; frames that wait are given up, watches end. May be called twice."""
         with self._changed:
             self._closed = True
-            while self._frames:
-                self._frames.popleft()
-                self.stats.dropped["closed"] += 1
+            self._give_up()
             if self._question is not None:
                 self._question.cancelled.set()
             self._changed.notify_all()
@@ -290,6 +293,11 @@ class Live:
         for watch in self._watches:
             if not watch.closed:
                 watch.close()
+
+    def _give_up(self) -> None:
+        while self._frames:
+            self._frames.popleft()
+            self.stats.dropped["closed"] += 1
 
     def _tokens(self, question: _Question) -> Iterator[Token]:
         try:
@@ -304,9 +312,9 @@ class Live:
             question.cancelled.set()
 
     def _check(self) -> None:
+        self._raise()
         if self._closed:
             raise InputError("the stream was closed; open another one")
-        self._raise()
 
     def _raise(self) -> None:
         error, self._error = self._error, None
@@ -335,6 +343,28 @@ class Live:
         }
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # A fault of ours, or an exit from a callback: nobody may wait for ever.
+            self._fail(error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Let everyone go who waits for the worker, which has ended."""
+        with self._changed:
+            self._closed = True
+            question, self._question = self._question, None
+            self._busy = False
+            self._give_up()
+            self._changed.notify_all()
+        if question is not None:
+            question.tokens.put(self._error or InputError("the stream was closed; open another one"))
+        for watch in self._watches:
+            if not watch.closed:
+                watch.close()
+
+    def _serve(self) -> None:
         try:
             if self._steering is not None:
                 self._steering.begin()
@@ -401,9 +431,11 @@ class Live:
         except Exception as error:
             self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """Keep an error for the next call, unless it is to be told of an earlier one."""
         with self._changed:
-            self._error = error if isinstance(error, PenguinError) else _wrapped(error)
+            if self._error is None:
+                self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
     def _window(self) -> tuple[Kept, ...]:
         session = self.session
@@ -437,23 +469,23 @@ class Live:
 
     def _answer(self, question: _Question) -> None:
         end: BaseException | None = None
-        answer = self._speak(question.prompt, question.keep, question.options, question.asked)
         try:
-            for token in answer:
-                question.tokens.put(token)
-                if question.cancelled.is_set():
-                    break
+            with contextlib.closing(
+                self._speak(question.prompt, question.keep, question.options, question.asked)
+            ) as answer:
+                for token in answer:
+                    question.tokens.put(token)
+                    if question.cancelled.is_set():
+                        break
         except Exception as error:  # raised again where the tokens are read
             end = error if isinstance(error, PenguinError) else _wrapped(error)
-        finally:
-            answer.close()
         with self._changed:
             self._question = None
             self._changed.notify_all()
         question.tokens.put(end)
 
 
-def _wrapped(error: Exception) -> PenguinError:
+def _wrapped(error: BaseException) -> PenguinError:
     wrapped = PenguinError(f"the stream's worker failed: {type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped

@@ -176,9 +176,84 @@ def test_a_closed_stream_takes_nothing_more() -> None:
         with pytest.raises(InputError, match="was closed"):
             call()
     assert len(list(watch)) <= 1
-    for wrong in ({"queued": 0}, {"fps": 0.0}):
-        with pytest.raises(InputError, match="more than nothing"):
+    for wrong in ({"queued": 0}, {"fps": 0.0}, {"queued": "4"}, {"fps": float("nan")}, {"rate": "1"}):
+        with pytest.raises(InputError, match="wanted a"):
             live(**wrong)
+
+
+def test_whatever_ends_the_worker_is_told_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault outside of what a frame or an answer may meet: a callback that ends the program, a fault of ours."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(3)
+
+    run, engine = live(ready=leave)
+    watch = run.watch("What is it?", on_change=True, options=SHORT)
+    held(run, engine)
+    asked = run.ask("What is it?", options=SHORT, wait=True)
+    engine.gate.set()
+    with pytest.raises(PenguinError, match="worker failed: SystemExit"):
+        list(asked)
+    assert list(watch) == []
+    with pytest.raises(PenguinError, match="worker failed: SystemExit"):
+        run.push(picture(2), 2.0)
+    for call in (lambda: run.push(picture(2), 2.0), lambda: run.ask("What?")):
+        with pytest.raises(InputError, match="was closed"):
+            call()
+    run.wait()
+    run.close()
+    run, _ = live()
+    monkeypatch.setattr(run, "_stand", lambda: 1 / 0)
+    run.push(picture(1), 1.0)
+    with pytest.raises(PenguinError, match="ZeroDivisionError"):
+        run.wait()
+    run.close()
+
+
+def test_a_callback_that_fails_at_the_end_of_an_answer_is_told() -> None:
+    def said(piece: Any) -> None:
+        if piece.done:
+            raise ValueError("the page has gone")
+
+    run, _ = live(said=said)
+    with run:
+        run.push(picture(1), 1.0)
+        run.wait()
+        for _ in range(2):
+            with pytest.raises(PenguinError, match="ValueError: the page has gone"):
+                list(run.ask("What is it?", options=SHORT))
+        run.push(picture(2), 2.0)
+        run.wait()
+        assert run.stats.processed == 2
+
+
+def test_the_first_of_several_errors_is_told() -> None:
+    run, engine = live(queued=10)
+    with run:
+        held(run, engine)
+        run.push(np.zeros((4, 4), np.uint8), 1.0)
+        run.push(np.zeros((4, 4, 3), np.float32), 2.0)
+        run.push(picture(3), 3.0)
+        engine.gate.set()
+        with pytest.raises(InputError, match=r"uint8 \[4, 4\]"):
+            run.wait()
+        run.wait()
+        assert run.stats.dropped == {"error": 2} and run.session.times == [0.0, 3.0]
+
+
+def test_times_and_prompts_that_are_none_are_refused_at_once() -> None:
+    run, _ = live(fps=1.0)
+    with run:
+        for wrong in (float("nan"), float("inf"), "1"):
+            with pytest.raises(InputError, match=r"time is .*, wanted a finite number"):
+                run.push(picture(1), wrong)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="prompt is null"):
+            run.ask(None)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="every is NaN"):
+            run.watch("What?", every=float("nan"))
+        # And the rate is kept after that.
+        assert [run.push(picture(i), i / 4) for i in range(8)] == [i % 4 == 0 for i in range(8)]
+        run.wait()
 
 
 def test_a_watch_speaks_when_it_is_time_or_when_the_scene_changes() -> None:
