@@ -131,6 +131,10 @@ class Checkpoint:
                 f"{folder}: holds just an encoder; name the folder of the whole model, or use read_encoder in Python"
             )
         config = _with_end_of_turn(config, folder / "tokenizer.json")
+        try:
+            config.check()
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}; copy the checkpoint again") from error
         if not config.eos_token_ids:
             notes.append(
                 "neither configuration nor tokenizer names a token that ends an answer; an answer ends at its limit"

@@ -146,7 +146,7 @@ class PenguinConfig:
             if part.head_dim % 2:
                 raise CheckpointError(f"{name}: head_dim is {part.head_dim}; rotary embedding needs an even one")
         last = self.text.vocab_size - 1
-        for token in (*self.eos_token_ids, self.pad_token_id, max(self.image_token_id, 0)):
+        for token in (*self.eos_token_ids, max(self.image_token_id, 0)):
             if not 0 <= token <= last:
                 raise CheckpointError(f"token id {token} is outside of the vocabulary; wanted 0 to {last}")
         if (self.image_token_id < 0) != (self.vision is None):
@@ -161,59 +161,63 @@ class PenguinConfig:
             )
 
 
-MAX_LAYERS = 512
-"""Layers of one part; the published models have 28 and 36."""
-_STACK: dict[str, Rule] = {
-    "hidden_size": Whole(2, 1 << 17),
-    "intermediate_size": Whole(1, 1 << 20),
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 18
+MAX_HEADS = 1024
+MAX_HEAD_DIM = 1024
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 24
+"""Limits of what is taken for a model at all; the largest published model of this kind stays a tenth below each."""
+TOKEN = Whole(0, MAX_VOCABULARY)
+STACK_RULES: dict[str, Rule] = {
+    "hidden_size": Whole(1, MAX_WIDTH),
+    "intermediate_size": Whole(1, MAX_WIDTH),
     "num_hidden_layers": Whole(1, MAX_LAYERS),
-    "num_attention_heads": Whole(1, 4096),
-    "num_key_value_heads": Whole(1, 4096),
-    "head_dim": Whole(2, 4096),
-    "rms_norm_eps": Real(0.0, 1.0),
-    "rope_theta": Real(1.0, 1e15),
+    "num_attention_heads": Whole(1, MAX_HEADS),
+    "num_key_value_heads": Whole(1, MAX_HEADS),
+    "head_dim": Whole(2, MAX_HEAD_DIM),
+    "rms_norm_eps": Real(0, 1),
+    "rope_theta": Real(1, 1e12),
 }
-_CHANNELS = 3
+"""What encoder and decoder share."""
+TEXT_RULES: dict[str, Rule] = {
+    **STACK_RULES,
+    "vocab_size": Whole(1, MAX_VOCABULARY),
+    "max_position_embeddings": Whole(1, MAX_POSITIONS),
+    "tie_word_embeddings": Flag(),
+    "qk_norm": Flag(),
+}
+IMAGE_RULES: dict[str, Rule] = {
+    "image_mean": Rows(Real(-100, 100), 3, 3),
+    "image_std": Rows(Real(above=0, most=1000), 3, 3),
+    "rescale_factor": Real(above=0, most=1),
+    "min_tokens": Whole(1, 1 << 20),
+    "max_tokens": Whole(1, 1 << 20),
+    "image_merge_size": Whole(1, 16),
+    "video_merge_size": Whole(1, 16),
+    "fps": Real(above=0, most=1000),
+    "max_frames": Whole(1, 1_000_000),
+}
 CONFIG = Record(
     {
-        "vision": Maybe(Record(_STACK)),
-        "text": Record(
-            {
-                **_STACK,
-                "vocab_size": Whole(2, 1 << 24),
-                "max_position_embeddings": Whole(1, 1 << 30),
-                "tie_word_embeddings": Flag(),
-                "qk_norm": Flag(),
-            }
-        ),
-        "image": Record(
-            {
-                "image_mean": Rows(Real(0.0, 1.0), _CHANNELS, _CHANNELS),
-                "image_std": Rows(Real(above=0.0, most=16.0), _CHANNELS, _CHANNELS),
-                "rescale_factor": Real(above=0.0, most=1.0),
-                "min_tokens": Whole(1, 1 << 20),
-                "max_tokens": Whole(1, 1 << 20),
-                "image_merge_size": Whole(1, 16),
-                "video_merge_size": Whole(1, 16),
-                "fps": Real(above=0.0, most=1000.0),
-                "max_frames": Whole(1, 1_000_000),
-            }
-        ),
+        "vision": Maybe(Record(STACK_RULES)),
+        "text": Record(TEXT_RULES),
+        "image": Record(IMAGE_RULES),
         "tra": Record(
             {
-                "similarity_threshold": Real(0.0, 1.0),
-                "patch_cosine": Real(-1.0, 1.0),
+                "similarity_threshold": Real(0, 1),
+                "patch_cosine": Real(-1, 1),
                 "area_ratio": Whole(1, 4096),
-                "min_factor": Real(0.0, 4096.0),
-                "max_factor": Real(above=0.0, most=1.0),
+                "min_factor": Real(0, 4096),
+                "max_factor": Real(above=0, most=1),
             }
         ),
-        "image_token_id": Whole(-1, 1 << 24),
-        "eos_token_ids": Rows(Whole(0, 1 << 24), 1, 1024),
-        "pad_token_id": Whole(0, 1 << 24),
+        "image_token_id": Whole(-1, MAX_VOCABULARY),
+        "eos_token_ids": Rows(TOKEN, most=16_384),
+        "pad_token_id": TOKEN,
     }
 )
-"""What each number of `PenguinConfig.to_json` may be."""
+"""What each number of `PenguinConfig.to_json` may be. Published files have the same rules: see `hf_config.py`."""
 
 PRESETS: dict[str, PenguinConfig] = {
     "tiny": PenguinConfig(

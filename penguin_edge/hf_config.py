@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, TextConfig, VisionConfig, read_json
+from penguin_edge.config import (
+    IMAGE_RULES,
+    MAX_VOCABULARY,
+    PATCH,
+    TOKEN,
+    ImageConfig,
+    PenguinConfig,
+    TextConfig,
+    VisionConfig,
+    read_json,
+)
 from penguin_edge.errors import CheckpointError
-from penguin_edge.hf_stack import MAX_VOCABULARY, check, read_stack
-from penguin_edge.schema import Flag, Maybe, Real, Record, Rows, Rule, Text, Whole
+from penguin_edge.hf_stack import check, read_stack
+from penguin_edge.schema import Flag, Maybe, Record, Rows, Rule, Text, Whole
 
 Shapes = dict[str, tuple[int, ...]]
 TEXT_TYPES = {"penguinvl_qwen3": True, "qwen3": True, "llama": False}
@@ -35,9 +45,9 @@ class Ids:
             SchemaError: one sentence that begins with `where`.
         """
         if isinstance(value, list):
-            Rows(Whole(0, MAX_VOCABULARY), most=4096).check(value, where)
+            Rows(TOKEN, most=4096).check(value, where)
         else:
-            Maybe(Whole(0, MAX_VOCABULARY)).check(value, where)
+            Maybe(TOKEN).check(value, where)
 
 
 NAME = Maybe(Text(pattern=r"[^\0]*", longest=1024))
@@ -48,8 +58,8 @@ MODEL = Record(
         "mm_vision_encoder": NAME,
         "vision_encoder_config": Maybe(Record({}, open=True)),
         "vision_projector_type": Maybe(Text(longest=64)),
-        "image_token_index": Maybe(Whole(0, MAX_VOCABULARY)),
-        "image_token_id": Maybe(Whole(0, MAX_VOCABULARY)),
+        "image_token_index": Maybe(TOKEN),
+        "image_token_id": Maybe(TOKEN),
         "max_frames": Maybe(Whole(1, 1_000_000)),
         "eos_token_id": Ids(),
         "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY)),
@@ -57,17 +67,7 @@ MODEL = Record(
     open=True,
 )
 GENERATION = Record({}, optional={"eos_token_id": Ids(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True)
-IMAGE_FIELDS: dict[str, Rule] = {
-    "image_mean": Maybe(Rows(Real(-100, 100), 3, 3)),
-    "image_std": Maybe(Rows(Real(above=0, most=1000), 3, 3)),
-    "rescale_factor": Maybe(Real(above=0, most=1)),
-    "min_tokens": Maybe(Whole(1, 1 << 20)),
-    "max_tokens": Maybe(Whole(1, 1 << 20)),
-    "image_merge_size": Maybe(Whole(1, 16)),
-    "video_merge_size": Maybe(Whole(1, 16)),
-    "fps": Maybe(Real(above=0, most=1000)),
-    "max_frames": Maybe(Whole(1, 1_000_000)),
-}
+IMAGE_FIELDS: dict[str, Rule] = {name: Maybe(rule) for name, rule in IMAGE_RULES.items()}
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 PROCESSOR = Record(
     {},

@@ -10,44 +10,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from penguin_edge.config import PATCH, TextConfig, VisionConfig
+from penguin_edge.config import MAX_LAYERS, PATCH, STACK_RULES, TEXT_RULES, TextConfig, VisionConfig
 from penguin_edge.errors import CheckpointError
 from penguin_edge.schema import Flag, Free, Maybe, Real, Record, Rows, Rule, SchemaError, Table, Text, Whole
 
 Stack = TypeVar("Stack", VisionConfig, TextConfig)
-
-MAX_LAYERS = 1024
-MAX_WIDTH = 1 << 18
-MAX_HEADS = 1024
-MAX_HEAD_DIM = 1024
-MAX_VOCABULARY = 1 << 24
-MAX_POSITIONS = 1 << 24
-"""Limits of what is taken for a model at all; the largest published model of this kind stays a tenth below each."""
 
 ROPE = Record(
     {},
     optional={
         "rope_type": Maybe(Text(longest=64)),
         "type": Maybe(Text(longest=64)),
-        "rope_theta": Maybe(Real(1, 1e12)),
+        "rope_theta": Maybe(STACK_RULES["rope_theta"]),
         "partial_rotary_factor": Maybe(Real(0, 1)),
     },
     open=True,
 )
-FIELDS: dict[str, Rule] = {
-    "hidden_size": Whole(1, MAX_WIDTH),
-    "intermediate_size": Whole(1, MAX_WIDTH),
-    "num_hidden_layers": Whole(1, MAX_LAYERS),
-    "num_attention_heads": Whole(1, MAX_HEADS),
-}
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL: dict[str, Rule] = {
-    "num_key_value_heads": Maybe(Whole(1, MAX_HEADS)),
-    "head_dim": Maybe(Whole(2, MAX_HEAD_DIM)),
-    "vocab_size": Maybe(Whole(1, MAX_VOCABULARY)),
-    "rms_norm_eps": Maybe(Real(0, 1)),
-    "max_position_embeddings": Maybe(Whole(1, MAX_POSITIONS)),
-    "tie_word_embeddings": Maybe(Flag()),
-    "rope_theta": Maybe(Real(1, 1e12)),
+    **{name: Maybe(rule) for name, rule in TEXT_RULES.items() if name not in (*REQUIRED, "qk_norm")},
     "partial_rotary_factor": Maybe(Real(0, 1)),
     "rope_scaling": Maybe(ROPE),
     "rope_parameters": Maybe(ROPE),
@@ -63,7 +44,7 @@ OPTIONAL: dict[str, Rule] = {
     "per_layer_config": Maybe(Table(Text(), Free())),
     "transformers_weights": Maybe(Text()),
 }
-STACK = Record(FIELDS, OPTIONAL, open=True)
+STACK = Record({name: STACK_RULES[name] for name in REQUIRED}, OPTIONAL, open=True)
 
 LIMITS = {"penguinvl_qwen3": 32_768, "qwen3": 32_768, "llama": 2048}
 """Positions of a model whose file does not say, as in transformers."""
