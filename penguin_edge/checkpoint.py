@@ -207,12 +207,13 @@ class Checkpoint:
     ) -> PenguinModel:
         """The model, or some of its parts, in evaluation mode; never holds more than one tensor beyond the result."""
         model = meta_model(self.config, parts)
+        dtype = dtype or self.dtype
         for prefix, module in list(model.named_modules()):
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{leaf}"
                 if name == HEAD and self.config.text.tie_word_embeddings and model.embedding is not None:
                     continue
-                value = self.tensor(name, parameter.shape, dtype or self.dtype).to(device)
+                value = self.tensor(name, parameter.shape, dtype).to(device)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         model.tie()
         return model.eval()

@@ -72,7 +72,7 @@ def refuse_quantized(folder: Path, data: Mapping[str, Any], dtypes: Mapping[str,
         if data.get(key):
             value = data[key]
             method = value.get("quant_method") if isinstance(value, dict) else None
-            found = f"{folder / 'config.json'}: {key}" + (f" ({str(method)[:40]})" if method else "")
+            found = f"{folder / 'config.json'}: {key}" + (f" ({str(method)[:40]!r})" if method else "")
             break
     found = found or next((str(folder / name) for name in QUANTIZED_FILES if (folder / name).exists()), "")
     for pattern, tool in QUANTIZED_NAMES.items():

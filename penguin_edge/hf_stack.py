@@ -99,7 +99,7 @@ def _refuse(given: dict[str, Any], path: Path) -> None:
     """Everything that other values of other fields would compute, and this model does not."""
 
     def refuse(name: str, wanted: str) -> NoReturn:
-        raise CheckpointError(f"{path}: {name} is {str(given[name])[:60]}, which is not supported; wanted {wanted}")
+        raise CheckpointError(f"{path}: {name} is {repr(given[name])[:60]}, which is not supported; wanted {wanted}")
 
     for name in ("attention_bias", "mlp_bias"):
         if given.get(name):

@@ -10,6 +10,7 @@ Headers and the shard index are input: their sizes, names, shapes and byte range
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,15 +51,17 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Weights as numbers of their own, without scales beside them."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAME = Text(pattern=r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]+", called="a name without control characters", longest=512)
+"""Names are printed: one with a line end or an escape sequence in it would write its own messages on a terminal."""
 ENTRY = Record(
     {"dtype": Text(words=tuple(DTYPES)), "shape": Rows(Whole(), most=8), "data_offsets": Rows(Whole(), 2, 2)}
 )
 INDEX_RULE = Record(
     {
         "weight_map": Table(
-            Text(longest=512),
+            NAME,
             Text(
-                pattern=r"[^/\\\0]+\.safetensors",
+                pattern=r"[^/\\\x00-\x1f]+\.safetensors",
                 called="the plain name of a safetensors file in the same folder",
                 longest=255,
             ),
@@ -79,15 +82,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    seen: tuple[int, int]
+    """Size and time of change of the file when its header was read."""
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
 
         Raises:
-            CheckpointError: the file is shorter than its header says.
+            CheckpointError: the file is shorter than its header says, or was written again since that was read.
         """
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as stream:
+            if _identity(os.fstat(stream.fileno())) != self.seen:
+                raise CheckpointError(f"{self.path}: changed while it was being read; run the command again")
             stream.seek(self.offset)
             view = buffer.numpy().data
             done = 0
@@ -110,6 +117,10 @@ class StoredTensor:
             return all(left.read(size) == right.read(size) for size in sizes)
 
 
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _truncated(path: Path, name: str) -> CheckpointError:
     return CheckpointError(f"{path}: cut off inside tensor {name}; download or copy the checkpoint again")
 
@@ -122,8 +133,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             bytes between them, or a file cut off.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
+            seen = _identity(os.fstat(stream.fileno()))
+            size = seen[0]
             text = _header(stream, size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -138,6 +150,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     rows = {name: row for name, row in header.items() if name != "__metadata__"}
     for name, row in rows.items():
         try:
+            NAME.check(name, "the name of a tensor")
             ENTRY.check(row, f"tensor {name[:200]}")
         except SchemaError as error:
             raise CheckpointError(f"{path}: {error}; {advice}") from error
@@ -153,7 +166,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end = stop
         if start + stop > size:
             raise _truncated(path, name)
-        out[name] = StoredTensor(path, name, dtype, shape, start + begin, wanted)
+        out[name] = StoredTensor(path, name, dtype, shape, start + begin, wanted, seen)
     if start + end != size:
         raise CheckpointError(f"{path}: {size - start - end} bytes behind its last tensor; {advice}")
     return {name: out[name] for name in rows}

@@ -193,7 +193,7 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
     ("a list of another length", "qwen3", config(layer_types=["full_attention"]), "names 1 layers"),
     ("biases", "qwen3", config(attention_bias=True), "attention_bias is True"),
     ("biases of the MLP", "llama", config(mlp_bias=True), "mlp_bias is True"),
-    ("gelu", "qwen3", config(hidden_act="gelu"), "hidden_act is gelu"),
+    ("gelu", "qwen3", config(hidden_act="gelu"), "hidden_act is 'gelu'"),
     ("swish is silu", "qwen3", config(hidden_act="swish"), SAME),
     ("not causal", "qwen3", config(is_causal=False), "is_causal is False"),
     ("a nested text model", "qwen3", config(text_config={"hidden_size": 16}), "text_config"),
@@ -254,7 +254,7 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
     ("a rest of LoRA", "qwen3", put(Q + ".lora_A.default.weight", torch.randn(8, 32)), MERGE),
     ("a configuration alone of an adapter", "qwen3", text("adapter_config.json", {}), MERGE),
     # Weights that were quantized elsewhere.
-    ("AWQ", "qwen3", config(quantization_config={"quant_method": "awq", "bits": 4}), "(awq)"),
+    ("AWQ", "qwen3", config(quantization_config={"quant_method": "awq", "bits": 4}), "('awq')"),
     ("MLX", "qwen3", config(quantization={"group_size": 64, "bits": 4}), "config.json: quantization says"),
     ("GPTQ's own file", "qwen3", text("quantize_config.json", {"bits": 4}), "quantize_config.json says"),
     ("GPTQ's tensors", "qwen3", packed({".qweight": ((4, 64), I32), ".qzeros": ((1, 8), I32)}), "GPTQ"),
@@ -480,3 +480,32 @@ def test_two_descriptions_of_an_encoder_must_agree(tmp_path: Path) -> None:
     config(vision_encoder_config={**embedded, "rope_theta": 100.0})(folder)
     with pytest.raises(CheckpointError, match="describe two different encoders"):
         Checkpoint.open(folder, note=[].append)
+
+
+def test_a_file_written_again_between_header_and_tensor_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The byte ranges of the old header would lie over other tensors of the new file."""
+    folder = Path(shutil.copytree(bases["qwen3"], tmp_path / "model"))
+    checkpoint = Checkpoint.open(folder, note=[].append)
+    weights(half)(folder)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        checkpoint.load()
+
+
+@pytest.mark.parametrize("name", ["model.x\x1b[2J.lora_A.weight", "a\nb", "\x00", "", "x" * 1000, "a\u2028b"])
+def test_a_name_cannot_write_its_own_messages(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(bases["qwen3"], tmp_path / "model"))
+    put(name, torch.ones(2))(folder)
+    with pytest.raises(CheckpointError, match="the name of a tensor is") as caught:
+        ours(folder)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "quantization_config", "model_type", "rope_scaling", "layer_types"])
+def test_nor_can_a_setting(bases: dict[str, Path], tmp_path: Path, key: str) -> None:
+    folder = Path(shutil.copytree(bases["qwen3"], tmp_path / "model"))
+    bad = "\x1b[2J\nall is well"
+    values = {"quantization_config": {"quant_method": bad}, "rope_scaling": {"type": bad}, "layer_types": [bad] * 2}
+    config(**{key: values.get(key, bad)})(folder)
+    with pytest.raises(CheckpointError) as caught:
+        ours(folder)
+    assert str(caught.value).isprintable()
