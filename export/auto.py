@@ -17,7 +17,7 @@ from penguin_edge.config import PATCH_VALUES
 from penguin_edge.errors import InputError
 from penguin_edge.export.cases import CASES, STORED_LOGITS
 from penguin_edge.export.target import Target
-from penguin_edge.files import read_json, write_json
+from penguin_edge.files import manifest_hash, read_json, write_json
 from penguin_edge.machine import human_bytes, require_memory
 from penguin_edge.quantize.apply import linears
 from penguin_edge.quantize.auto import (
@@ -222,7 +222,7 @@ def _read(path: Path, made_for: str) -> Measured:
     """What was measured of these very weights, data and candidates; nothing where it was not, or is damaged."""
     try:
         kept = read_json(path)
-        if kept["sha256"] == made_for:
+        if kept["made_for"] == made_for and kept["sha256"] == manifest_hash(kept):
             return {layer: {label: float(kl) for label, kl in row.items()} for layer, row in kept["kl"].items()}
     except (InputError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -231,4 +231,5 @@ def _read(path: Path, made_for: str) -> Measured:
 
 def _keep(path: Path, made_for: str, found: Measured) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"sha256": made_for, "kl": found})
+    data = {"made_for": made_for, "kl": found}
+    write_json(path, {**data, "sha256": manifest_hash(data)})

@@ -29,7 +29,7 @@ from typing import Any
 from penguin_edge import bundle_schema as rules
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError, CheckpointError
-from penguin_edge.files import read_json, write_json
+from penguin_edge.files import file_hash, manifest_hash, read_json, write_json
 from penguin_edge.schema import SchemaError
 from penguin_edge.stamps import Stamp
 
@@ -273,21 +273,9 @@ class Manifest:
             )
 
 
-def manifest_hash(data: dict[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of everything but the hash itself."""
-    rest = {key: value for key, value in data.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def config_hash(config: PenguinConfig) -> str:
     """SHA-256 over the canonical JSON of a model's configuration; the check data carry it as metadata `model`."""
     return manifest_hash(config.to_json())
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from penguin_edge.child import quiet_worker
 from penguin_edge.errors import MemoryLimitError, PenguinError
+from penguin_edge.files import file_hash
 from penguin_edge.packing import Batch, pack
 from penguin_edge.records import ANNOTATIONS, Record, read_records
-from penguin_edge.sampler import Order, build_index, file_hash, index_path, read_index, write_index
+from penguin_edge.sampler import Order, build_index, index_path, read_index, write_index
 from penguin_edge.samples import NO_TARGET, Sample, SampleBuilder, SampleTooLong
 
 

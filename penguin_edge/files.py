@@ -8,6 +8,7 @@ value must be is said by a rule of `penguin_edge.schema`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -105,6 +106,18 @@ def write_json(path: Path, data: Any) -> None:
     text = json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def manifest_hash(data: dict[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of everything but the hash itself."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

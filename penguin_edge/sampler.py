@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.errors import InputError
-from penguin_edge.files import read_json
+from penguin_edge.files import file_hash, manifest_hash, read_json, replacing
 from penguin_edge.schema import Free, Record, Rows, Table, Text, Whole
 
-INDEX_SCHEMA = 1
+INDEX_SCHEMA = 2
 UNUSABLE = -1
 """Length of a record that cannot be used; it keeps its place so that indices stay those of the file."""
 
 INDEX = Record(
     {
         "schema": Whole(INDEX_SCHEMA, INDEX_SCHEMA),
+        "annotations": Text(longest=64),
         "sha256": Text(longest=64),
         "settings": Free(),
         "lengths": Rows(Whole(UNUSABLE), most=1 << 40),
@@ -52,22 +52,18 @@ class LengthIndex:
     problems: dict[int, str]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def index_path(annotations: Path) -> Path:
     """Where the length index of an annotation file lies."""
     return annotations.with_name(annotations.name + ".lengths.json")
 
 
 def read_index(annotations: Path, count: int, settings: dict[str, Any]) -> LengthIndex | None:
-    """The stored index, or None when there is none or when it belongs to another file content or other settings."""
+    """The stored index, or None when there is none, when it is damaged, or when it belongs to another file content or
+    other settings."""
     try:
         data = read_json(index_path(annotations), rule=INDEX)
-        if data["sha256"] != file_hash(annotations) or data["settings"] != settings or len(data["lengths"]) != count:
+        whole = data["sha256"] == manifest_hash(data) and len(data["lengths"]) == count
+        if not whole or data["annotations"] != file_hash(annotations) or data["settings"] != settings:
             return None
         return LengthIndex(tuple(data["lengths"]), {int(k): v for k, v in data["problems"].items()})
     except (InputError, OSError):
@@ -78,18 +74,15 @@ def write_index(annotations: Path, index: LengthIndex, settings: dict[str, Any])
     """Store an index beside its file, atomically. False where the folder cannot be written."""
     data = {
         "schema": INDEX_SCHEMA,
-        "sha256": file_hash(annotations),
+        "annotations": file_hash(annotations),
         "settings": settings,
-        "lengths": index.lengths,
-        "problems": index.problems,
+        "lengths": list(index.lengths),
+        "problems": {str(number): why for number, why in index.problems.items()},
     }
-    path = index_path(annotations)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(data), encoding="utf-8")
-        aside.replace(path)
+        with replacing(index_path(annotations)) as aside:
+            aside.write_text(json.dumps({**data, "sha256": manifest_hash(data)}), encoding="utf-8")
     except OSError:
-        aside.unlink(missing_ok=True)
         return False
     return True
 

@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from penguin_edge.bundle import file_hash, manifest_hash
 from penguin_edge.bundle_schema import FILES, SHA256
 from penguin_edge.checkpoint import write_published
 from penguin_edge.errors import CheckpointError, PenguinError
-from penguin_edge.files import parse_json, read_json, replacing, write_json
+from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, replacing, write_json
 from penguin_edge.folders import MayReplace, discard, refuse_any, whole
 from penguin_edge.model import PenguinModel
 from penguin_edge.recipe import Lora

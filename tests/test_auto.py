@@ -291,7 +291,7 @@ def test_a_second_limit_measures_no_layer_again(target: str, tiny: Checkpoint, t
     assert Recipe.from_json(recipe.to_json(), "auto") == recipe
     # A file that is damaged, or of other data, is measured anew.
     kept = tmp_path / "kept.json"
-    for text in ("{", kept.read_text().replace('"sha256": "', '"sha256": "0')):
+    for text in ("{", kept.read_text().replace('"made_for": "', '"made_for": "0')):
         kept.write_text(text)
         _, again, stages = job(tiny, tmp_path, target, max_kl=1.0)
         assert again == first and any("mlp" in stage for stage in stages)

@@ -128,7 +128,9 @@ def test_an_index_is_used_only_for_the_file_and_the_settings_it_was_made_for(tmp
     path.write_text("1\n2\n3\n")
     assert read_index(path, 3, SETTINGS) == index
     stored = index_path(path).read_text()
-    for damaged in (stored[:-5], "[]", "{}", json.dumps({**json.loads(stored), "lengths": [1, 2, "x"]})):
+    one_digit = stored.replace("[7,", "[8,")
+    assert one_digit != stored
+    for damaged in (stored[:-5], "[]", "{}", one_digit, json.dumps({**json.loads(stored), "lengths": [1, 2, "x"]})):
         index_path(path).write_text(damaged)
         assert read_index(path, 3, SETTINGS) is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.lengths.json"]
