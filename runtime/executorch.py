@@ -184,8 +184,8 @@ class ExecutorchEngine:
         logits = self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
         self._kv_len = end
         if not self._buffers and not np.isfinite(logits).all():
-            # They cannot be healed: a method that is loaded anew begins with zeros.
-            del self._methods["decoder"]
+            # They cannot be healed, and methods of one program share their memory: a new program begins with zeros.
+            del self._methods["decoder"], self._programs["decoder"]
             self._kv_len = 0
             raise PenguinError(
                 f"{self._bundle.folder}: the decoder gave NaN or infinite numbers, and its cache was emptied; run "
