@@ -103,14 +103,16 @@ def check_project(bounds: Bounds, features: F32) -> None:
 
 def _check_array(name: str, values: Any, kinds: str, shape: tuple[int | None, ...]) -> None:
     """Refuse what is no array of these kinds ("f": floats, "iu": integers) and sizes; None takes any size."""
-    found = values.shape if isinstance(values, np.ndarray) else None
-    fits = found is not None and len(found) == len(shape)
-    fits = fits and all(want in (None, size) for size, want in zip(found or (), shape, strict=True))
-    if not fits or values.dtype.kind not in kinds:
-        got = type(values).__name__ if found is None else f"{values.dtype} {list(found)}"
-        wanted = ", ".join("any" if size is None else f"{size}" for size in shape)
-        kind = "floats" if kinds == "f" else "integers"
-        raise InputError(f"{name}: {got}, wanted an array of {kind} of shape [{wanted}]")
+    if isinstance(values, np.ndarray) and values.dtype.kind in kinds and values.ndim == len(shape):
+        for want, size in zip(shape, values.shape, strict=True):
+            if want is not None and want != size:
+                break
+        else:
+            return
+    got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+    wanted = ", ".join("any" if size is None else f"{size}" for size in shape)
+    kind = "floats" if kinds == "f" else "integers"
+    raise InputError(f"{name}: {got}, wanted an array of {kind} of shape [{wanted}]")
 
 
 def _check_frames(bounds: Bounds, batch: int, patches: int) -> None:

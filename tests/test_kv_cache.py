@@ -173,7 +173,7 @@ def test_an_int8_cache_without_its_scales_cannot_be_moved(
     with pytest.raises(InputError, match="recompute, or export it again"):
         older.move(2, 4, 0)
     bundle.path(KV_SCALES).write_bytes(bytes(12))
-    damaged = OnnxRuntimeEngine.open(bundle, threads=1)
+    damaged = OnnxRuntimeEngine.open(Bundle(bundle.folder, bundle.manifest), threads=1)
     damaged.forward(embeds, np.empty(0, np.int64))
     with pytest.raises(BundleError, match="3 scales, wanted"):
         damaged.move(2, 4, 0)

@@ -51,6 +51,7 @@ class EchoEngine:
         self.bounds = Bounds(max_seq_len=8192, max_chunk=512, max_batch=16, patch_buckets=(65_536,))
         self.frames: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self.rows = np.zeros((0, 2), int)
+        self.kv_version = 0
 
     @property
     def kv_len(self) -> int:
@@ -74,10 +75,12 @@ class EchoEngine:
         return self._wide(ids, False)
 
     def forward(self, embeds: NDArray[Any], logit_index: NDArray[Any]) -> NDArray[np.float32]:
+        self.kv_version += 1
         self.rows = np.concatenate([self.rows, embeds[:, :2].astype(int)])
         return np.zeros((len(logit_index), self.config.text.vocab_size), np.float32)
 
     def truncate(self, length: int) -> None:
+        self.kv_version += 1
         self.rows = self.rows[:length]
 
 
