@@ -67,6 +67,20 @@ class MovingEngine(Engine, Protocol):
     def move(self, begin: int, end: int, to: int) -> None: ...
 
 
+MAX_THREADS = 1024
+"""Threads of one engine; each costs memory, and more than there are cores make nothing faster."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no machine has.
+
+    Raises:
+        InputError: none of 1 to `MAX_THREADS`, and not None.
+    """
+    if threads is not None and not (_is_whole(threads) and 1 <= threads <= MAX_THREADS):
+        raise InputError(f"{threads} threads, wanted 1 to {MAX_THREADS}, or none for one per core")
+
+
 def chunks(count: int, bounds: Bounds) -> Iterator[slice]:
     """A prompt of `count` positions in pieces of at most `max_chunk`, none below `min_chunk` if it can be helped."""
     begin = 0

@@ -35,6 +35,7 @@ from penguin_edge.runtime.engine import (
     check_forward,
     check_move,
     check_project,
+    check_threads,
     check_truncate,
 )
 from penguin_edge.runtime.kv_shift import move_positions
@@ -79,15 +80,14 @@ class ExecutorchEngine:
         Raises:
             TargetUnavailable: executorch or torch is not installed.
             BundleError: a bundle of another target, or one whose files do not fit its manifest.
-            InputError: fewer than one thread, or another number than an engine that is already open uses.
+            InputError: a number outside 1 to `MAX_THREADS`, or another one than an engine that is already open uses.
         """
         if bundle.manifest.target != "executorch":
             raise BundleError(
                 f"{bundle.folder}: made for target {bundle.manifest.target!r}, and this engine runs 'executorch'; "
                 "export the model with --target executorch"
             )
-        if threads is not None and threads < 1:
-            raise InputError(f"{threads} threads, wanted at least 1")
+        check_threads(threads)
         with _quiet():
             try:
                 import torch

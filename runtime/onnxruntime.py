@@ -32,6 +32,7 @@ from penguin_edge.runtime.engine import (
     check_forward,
     check_move,
     check_project,
+    check_threads,
     check_truncate,
 )
 from penguin_edge.runtime.kv_shift import move_positions
@@ -79,15 +80,14 @@ class OnnxRuntimeEngine:
         Raises:
             TargetUnavailable: onnxruntime is not installed.
             BundleError: a bundle of another target, or one whose files do not fit its manifest.
-            InputError: fewer than one thread.
+            InputError: fewer than one thread, or more than `MAX_THREADS`.
         """
         if bundle.manifest.target != "onnx":
             raise BundleError(
                 f"{bundle.folder}: made for target {bundle.manifest.target!r}, and this engine runs 'onnx'; export the "
                 "model with --target onnx"
             )
-        if threads is not None and threads < 1:
-            raise InputError(f"{threads} threads, wanted at least 1")
+        check_threads(threads)
         try:
             import onnxruntime
         except ImportError as error:

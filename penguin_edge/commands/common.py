@@ -14,7 +14,7 @@ from penguin_edge.bundle import MANIFEST, Bundle
 from penguin_edge.errors import PenguinError, TargetUnavailable
 from penguin_edge.machine import require_memory
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.engine import Engine, check_threads
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.self_check import open_tokenizer
 
@@ -128,6 +128,7 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     from penguin_edge.checkpoint import Checkpoint
     from penguin_edge.generate import EagerEngine
 
+    check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
     checkpoint = Checkpoint.open(source)
