@@ -224,7 +224,7 @@ def _read(path: Path, made_for: str) -> Measured:
         kept = read_json(path)
         if kept["made_for"] == made_for and kept["sha256"] == manifest_hash(kept):
             return {layer: {label: float(kl) for label, kl in row.items()} for layer, row in kept["kl"].items()}
-    except (InputError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
 

@@ -7,6 +7,7 @@ there is none, is written to the file that the job names; stdout and stderr belo
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.auto import choose
 from penguin_edge.export.targets import TARGETS
-from penguin_edge.files import read_json, write_json
+from penguin_edge.files import write_json
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model import PARTS
 from penguin_edge.prompt import Tokenizer
@@ -158,7 +159,8 @@ def _write_embedding(checkpoint: Checkpoint, folder: Path, dtype: str, recipe: R
 
 
 def main(path: str) -> int:
-    job = read_json(path)
+    # Our own file, whose paths may hold bytes that are no UTF-8.
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
     assert job["part"] in (*PARTS, *DECODERS, CALIBRATION, AUTO)
     begin = time.monotonic()
     try:

@@ -41,6 +41,8 @@ KV_SCALES = "kv_scales.bin"
 """Beside int8 buffers: f32 [2L, kv, D], the scales of all keys' channels, then of all values'."""
 CHECK = "check.safetensors"
 VERIFY = "verify.json"
+PROFILE = "profile.json"
+"""What our verbs write beside the manifest, which does not name it."""
 COPY_AGAIN = "copy the bundle again or export it again"
 
 
@@ -379,7 +381,9 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{self.folder}: file {name} is missing; {COPY_AGAIN}")
         if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{path}: leads out of the bundle's folder; copy the file itself there")
+            raise BundleError(
+                f"{path}: leads out of the bundle's folder; copy the files themselves there, as `cp -rL` does"
+            )
         if path.stat().st_size != entry.bytes:
             raise BundleError(f"{path}: {path.stat().st_size} bytes, wanted {entry.bytes}; {COPY_AGAIN}")
 
@@ -396,8 +400,8 @@ class Bundle:
                 read = Stamp.of(stream.fileno())
             if found != entry.sha256:
                 raise BundleError(
-                    f"{self.path(name)}: its content differs from what was exported (SHA-256 does not match); copy the "
-                    "bundle again or export it again"
+                    f"{self.path(name)}: its content differs from what was exported (SHA-256 does not match); "
+                    f"{COPY_AGAIN}"
                 )
             if read is None or not read.same_file(self._noted[name]):
                 raise self._changed(name)

@@ -14,12 +14,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from penguin_edge.bundle import MANIFEST, VERIFY, manifest_hash
+from penguin_edge.bundle import MANIFEST, PROFILE, VERIFY, manifest_hash
 from penguin_edge.errors import BundleError
 from penguin_edge.files import read_json
 from penguin_edge.folders import MayReplace, clear, place_of, whole
 
-PROFILE = "profile.json"
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})
 """What our verbs write into a bundle's folder; the manifest does not name it."""
 HALF_WRITTEN = re.compile(r"\.(bundle|verify|profile)\.json\.[0-9a-f]{8}")

@@ -21,7 +21,7 @@ FILES = Table(FILE_NAME, Record({"sha256": SHA256, "bytes": Whole(0)}), 1, 10_00
 CHECK_PATCHES = 48
 """Patches of the largest picture of the check data, which every encoder takes."""
 DTYPES = {"f32", "i64"}
-"""Of the tensors that a graph takes and gives; KV buffers have `kv_dtype`."""
+"""Types of the tensors that a graph takes and gives; KV buffers have `kv_dtype`."""
 
 _word = Text(longest=200)
 _dimension: dict[type, Rule] = {int: Whole(1), str: Text(pattern="[A-Z]", called="a number or a letter")}

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 
+LONGEST = 2000
+"""Characters of a message; what is longer repeats its input."""
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -93,7 +95,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if debug and not isinstance(error, BrokenPipeError):
             raise
         if not isinstance(error, BrokenPipeError):  # the reader is gone and wants no complaint
-            _tell(f"penguin-edge: {_sentence(error)}")
+            _tell(f"penguin-edge: {_printable(_sentence(error))}")
         return 1
     finally:
         _flush()
@@ -114,6 +116,12 @@ def _flush() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _printable(text: str) -> str:
+    """One line for a terminal: what a file or an address brought along into a message writes nothing else there."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode() for c in text)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
 
 
 def _sentence(error: BaseException) -> str:

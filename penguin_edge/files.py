@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -118,6 +119,10 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
+"""Names of the files that `replacing` writes; a kill leaves one."""
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ ADAPTER_NAMES = re.compile(
 """What PEFT calls its tensors, in an adapter's file and in the state of a model that was not merged."""
 
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Of AutoGPTQ, AutoAWQ and ModelOpt."""
+"""Files that AutoGPTQ, AutoAWQ and ModelOpt write."""
 QUANTIZED_FIELDS = ("quantization_config", "compression_config", "quantization")
-"""Of transformers, of compressed-tensors before it, and of MLX."""
+"""Fields that transformers, compressed-tensors before it, and MLX write."""
 QUANTIZED_NAMES: Mapping[str, str] = {
     r"\.(qweight|qzeros|g_idx|scales)$": "GPTQ, AWQ or MLX",
     r"\.weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)$": "fp8 or compressed-tensors",

@@ -23,7 +23,7 @@ from PIL import Image
 from penguin_edge import images, video
 from penguin_edge.errors import InputError
 from penguin_edge.images import MAX_PIXELS
-from penguin_edge.places import existing, local_path, regular_file
+from penguin_edge.places import existing, local_path, regular_file, shown
 
 MAX_ASPECT = 1000
 """Longest side over shortest side of an image that is still accepted."""
@@ -347,15 +347,23 @@ def _animation(path: Path, numbers: Sequence[int], max_pixels: int) -> Iterator[
 
 
 def _check_options(fps: float | None, max_frames: int | None, start: float | None, end: float | None) -> None:
-    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps <= MAX_FPS):
-        raise InputError(f"got fps {fps!r}, wanted a number above 0 and at most {MAX_FPS}, or None for every frame")
-    if max_frames is not None and not (isinstance(max_frames, int) and max_frames >= 1):
-        raise InputError(f"got max_frames {max_frames!r}, wanted at least 1, or None for no limit")
+    if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
+        raise InputError(
+            f"got fps {shown(repr(fps))}, wanted a number above 0 and at most {MAX_FPS}, or None for every frame"
+        )
+    if max_frames is not None and not (_is_number(max_frames) and isinstance(max_frames, int) and max_frames >= 1):
+        raise InputError(f"got max_frames {shown(repr(max_frames))}, wanted at least 1, or None for no limit")
     for name, value in (("start", start), ("end", end)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= MAX_SECONDS):
-            raise InputError(f"got {name} {value}, wanted seconds from the beginning of the clip, 0 or more")
+        if value is not None and not (_is_number(value) and 0 <= value <= MAX_SECONDS):
+            raise InputError(
+                f"got {name} {shown(repr(value))}, wanted seconds from the beginning of the clip, 0 or more"
+            )
     if end is not None and end <= (start or 0):
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _exact(seconds: float | None) -> Fraction:

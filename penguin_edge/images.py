@@ -105,8 +105,10 @@ def opened(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator
 
 
 def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Raises:
-    InputError: more pixels than allowed.
+    """Refuse a picture by its header.
+
+    Raises:
+        InputError: more pixels than allowed.
     """
     if image.width * image.height > max_pixels:
         raise _too_large(name, f"{image.width}x{image.height}, at most {max_pixels} pixels")

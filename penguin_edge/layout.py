@@ -17,6 +17,7 @@ from PIL import Image
 from penguin_edge.config import PATCH, ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
+from penguin_edge.places import shown
 from penguin_edge.preprocess import image_size, image_sizes
 from penguin_edge.prompt import Message, message_fields, part_kind
 from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan, Policy, plan_clip
@@ -198,6 +199,10 @@ def spell_out(
     return out
 
 
+VIDEO_OPTIONS = ("video_path", "fps", "max_frames", "start_time", "end_time")
+"""Keys of a part's `video` object."""
+
+
 def media_source(part: dict[str, Any], config: ImageConfig) -> tuple[Any, dict[str, Any] | None]:
     """What an image or video part names, and for a clip the options of `read_video`.
 
@@ -217,6 +222,13 @@ def media_source(part: dict[str, Any], config: ImageConfig) -> tuple[Any, dict[s
     else:
         source = part.get("video")
         options = source if isinstance(source, dict) else {"video_path": source}
+        unknown = [key for key in options if key not in VIDEO_OPTIONS] + [key for key in VIDEO_OPTIONS if key in part]
+        if unknown:
+            raise InputError(
+                f"a video part has {shown(str(unknown[0]))!r} where it is not read; wanted "
+                f'{{"type": "video", "video": {{"video_path": …}}}} with any of {", ".join(VIDEO_OPTIONS[1:])} beside the '
+                "video_path"
+            )
         wanted = {
             "fps": options.get("fps", config.fps),
             "max_frames": options.get("max_frames", config.max_frames),

@@ -228,7 +228,7 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: the tokenizer is missing; copy tokenizer.json of the same checkpoint there")
         try:
-            inner = FastTokenizer.from_file(str(path))
+            inner = FastTokenizer.from_buffer(path.read_bytes())  # a path may hold bytes that are no UTF-8
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
                 f"{path}: cannot be read as a tokenizer ({error}); copy tokenizer.json again"

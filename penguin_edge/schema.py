@@ -59,7 +59,7 @@ def _wrong(where: str, value: Any, wanted: str) -> SchemaError:
 
 
 def _between(least: float, most: float) -> str:
-    return f"{least:,} to {most:,}".replace(",", "_") if most < LARGEST else f"at least {least}"
+    return f"{least:,} to {most:,}" if most < LARGEST else f"at least {least:,}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Whole:
 
     def check(self, value: Any, where: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not self.least <= value <= self.most:
-            raise _wrong(where, value, f"a whole number, {_between(self.least, self.most)}")
+            limits = "" if self.least <= -LARGEST else f", {_between(self.least, self.most)}"
+            raise _wrong(where, value, f"a whole number{limits}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Text:
 
     def check(self, value: Any, where: str) -> None:
         if not isinstance(value, str) or len(value) > self.longest:
-            raise _wrong(where, value, f"a string of at most {self.longest} characters")
+            limit = "" if self.longest >= LARGEST else f" of at most {self.longest} characters"
+            raise _wrong(where, value, f"a string{limit}")
         if self.words and value not in self.words:
             raise _wrong(where, value, f"one of {', '.join(self.words)}")
         if self.pattern and not re.fullmatch(self.pattern, value):

@@ -10,9 +10,9 @@ Headers and the shard index are input: their sizes, names, shapes and byte range
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ from torch import Tensor
 from penguin_edge.errors import CheckpointError
 from penguin_edge.files import MAX_BYTES, parse_json, read_json
 from penguin_edge.schema import Record, Rows, SchemaError, Table, Text, Whole
+from penguin_edge.stamps import Stamp
 
 DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "F64": (torch.float64, 64),
@@ -82,8 +83,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    seen: tuple[int, int]
-    """Size and time of change of the file when its header was read."""
+    seen: Stamp
+    """The file when its header was read."""
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
@@ -92,14 +93,11 @@ class StoredTensor:
             CheckpointError: the file is shorter than its header says, or was written again since that was read.
         """
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as stream:
-            if _identity(os.fstat(stream.fileno())) != self.seen:
-                raise CheckpointError(f"{self.path}: changed while it was being read; run the command again")
-            stream.seek(self.offset)
+        with self._opened() as stream:
             view = buffer.numpy().data
             done = 0
             while done < self.nbytes:
-                count = stream.readinto(view[done:])
+                count = stream.readinto(view[done:])  # type: ignore[attr-defined]
                 if not count:
                     raise _truncated(self.path, self.name)
                 done += count
@@ -110,15 +108,23 @@ class StoredTensor:
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
         step = 16 << 20
-        with self.path.open("rb") as left, other.path.open("rb") as right:
-            left.seek(self.offset)
-            right.seek(other.offset)
+        with self._opened() as left, other._opened() as right:
             sizes = (min(step, self.nbytes - begin) for begin in range(0, self.nbytes, step))
             return all(left.read(size) == right.read(size) for size in sizes)
 
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file at the tensor's first byte.
 
-def _identity(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+        Raises:
+            CheckpointError: it is another file now, or was written again.
+        """
+        with self.path.open("rb") as stream:
+            now = Stamp.of(stream.fileno())
+            if now is None or not now.same_file(self.seen):
+                raise CheckpointError(f"{self.path}: changed while it was being read; run the command again")
+            stream.seek(self.offset)
+            yield stream
 
 
 def _truncated(path: Path, name: str) -> CheckpointError:
@@ -134,8 +140,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         with path.open("rb") as stream:
-            seen = _identity(os.fstat(stream.fileno()))
-            size = seen[0]
+            seen = Stamp.of(stream.fileno())
+            if seen is None:
+                raise ValueError("it is gone")
+            size = seen.size
             text = _header(stream, size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

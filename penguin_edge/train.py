@@ -28,7 +28,7 @@ from penguin_edge.checkpoint import Checkpoint, read_encoder
 from penguin_edge.errors import CheckpointError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.feed import Corpus, Delivery, Micro, Run, deliveries, measured_lengths, steps_of
 from penguin_edge.files import write_json
-from penguin_edge.folders import clear_all
+from penguin_edge.folders import clear_all, held
 from penguin_edge.initialise import initialise
 from penguin_edge.losses import Distiller, count_items
 from penguin_edge.model import PenguinModel
@@ -160,13 +160,21 @@ class Trainer:
         return lengths
 
     def run(self) -> dict[str, Any] | None:
-        """All steps that are left, the checkpoints, and the result."""
-        config = self.config
+        """All steps that are left, the checkpoints, and the result.
+
+        Raises:
+            CheckpointError: another run works in the folder.
+        """
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it is made
-        if self.main:
-            config.out.mkdir(parents=True, exist_ok=True)
+        if not self.main:
+            return self._run()
+        with held(self.config.out, CheckpointError):
+            self._check_out()  # once more, where no other run can begin
+            return self._run()
+
+    def _run(self) -> dict[str, Any] | None:
+        config = self.config
         begin, state = self._start()
-        check_room(config.out, begin, self.total)
         trainee = self._trainee(state)
         self._prepare(trainee, state)
         self.say(self._headline())
@@ -208,18 +216,20 @@ class Trainer:
             clear_all(config.out, CheckpointError)
         self.accelerator.wait_for_everyone()
         found = checkpoints(config.out) if config.resume else []
-        if not found:
-            if config.resume:
-                self.say(f"{config.out}: no checkpoint there yet; starting from the beginning")
-                if self.main:
-                    cut_log(config.out, 0)
-            return 0, None
-        self.resumed = found[-1]
-        state = read_state(self.resumed, self.identity(), self.say)
-        if self.main:
-            cut_log(config.out, state.step)
-        self.say(f"resuming from {self.resumed}: step {state.step} of {self.total}")
-        return state.step, state
+        state = None
+        if found:
+            self.resumed = found[-1]
+            state = read_state(self.resumed, self.identity(), self.say)
+        begin = state.step if state else 0
+        # Before the log is touched: a run that is refused leaves everything as it was.
+        check_room(config.out, begin, self.total)
+        if state:
+            self.say(f"resuming from {self.resumed}: step {begin} of {self.total}")
+        elif config.resume:
+            self.say(f"{config.out}: no checkpoint there yet; starting from the beginning")
+        if config.resume and self.main:
+            cut_log(config.out, begin)
+        return begin, state
 
     def _trainee(self, state: TrainingState | None) -> Trainee:
         """The model with the weights to begin with, what is frozen, and the teacher."""

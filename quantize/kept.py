@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import ASIDE, replacing
 
 DIGEST = "digest.txt"
 """Names what decides the tensors: weights, recipe, data. Our mark, too: without it nothing in a folder is ours."""
@@ -36,9 +37,8 @@ def prepare(work: Path, made_for: str) -> None:
         if not same or not _is_whole(path):
             path.unlink()
     if not same:
-        aside = work / f".{DIGEST}.partial"
-        aside.write_text(made_for, encoding="utf-8")
-        aside.replace(mark)
+        with replacing(mark) as aside:
+            aside.write_text(made_for, encoding="utf-8")
 
 
 def remove(work: Path) -> None:
@@ -52,14 +52,14 @@ def remove(work: Path) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, aside, metadata={"sha256": _hash(tensors)})
-    aside.replace(path)
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata={"sha256": _hash(tensors)})
 
 
 def _files(work: Path) -> list[Path]:
-    return sorted(path for path in work.iterdir() if path.name.endswith((".safetensors", ".partial")))
+    """Files of tensors, and what a kill left of one that was being written."""
+    return sorted(p for p in work.iterdir() if p.name.endswith(".safetensors") or ASIDE.fullmatch(p.name))
 
 
 def _is_whole(path: Path) -> bool:

@@ -16,10 +16,23 @@ import numpy as np
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
 from penguin_edge.runtime.bench import SCHEMA
+from penguin_edge.schema import Maybe, Real, Record, Rows, Table, Text
 
 DRAWS = 2000
 LEAST = 3
 """Samples on each side, below which nothing can be said."""
+_samples = Rows(Real(0))
+RULES = Record(
+    {"schema": Text()},
+    {
+        "machine": Record({}, open=True),
+        "rows": Rows(Record({"test": Text(longest=200), "samples_ms": _samples}, open=True)),
+        "video": Maybe(Record({}, {"samples": Table(Text(longest=200), _samples)}, open=True)),
+        "samples": Table(Text(longest=200), _samples),
+    },
+    open=True,
+)
+"""What is read of a result."""
 SAME = ("processor", "cores", "system")
 """Fields of the machine that ought to be equal."""
 
@@ -30,7 +43,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, no JSON, or another schema.
     """
-    data = read_json(path, advice="name a file that `bench -o` wrote")
+    data = read_json(path, rule=RULES, advice="name a file that `bench -o` wrote")
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise InputError(f"{path}: its schema is {schema!r}, wanted {SCHEMA!r}; measure again with `bench -o`")

@@ -69,6 +69,7 @@ class ExecutorchEngine:
         """Positions that were written since `_heal` last looked at them."""
         self.kv_version = 0
         self._guard = Guard("engine")
+        self._process = os.getpid()
         _OPEN.add(self)
 
     @classmethod
@@ -223,15 +224,22 @@ class ExecutorchEngine:
         Raises:
             BundleError: as `_program`.
         """
+        if os.getpid() != self._process:
+            raise InputError(
+                "this engine was opened in another process, and ExecuTorch's threads stayed there; open the bundle again "
+                "after a fork"
+            )
         if graph not in self._methods:
-            program = self._program(graph)
+            program, buffers = self._program(graph), []
             with self._loading(graph):
-                method = self._methods[graph] = program.load_method("forward")
-            if graph == "decoder" and self.can_move:
-                # Arrays [kv_heads, max_seq_len, D] over the program's own memory: keys and values of each layer.
-                layers = range(self.config.text.num_hidden_layers)
-                names = [f"{what}_{layer}" for layer in layers for what in ("keys", "values")]
-                self._buffers = [method.get_attribute(name).numpy() for name in names]
+                method = program.load_method("forward")
+                if graph == "decoder" and self.can_move:
+                    # Arrays [kv_heads, max_seq_len, D] over the program's own memory: keys and values of each layer.
+                    layers = range(self.config.text.num_hidden_layers)
+                    names = [f"{what}_{layer}" for layer in layers for what in ("keys", "values")]
+                    buffers = [method.get_attribute(name).numpy() for name in names]
+            # Kept only now: what was loaded from a file that changed meanwhile is refused when the block ends.
+            self._methods[graph], self._buffers = method, buffers or self._buffers
         return self._methods[graph]
 
     def _program(self, graph: str) -> Any:
@@ -246,8 +254,9 @@ class ExecutorchEngine:
         if graph not in manifest.graphs:
             raise BundleError(f"{self._bundle.folder}: has no {graph} (a text-only model); export a model with vision")
         with self._loading(graph):
-            self._programs[graph] = self._library._load_program(str(self._bundle.path(manifest.graphs[graph].file)))
-        return self._programs[graph]
+            program = self._library._load_program(str(self._bundle.path(manifest.graphs[graph].file)))
+        self._programs[graph] = program
+        return program
 
     @contextlib.contextmanager
     def _loading(self, graph: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.config import ImageConfig
 from penguin_edge.errors import InputError
-from penguin_edge.frames import Frame, read_image, read_video
+from penguin_edge.frames import MAX_SECONDS, Frame, read_image, read_video
 from penguin_edge.layout import LabelledClip, detection_mode, media_source, token_count
 from penguin_edge.places import is_data, local_path
 from penguin_edge.prompt import Message, part_kind, parts_of
@@ -58,7 +58,7 @@ def own(frame: Frame | NDArray[np.uint8], time: float | None, index: int) -> Fra
         raise InputError(f"a frame is {got}; wanted uint8 [H, W, 3] in RGB")
     if not pixels.size:
         raise InputError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted at least one")
-    check_options(time=(given.time, Maybe(Real())))
+    check_options(time=(given.time, Maybe(Real(-MAX_SECONDS, MAX_SECONDS))))
     return Frame(np.array(pixels), None if given.time is None else float(given.time), index)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle import PROFILE, Bundle
 from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.files import read_json, write_json
@@ -28,7 +28,6 @@ from penguin_edge.runtime.engine import F32, Engine, MovingEngine
 from penguin_edge.runtime.media import Library
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
-PROFILE = "profile.json"
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
 SCHEMA = "penguin-profile/3"
 MEASURE_AGAIN = "run `penguin-edge profile` again"
@@ -247,7 +246,8 @@ def load(bundle: Bundle) -> CostModel | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """
+    """The profile's JSON.
+
     Raises:
         BundleError: as `load`.
     """

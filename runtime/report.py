@@ -70,7 +70,7 @@ class StreamStats:
     """Frames that got another size, by the encoder or by pooling."""
     prefilled_tokens: int = 0
     reprefilled_tokens: int = 0
-    """Of these, all but the frames that had just arrived: what stands behind a frame that changed or went."""
+    """Those of them that stand behind a frame that changed or went: all but the frames that had just arrived."""
     moved_tokens: int = 0
     max_visual_tokens: int = 0
     given_up: Counter[str] = field(default_factory=Counter)

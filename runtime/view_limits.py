@@ -27,9 +27,9 @@ class Limits:
     body_s: float = 10.0
     """From there to the end of its body."""
     stalled_s: float = 20.0
-    """Without a byte taken by a reader for whom there is more than the system buffers."""
+    """Seconds that a reader may take no byte while there is more for it than the system buffers."""
     kept_s: int = 5
-    """That a connection waits for a further request."""
+    """Seconds that a connection waits for a further request."""
 
 
 def bounded(limits: Limits) -> type[asyncio.Protocol]:
@@ -37,7 +37,7 @@ def bounded(limits: Limits) -> type[asyncio.Protocol]:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Bounded(H11Protocol):
-        """Of its connections, those whose request has not come in whole are closed first, in the order they came."""
+        """Closes connections beyond the limit, the oldest whose request has not come in whole first."""
 
         _head: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None

@@ -47,9 +47,9 @@ ALIVE_S = 5.0
 """A page without news for three times as long takes the connection for dead."""
 DEFAULT = Limits()
 BODY, PROMPT = 65_536, 4_000
+"""Bytes of a question's request, characters of a question."""
 QUESTION = Record({"prompt": Text(longest=BODY)}, open=True)
 """What the page sends."""
-"""Bytes of a question's request, characters of a question."""
 
 
 def socket_at(port: int) -> socket.socket:

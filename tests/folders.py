@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 TOLERANCE = 2e-5
-"""Of the largest logit: the same sums in fp32, in another order at most."""
+"""Share of the largest logit: the same sums in fp32, in another order at most."""
 Edit = Callable[[Path], None]
 
 

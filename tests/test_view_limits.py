@@ -51,7 +51,7 @@ class Visitors:
 
 
 def status(one: socket.socket) -> int:
-    """Of the answer; 0 where the connection was closed without one."""
+    """The status of the answer; 0 where the connection was closed without one."""
     try:
         text = one.recv(12)
     except ConnectionResetError:
