@@ -381,9 +381,7 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{self.folder}: file {name} is missing; {COPY_AGAIN}")
         if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(
-                f"{path}: leads out of the bundle's folder; copy the files themselves there, as `cp -rL` does"
-            )
+            raise BundleError(f"{path}: leads out of the bundle's folder; copy the bundle with `cp -rL`")
         if path.stat().st_size != entry.bytes:
             raise BundleError(f"{path}: {path.stat().st_size} bytes, wanted {entry.bytes}; {COPY_AGAIN}")
 

@@ -348,16 +348,12 @@ def _animation(path: Path, numbers: Sequence[int], max_pixels: int) -> Iterator[
 
 def _check_options(fps: float | None, max_frames: int | None, start: float | None, end: float | None) -> None:
     if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
-        raise InputError(
-            f"got fps {shown(repr(fps))}, wanted a number above 0 and at most {MAX_FPS}, or None for every frame"
-        )
+        raise InputError(f"got fps {shown(repr(fps))}, wanted a number above 0 and at most {MAX_FPS}, or None for all")
     if max_frames is not None and not (_is_number(max_frames) and isinstance(max_frames, int) and max_frames >= 1):
         raise InputError(f"got max_frames {shown(repr(max_frames))}, wanted at least 1, or None for no limit")
     for name, value in (("start", start), ("end", end)):
         if value is not None and not (_is_number(value) and 0 <= value <= MAX_SECONDS):
-            raise InputError(
-                f"got {name} {shown(repr(value))}, wanted seconds from the beginning of the clip, 0 or more"
-            )
+            raise InputError(f"got {name} {shown(repr(value))}, wanted seconds from the clip's beginning, 0 or more")
     if end is not None and end <= (start or 0):
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
 

@@ -226,8 +226,8 @@ def media_source(part: dict[str, Any], config: ImageConfig) -> tuple[Any, dict[s
         if unknown:
             raise InputError(
                 f"a video part has {shown(str(unknown[0]))!r} where it is not read; wanted "
-                f'{{"type": "video", "video": {{"video_path": …}}}} with any of {", ".join(VIDEO_OPTIONS[1:])} beside the '
-                "video_path"
+                f'{{"type": "video", "video": {{"video_path": …}}}} with any of {", ".join(VIDEO_OPTIONS[1:])} in '
+                "the inner object"
             )
         wanted = {
             "fps": options.get("fps", config.fps),

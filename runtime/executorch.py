@@ -226,8 +226,8 @@ class ExecutorchEngine:
         """
         if os.getpid() != self._process:
             raise InputError(
-                "this engine was opened in another process, and ExecuTorch's threads stayed there; open the bundle again "
-                "after a fork"
+                "this engine was opened in another process, and ExecuTorch's threads stayed there; open the bundle "
+                "after the fork"
             )
         if graph not in self._methods:
             program, buffers = self._program(graph), []

@@ -15,7 +15,17 @@ from typing import Any
 from penguin_edge.bench_report import csv_text, html_text, require_matplotlib
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands import latency
-from penguin_edge.commands.common import above_zero, emit, is_bundle, open_model, positive, say, status, table
+from penguin_edge.commands.common import (
+    above_zero,
+    check_outputs,
+    emit,
+    is_bundle,
+    open_model,
+    positive,
+    say,
+    status,
+    table,
+)
 from penguin_edge.errors import InputError
 from penguin_edge.files import replacing
 from penguin_edge.frames import Frame
@@ -90,6 +100,7 @@ def slow_down(text: str | None) -> tuple[float, float] | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args, ["out", "csv", "html", "trace"], ["model", "video", "stream"])
     slow, target = slow_down(args.slow_down), latency.target(args)
     if (slow or target) and not args.stream:
         raise InputError("--slow-down and --target-first-token are for --stream CLIP")

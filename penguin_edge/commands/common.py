@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from penguin_edge.bundle import MANIFEST, Bundle
-from penguin_edge.errors import PenguinError, TargetUnavailable
+from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import require_memory
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine, check_threads
@@ -87,6 +89,36 @@ def add_allow_outside(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--allow-outside", action="store_true", help="take media that annotations name outside their own folder"
     )
+
+
+WHOLE_FOLDERS = ("model", "against", "clip", "video", "stream", "source")
+"""Arguments that may name a folder of which every file is read."""
+DATA_FILES = ("annotations.jsonl", "training_answers.json")
+"""What is read of a folder of data beside its media, among which a result may lie."""
+
+
+def check_outputs(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Refuse to write over what is read, or two results into one file, before any work.
+
+    Args:
+        outputs: names of the arguments that name files to write.
+        inputs: names of the arguments that name what is read: a file, a model's folder, or a folder of data.
+    Raises:
+        InputError: an output that is an input, lies in one, or is another output.
+    """
+    read = {name: Path(os.path.realpath(value)) for name in inputs if (value := getattr(args, name, None))}
+    written: dict[Path, str] = {}
+    for name in outputs:
+        if not (value := getattr(args, name, None)):
+            continue
+        place = Path(os.path.realpath(value))
+        if place in written and not str(place).startswith("/dev/"):
+            raise InputError(f"{value}: named by two of the options for results; give each a file of its own")
+        written[place] = name
+        for role, other in read.items():
+            inside = other in place.parents and (role in WHOLE_FOLDERS or place.name in DATA_FILES)
+            if place == other or (place.is_file() and (inside or (other.is_file() and place.samefile(other)))):
+                raise InputError(f"{value}: would be written over, and it is read; name another file for the result")
 
 
 def is_bundle(source: str) -> bool:

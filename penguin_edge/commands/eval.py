@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.budget_study import Ask, Reply, draw_study, study
-from penguin_edge.commands.common import add_allow_outside, emit, open_model, positive, say, table
+from penguin_edge.commands.common import add_allow_outside, check_outputs, emit, open_model, positive, say, table
 from penguin_edge.commands.eval_layers import run_layers
 from penguin_edge.errors import InputError
 from penguin_edge.evaluate import (
@@ -134,6 +134,7 @@ def asker(session: Session) -> Ask:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args, ["out", "answers"], ["model", "data", "against", "calibration", "over", "text"])
     if args.layers:
         return run_layers(args, Progress)
     if not args.data and not args.text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.bundle import Bounds
-from penguin_edge.commands.common import emit, positive, say
+from penguin_edge.commands.common import check_outputs, emit, positive, say
 from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.media import Library
@@ -33,6 +33,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
 
+    check_outputs(args, ["out"], ["clip"])
     if args.budget < 1:
         raise InputError(f"--budget is {args.budget}; wanted at least 1 token")
     library = Library(ImageConfig(min_tokens=args.min_image_tokens), args.tra)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from penguin_edge.commands import latency
-from penguin_edge.commands.common import above_zero, emit, open_model, positive, say, status
+from penguin_edge.commands.common import above_zero, check_outputs, emit, open_model, positive, say, status
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import keep_heap_compact, peak_mb
@@ -72,6 +72,7 @@ def port_of(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args, ["trace"], ["model", "source"])
     live_source = is_live(args.source)
     if (args.every or args.on_change) and not args.prompt:
         raise InputError("--every and --on-change ask a question; name it with --prompt TEXT")
