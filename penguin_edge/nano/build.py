@@ -206,7 +206,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 class _Worker:
-    """Of a worker process: whether the one that started it has given up."""
+    """What a worker process knows: whether the one that started it has given up."""
 
     stopped: Event | None = None
 
