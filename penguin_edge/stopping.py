@@ -22,7 +22,7 @@ PATIENCE = 1
 
 
 class _State:
-    """Of this process."""
+    """What this process has been told."""
 
     ours: tuple[signal.Signals, ...] = ()
     """The signals that are answered here."""
@@ -77,12 +77,24 @@ def _stop(number: int, frame: FrameType | None) -> None:
     _State.first = _State.first or number
     if not _State.finishing:
         _exit()
-    if isinstance(sys.exception(), KeyboardInterrupt):
+    if _answering():
         _State.ignored += 1
         if _State.ignored > PATIENCE:
             _exit()
         return
     raise KeyboardInterrupt
+
+
+def _answering() -> bool:
+    """Whether a stop is being answered: the clean-up may be in the middle of another exception that it met itself."""
+    found = sys.exception()
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        found = found.__context__
+    return False
 
 
 def _exit() -> NoReturn:

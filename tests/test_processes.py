@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -153,6 +154,42 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 143 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "try:\n    fail()\nexcept OSError:\n    again()",
+        "with contextlib.suppress(ValueError):\n    try:\n        fail()\n    except OSError as e:\n"
+        "        try: raise ValueError from None\n        finally: again()",
+        "g = closing(); next(g); g.close()",
+        "g = closing(); next(g); del g",
+    ],
+    ids=["another failure", "a failure of that", "a generator closed", "a generator dropped"],
+)
+def test_a_second_signal_leaves_the_rest_of_the_clean_up(work: str) -> None:
+    code = f"""
+import contextlib, signal, sys
+from penguin_edge import stopping
+stopping.begin(); stopping.let_finish()
+def fail(): raise OSError
+def again(): signal.raise_signal(signal.SIGINT)
+def closing():
+    try: yield
+    finally: again(); print("inner", flush=True)
+def clean():
+{textwrap.indent(work, "    ")}
+try:
+    try:
+        again()
+    finally:
+        clean()
+        print("cleaned", flush=True)
+except KeyboardInterrupt:
+    sys.exit(stopping.code())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 130 and done.stdout.endswith("cleaned\n") and done.stderr == "", done.stderr
 
 
 def test_a_third_signal_ends_even_what_hangs() -> None:
