@@ -30,6 +30,8 @@ MAX_DIGITS = 64
 """Characters of one number."""
 LONGEST_NAME = 48
 """Characters of a name that a file beside it repeats: a file system that takes the name takes the other one, too."""
+STREAMS = ("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/")
+"""What a process has open already, by name: a file that stdout goes to is written to as well, not replaced."""
 
 
 def parse_json(
@@ -130,14 +132,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A file to write beside `path`, which it becomes when the block ends well; otherwise `path` stays as it was.
 
     A link stays a link: what it points to is replaced. What is no file, such as a pipe or `/dev/stdout`, is written to.
+    Nobody but its owner can read the new content of a file that was there until it has that file's mode.
     """
     path = Path(path)
-    if os.path.abspath(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+    if os.path.abspath(path).startswith(STREAMS) or (path.exists() and not path.is_file()):
         yield path
         return
     place = Path(os.path.realpath(path))
     aside = place.with_name(f".{place.name[:LONGEST_NAME]}.{uuid.uuid4().hex[:8]}")
     try:
+        if place.exists():
+            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield aside
         if place.exists():
             shutil.copymode(place, aside)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -37,7 +40,38 @@ def test_a_file_that_is_private_stays_private(tmp_path: Path) -> None:
     path.touch(mode=0o600)
     with replacing(path) as aside:
         aside.write_text("x")
+        assert stat.S_IMODE(aside.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o444, 0o640])
+def test_a_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    path.chmod(mode)
+    write_json(path, {})
+    assert stat.S_IMODE(path.stat().st_mode) == mode and path.read_text() == "{}\n"
+
+
+def test_files_in_shared_memory_are_files() -> None:
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("this system has no /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "out.csv")
+        path.write_text("old")
+        with pytest.raises(KeyboardInterrupt), replacing(path) as aside:
+            aside.write_text("half")
+            raise KeyboardInterrupt
+        assert path.read_text() == "old" and os.listdir(folder) == ["out.csv"]
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_the_file_behind_stdout_is_written_to(tmp_path: Path, name: str) -> None:
+    code = "import pathlib, sys; from penguin_edge import files; files.write_json(pathlib.Path(sys.argv[1]), [])"
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", code, name], stdout=out, check=True)
+        assert os.fstat(out.fileno()).st_ino == (tmp_path / "out").stat().st_ino
+    assert (tmp_path / "out").read_text() == "[]\n" and os.listdir(tmp_path) == ["out"]
 
 
 def test_devices_and_pipes_are_written_to_and_stay(tmp_path: Path) -> None:
