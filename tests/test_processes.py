@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -107,10 +109,10 @@ def test_what_was_ignored_at_the_start_stays_so(number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sign"),
     [
-        (("bench", "tiny", "--repeat", "1000"), ""),
+        (("bench", "tiny", "--repeat", "1000"), "random weights"),
         (("stream", "tiny", "--source", MEDIA / "polar_bear.mp4", "--ui", "--port", "0"), "live view"),
         (("data", "nano", "--split", "train", "--count", "100000", "--workers", "2", "-o"), "records"),
-        (("plan", MEDIA / "polar_bear.mp4", "--budget", "64"), ""),
+        (("plan", MEDIA / "polar_bear.mp4", "--budget", "6400", "--fps", "30", "--json"), ""),
     ],
     ids=["bench", "stream", "data", "plan"],
 )
@@ -122,7 +124,10 @@ def test_verbs_in_the_middle_of_their_work(
         if len(list(cache_folder().glob("*.whl"))) < 2:
             pytest.skip("its pictures come from a package registry and are not here yet")
         arguments = (*arguments, tmp_path / "out")
-    process = start(*arguments, stdout=subprocess.DEVNULL)
+    told, stdout = os.pipe()  # too narrow for a plan, which says nothing before it: it waits for its reader
+    fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, 4096)
+    process = start(*arguments, stdout=subprocess.DEVNULL if sign else stdout)
+    os.close(stdout)
     assert process.stderr is not None
     heard: list[str] = []
     reader = threading.Thread(target=lambda: heard.extend(process.stderr or ()), daemon=True)
@@ -130,9 +135,10 @@ def test_verbs_in_the_middle_of_their_work(
     if sign:
         until(lambda: any(sign in line for line in heard), process)
     else:
-        until(lambda: answers(process), process)
-        time.sleep(0.3)
+        until(lambda: select.select([told], [], [], 0)[0], process)
     os.killpg(process.pid, number)
+    until(lambda: "stopped\n" in heard or process.poll() is not None)
+    os.close(told)
     process.wait(timeout=60)
     reader.join()
     assert process.returncode == 128 + number, heard
