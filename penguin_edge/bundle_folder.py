@@ -95,7 +95,10 @@ def _strangers(folder: Path, named: frozenset[str]) -> Iterator[str]:
     parents = {parent.as_posix() for name in known for parent in Path(name).parents}
 
     def refuse(error: OSError) -> None:
-        raise BundleError(f"{error.filename}: cannot be looked into ({error.strerror}), so it may hold anything")
+        raise BundleError(
+            f"{error.filename}: cannot be looked into ({error.strerror}), so it may hold anything; look at it, or choose "
+            "another folder"
+        )
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         for name in sorted(folders) + sorted(files):

@@ -26,14 +26,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from penguin_edge.errors import PenguinError
-from penguin_edge.files import read_json
+from penguin_edge.files import LONGEST_NAME, read_json
 
 MARK = "penguin-edge.json"
 SUFFIX = ".partial"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
-LONGEST_NAME = 48
-"""Characters of a name that a rest repeats: a file system that takes the name takes the rest's name, too."""
 
 MayReplace = Callable[[Path, bool], None]
 """Given what stands in a place, and whether it appeared while the new folder was written: raises if it has to stay."""

@@ -145,6 +145,22 @@ def test_whatever_is_not_ours_is_refused_and_left(tmp_path: Path, change: Callab
     assert [str(path) for path in sorted(tmp_path.rglob("*"))] == names
 
 
+def test_what_cannot_be_looked_into_is_left_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = bundle(tmp_path / "out")
+    before, scandir = listing(tmp_path), os.scandir
+
+    def refuse(folder: Any) -> Any:  # the superuser may look into anything
+        if str(folder).endswith("weights"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(BundleError, match=r"weights: cannot be looked into .* choose another folder"):
+            write_new(out, overwrite=True)
+    assert listing(tmp_path) == before
+
+
 def test_what_is_added_while_the_bundle_is_made_is_not_lost(tmp_path: Path) -> None:
     out = bundle(tmp_path / "out")
     with pytest.raises(BundleError, match=r"thesis\.txt"), writing(out, overwrite=True) as folder:
