@@ -96,8 +96,8 @@ def _strangers(folder: Path, named: frozenset[str]) -> Iterator[str]:
 
     def refuse(error: OSError) -> None:
         raise BundleError(
-            f"{error.filename}: cannot be looked into ({error.strerror}), so it may hold anything; look at it, or choose "
-            "another folder"
+            f"{error.filename}: cannot be looked into ({error.strerror}), so it may hold anything; look at it, "
+            "or choose another folder"
         )
 
     for place, folders, files in os.walk(folder, onerror=refuse):
