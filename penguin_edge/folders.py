@@ -14,6 +14,7 @@ Folders for work in the system's temporary folder are marked, locked and cleared
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -90,24 +91,26 @@ def whole(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -
         raise error(f"{out}: cannot be created ({found.strerror}); choose a folder that can be written") from found
     new, old = aside / "new", aside / "old"
     try:
-        new.mkdir()
+        with _told(f"{out}: cannot be written", error):
+            new.mkdir()
         yield new
-        _sync(new)
-        if os.path.lexists(place):
-            _check(place, True, may_replace, error)
-            place.replace(old)
-            may_replace(old, True)  # once more, where nobody adds to it
-        new.replace(place)
-        _sync_names(place.parent)
+        with _told(f"{out}: cannot be written", error):
+            _sync(new)
+            if os.path.lexists(place):
+                _check(place, True, may_replace, error)
+                place.replace(old)
+                may_replace(old, True)  # once more, where nobody adds to it
+            new.replace(place)
+            _sync_names(place.parent)
     finally:
-        if old.is_dir() and not os.path.lexists(place):
-            old.replace(place)
-        _remove(aside)
-        os.close(lock)
-        if not os.path.lexists(place):
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        try:
+            _settle(aside, place, error)
+        finally:
+            os.close(lock)
+            if not os.path.lexists(place):
+                for parent in made:
+                    with contextlib.suppress(OSError):
+                        parent.rmdir()
 
 
 def clear(place: Path, error: type[PenguinError]) -> None:
@@ -118,17 +121,42 @@ def clear(place: Path, error: type[PenguinError]) -> None:
     """
     for rest in _rests(place.parent, f".{place.name[:LONGEST_NAME]}.", SUFFIX):
         with _taken(rest) as name:
-            if name != place.name:
-                continue
-            old, new = rest / "old", rest / "new"
-            if old.is_dir() and not os.path.lexists(place):
-                old.replace(place)
-            elif old.is_dir() and new.is_dir():
-                raise error(
-                    f"{old} stood in the place of {place} before a process was killed; something else is there now: "
-                    f"move one of the two away, then remove {rest}"
-                )
-            _remove(rest)
+            if name == place.name:
+                _settle(rest, place, error)
+
+
+def _settle(rest: Path, place: Path, error: type[PenguinError]) -> None:
+    """Bring back what was moved out of `place` unless `new` has taken it, and remove the rest.
+
+    Raises:
+        PenguinError: something else stands in `place` now; neither of the two is touched.
+    """
+    old = rest / "old"
+    if os.path.lexists(old) and (os.path.lexists(rest / "new") or not os.path.lexists(place)):
+        try:
+            if os.path.lexists(place):  # a file would be replaced without a word
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            old.replace(place)
+        except OSError as found:
+            if not os.path.lexists(place):
+                raise error(f"{old} cannot be moved back to {place} ({found.strerror}); move it there") from found
+            raise error(
+                f"{old} stood in the place of {place} before, and something else is there now: "
+                f"move one of the two away, then remove {rest}"
+            ) from found
+    _remove(rest)
+
+
+@contextlib.contextmanager
+def _told(what: str, error: type[PenguinError]) -> Iterator[None]:
+    """What the system refuses, as one sentence."""
+    try:
+        yield
+    except OSError as found:
+        taken = found.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+        reason = "something appeared in its place meanwhile" if taken else found.strerror
+        advice = "choose another name" if taken else "make room, or choose another folder"
+        raise error(f"{what} ({reason}); {advice}") from found
 
 
 @contextlib.contextmanager
@@ -165,25 +193,28 @@ def clear_all(parent: Path, error: type[PenguinError]) -> None:
             clear(parent / name, error)
 
 
-def discard(folder: Path, may_remove: MayReplace) -> None:
+def discard(folder: Path, may_remove: MayReplace, error: type[PenguinError]) -> None:
     """Remove a folder at once, as seen from outside, if nothing but what may be removed is in it.
 
     Raises:
-        PenguinError: what `may_remove` raises; the folder stays then.
+        PenguinError: what `may_remove` raises, or it cannot be moved; the folder stays then, or stands aside if
+            something else took its place meanwhile.
     """
     may_remove(folder, False)
-    aside, lock = _claim(folder.parent, f".{folder.name[:LONGEST_NAME]}.", SUFFIX, folder.name)
-    gone = aside / "new"  # never brought back
+    with _told(f"{folder}: cannot be removed", error):
+        aside, lock = _claim(folder.parent, f".{folder.name[:LONGEST_NAME]}.", SUFFIX, folder.name)
+    new, old = aside / "new", aside / "old"
     try:
-        folder.replace(gone)
-        may_remove(gone, True)
-    except BaseException:
-        if gone.is_dir() and not os.path.lexists(folder):
-            gone.replace(folder)
-        raise
+        with _told(f"{folder}: cannot be removed", error):
+            new.mkdir()
+            folder.replace(old)
+            may_remove(old, True)  # once more, where nobody adds to it
+            old.replace(new)  # from where nothing is brought back
     finally:
-        _remove(aside)
-        os.close(lock)
+        try:
+            _settle(aside, folder, error)
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def save_step(
         raise CheckpointError(f"{folder}: cannot be written ({first_line(error)}); {hint}") from error
     for old in checkpoints(out)[:-keep]:
         with contextlib.suppress(PenguinError, OSError):  # what holds anything of the user's stays
-            discard(old, _only({*names, STEP}))
+            discard(old, _only({*names, STEP}), CheckpointError)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from penguin_edge.bundle import MANIFEST, VERIFY, manifest_hash
 from penguin_edge.bundle_folder import check_place, writing
 from penguin_edge.errors import BundleError
-from penguin_edge.folders import MARK, scratch
+from penguin_edge.folders import MARK, discard, scratch
 
 
 def bundle(folder: Path, content: str = "old", **more: Any) -> Path:
@@ -290,6 +291,131 @@ def test_what_stands_there_meanwhile_is_not_traded_for_the_old(tmp_path: Path) -
     with pytest.raises(BundleError, match="move one of the two away") as refused:
         write_new(tmp_path / "out", overwrite=True)
     assert str(rest) in str(refused.value) and listing(tmp_path) == before
+
+
+def between(monkeypatch: pytest.MonkeyPatch, moved: str, act: Callable[[], Any]) -> None:
+    """Have somebody act in the moment after a folder was moved to a path that ends so."""
+    replace, done = Path.replace, []
+
+    def and_act(path: Path, target: Path) -> Path:
+        result = replace(path, target)
+        if Path(target).name == moved and not done:
+            done.append(act())
+        return result
+
+    monkeypatch.setattr(Path, "replace", and_act)
+
+
+def occupy(out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+
+
+def test_what_appears_between_the_renames_costs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = bundle(tmp_path / "out")
+    old = listing(out)
+    with monkeypatch.context() as patch:
+        between(patch, "old", lambda: occupy(out))
+        with pytest.raises(BundleError, match="move one of the two away") as refused:
+            write_new(out, overwrite=True)
+    [rest] = tmp_path.glob(".out.*.partial")
+    for _ in range(2):
+        assert str(rest) in str(refused.value)
+        assert listing(rest / "old") == old and listing(rest / "new") == {MANIFEST: b"new"}
+        assert listing(out) == {"thesis.txt": b"years of work"}
+        with pytest.raises(BundleError, match="move one of the two away") as refused:
+            write_new(out, overwrite=True)
+    out.rename(tmp_path / "thesis")
+    write_new(out, overwrite=True)
+    assert listing(out) == {MANIFEST: b"new"} and sorted(os.listdir(tmp_path)) == ["out", "thesis"]
+
+
+def test_an_empty_place_that_is_filled_meanwhile_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("penguin_edge.folders._sync", lambda folder: None)
+    with monkeypatch.context() as patch:
+        lexists = os.path.lexists
+        seen: list[Any] = []
+
+        def late(path: Any) -> bool:
+            found = lexists(path)
+            if path == out and not found and len(list(tmp_path.glob(".out.*/new/*"))) and not seen:
+                seen.append(occupy(out))
+            return found
+
+        patch.setattr(os.path, "lexists", late)
+        with pytest.raises(BundleError, match="appeared in its place"):
+            write_new(out, overwrite=True)
+    assert listing(tmp_path) == {"out": None, "out/thesis.txt": b"years of work"}
+
+
+def test_a_file_that_took_the_place_of_a_bundle_is_brought_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = bundle(tmp_path / "out")
+    replace = Path.replace
+
+    def trade(path: Path, target: Path) -> Path:
+        if path == out and Path(target).name == "old":
+            shutil.rmtree(out)
+            out.write_text("years of work")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", trade)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        write_new(out, overwrite=True)
+    assert listing(tmp_path) == {"out": b"years of work"}
+
+
+def keep_nothing(found: Path, appeared: bool) -> None:
+    """Anything may be removed."""
+
+
+def refuse_late(found: Path, appeared: bool) -> None:
+    if appeared:
+        raise BundleError("something was added")
+
+
+@pytest.mark.parametrize("rule", [keep_nothing, refuse_late])
+@pytest.mark.parametrize("occupied", [False, True])
+def test_what_is_discarded_is_gone_or_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Callable[[Path, bool], None], occupied: bool
+) -> None:
+    out = bundle(tmp_path / "out")
+    old = listing(out)
+    if occupied:
+        between(monkeypatch, "old", lambda: occupy(out))
+    if rule is refuse_late:
+        with pytest.raises(BundleError, match="move one of the two away" if occupied else "added"):
+            discard(out, rule, BundleError)
+        [kept] = tmp_path.glob(".out.*.partial/old") if occupied else [out]
+        assert listing(kept) == old
+    else:
+        discard(out, rule, BundleError)
+        assert not list(tmp_path.glob(".*"))
+    assert os.path.lexists(out) == (occupied or rule is refuse_late)
+    assert not occupied or listing(out) == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("name", ["new", "old", "out"])
+def test_renames_that_fail_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    out = bundle(tmp_path / "out")
+    before, replace = listing(tmp_path), Path.replace
+    failed: list[Path] = []
+
+    def refuse(path: Path, target: Path) -> Path:
+        if Path(target).name == name and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(BundleError, match="Input/output error"):
+        if name == "new":
+            discard(out, keep_nothing, BundleError)
+        else:
+            write_new(out, overwrite=True)
+    assert failed and listing(tmp_path) == before
 
 
 def test_only_rests_that_are_provably_ours_are_cleared(tmp_path: Path) -> None:
