@@ -34,6 +34,9 @@ SUFFIX = ".partial"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
 
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What fsync says where the file system has no such thing: it writes when it likes, and nothing is lost by that."""
+
 MayReplace = Callable[[Path, bool], None]
 """Given what stands in a place, and whether it appeared while the new folder was written: raises if it has to stay."""
 
@@ -336,21 +339,32 @@ def _remove(aside: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have everything in a folder on the disk: what it replaces is removed then."""
+    """Have everything in a folder on the disk: what it replaces is removed then.
+
+    Raises:
+        OSError: the disk is full or damaged.
+    """
     for parent, _, files in os.walk(folder):
         for name in files:
-            descriptor = os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_one(os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW))
         _sync_names(Path(parent))
 
 
 def _sync_names(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems know no such thing for folders
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Have the names in a folder on the disk; one that may be written but not read is left to the system.
+
+    Raises:
+        OSError: the disk is full or damaged.
+    """
+    with contextlib.suppress(PermissionError):
+        _sync_one(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def _sync_one(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as found:
+        if found.errno not in UNSYNCED:
+            raise
+    finally:
+        os.close(descriptor)

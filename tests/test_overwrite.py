@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -415,6 +416,44 @@ def test_renames_that_fail_are_one_sentence(tmp_path: Path, monkeypatch: pytest.
             discard(out, keep_nothing, BundleError)
         else:
             write_new(out, overwrite=True)
+    assert failed and listing(tmp_path) == before
+
+
+def fail_sync(monkeypatch: pytest.MonkeyPatch, number: int, kind: Callable[[int], bool]) -> list[int]:
+    """Have fsync fail for descriptors of a kind; the list grows by each of them."""
+    sync, failed = os.fsync, []
+
+    def fails(descriptor: int) -> None:
+        if kind(os.fstat(descriptor).st_mode):
+            failed.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    return failed
+
+
+@pytest.mark.parametrize("kind", [stat.S_ISREG, stat.S_ISDIR])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_costs_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: Callable[[int], bool]
+) -> None:
+    out = bundle(tmp_path / "out")
+    failed = fail_sync(monkeypatch, number, kind)
+    write_new(out, overwrite=True)
+    assert failed and listing(tmp_path) == {"out": None, f"out/{MANIFEST}": b"new"}
+
+
+@pytest.mark.parametrize("kind", [stat.S_ISREG, stat.S_ISDIR])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_is_full_or_damaged_is_one_sentence_and_the_old_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: Callable[[int], bool]
+) -> None:
+    out = bundle(tmp_path / "out")
+    before = listing(tmp_path)
+    failed = fail_sync(monkeypatch, number, kind)
+    with pytest.raises(BundleError, match=f"cannot be written .*{os.strerror(number)}"):
+        write_new(out, overwrite=True)
     assert failed and listing(tmp_path) == before
 
 
