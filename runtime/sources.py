@@ -68,7 +68,7 @@ def is_live(source: str) -> bool:
 
 def without_password(source: str) -> str:
     """An address without the user and the password in it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source)
+    return re.sub(r"(?<=://)[^/?#]*@", "", source)
 
 
 def read_source(

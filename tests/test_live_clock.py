@@ -272,6 +272,10 @@ def test_pictures_without_times_are_as_old_as_their_arrival(server: tuple[str, t
 def test_schemes_in_any_case_and_the_password_is_not_told() -> None:
     assert all(is_live(f"{scheme.upper()}://host/x") and is_live(f"{scheme}://host/x") for scheme in LIVE)
     assert without_password("rtsp://user:secret@host/1") == "rtsp://host/1"
+    for odd in ("p@ss", "@", "a:b@c@", "", "x" * 300):
+        assert without_password(f"rtsp://user:{odd}@host/1") == "rtsp://host/1"
+    for plain in ("http://host/a@b", "http://host?to=a@b", "http://host#a@b", "/dev/video0"):
+        assert without_password(plain) == plain
     told: list[str] = []
     with pytest.raises(InputError) as caught:
         list(read_source("HTTP://user:secret@127.0.0.1:9/x", note=told.append, pauses=(0.0,)))
