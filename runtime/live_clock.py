@@ -17,7 +17,7 @@ GAP_S = 10.0
 USUAL_STEP_S = 0.04
 """Seconds between frames, until some have come."""
 RECENT, DISTRUST = 50, 38
-"""Of so many frames so many did not bring the clock ahead: it is no clock."""
+"""Frames looked back at, and how many of them may fail to advance before the clock is distrusted."""
 
 T = TypeVar("T")
 
