@@ -377,26 +377,39 @@ def _scaled(frame: VideoFrame, width: int, height: int) -> np.ndarray:
     return cast("VideoFrame", graph.pull()).to_ndarray()
 
 
+def packets(container: InputContainer, stream: VideoStream | None = None) -> Iterator[Packet | None]:
+    """All packets (of all streams without `stream`), then, for one stream, None, which flushes the decoder.
+
+    Raises:
+        FFmpegError: damage that the container cannot get past, or a connection that broke.
+    """
+    demuxed = iter(container.demux() if stream is None else container.demux(stream))
+    while True:
+        try:
+            packet = next(demuxed, None)
+        except IndexError:
+            break  # PyAV has given all packets, and stumbles over streams that appeared midway when it ends
+        if packet is None:
+            break
+        # PyAV ends with empty packets that have no stamps; those of the file have some.
+        if packet.size or packet.pts is not None or packet.dts is not None:
+            yield packet
+    if stream is not None:
+        yield None
+
+
 def _packets(path: Path, container: InputContainer, stream: VideoStream | None = None) -> Iterator[Packet | None]:
-    """All packets (None: of all streams), then, for one stream, None, which flushes the decoder.
+    """What `packets` gives of a file.
 
     Raises:
         InputError: damage that the container cannot get past.
     """
     import av
 
-    packets = container.demux() if stream is None else container.demux(stream)
     try:
-        for packet in packets:
-            # PyAV ends with empty packets that have no stamps; those of the file have some.
-            if packet.size or packet.pts is not None or packet.dts is not None:
-                yield packet
-    except IndexError:
-        pass  # PyAV has given all packets, and stumbles over streams that appeared midway when it ends
+        yield from packets(container, stream)
     except av.FFmpegError as error:
         raise InputError(f"{path}: the file is damaged ({error.strerror}); copy it again") from error
-    if stream is not None:
-        yield None
 
 
 def _clock(container: InputContainer, stream: VideoStream, begin: int) -> Clock:

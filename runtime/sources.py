@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from penguin_edge import video
+from penguin_edge.clock import MICROSECONDS
 from penguin_edge.containers import MAX_FRAME_PIXELS, check_pixels
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.frames import Frame, read_video
@@ -204,7 +206,7 @@ def _pictures(
     stream = container.streams.video[0]
     check_pixels("the stream", stream, MAX_FRAME_PIXELS)
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a size that comes later counts, too
-    converter, size = video.rgb_converter(), (0, 0)
+    converter, size, base = video.rgb_converter(), (0, 0), stream.time_base or Fraction(1, MICROSECONDS)
 
     def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
         """Pixels in the frame's own size, which `_OneSize` judges."""
@@ -216,8 +218,11 @@ def _pictures(
     flags, name = container.format.flags, container.format.name
     by_arrival = bool(flags & _NO_TIMES) or name in _CLOCKLESS or name.endswith("_pipe")
     clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & _MAY_JUMP)
-    for frame in container.decode(stream):
-        for due, ready in clock.take(frame, frame.time, time.monotonic()):
-            yield due, rgb(ready)
+    for packet in video.packets(container, stream):
+        for frame in stream.decode(packet):
+            # Frames that the decoder gives up at the end have no unit of time of their own.
+            at = None if frame.pts is None else float(frame.pts * base)
+            for due, ready in clock.take(frame, at, time.monotonic()):
+                yield due, rgb(ready)
     for due, ready in clock.end():
         yield due, rgb(ready)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +156,25 @@ def test_a_format_without_a_clock_takes_arrival() -> None:
 # --- real streams -----------------------------------------------------------------------------------------------------
 
 
-def transport_stream(path: Path, begin: float, count: int, size: tuple[int, int] = (112, 84)) -> bytes:
+def transport_stream(
+    path: Path, begin: float, count: int, size: tuple[int, int] = (112, 84), *, sound: bool = False
+) -> bytes:
     """`count` frames, 10 per second, of a clock that begins at `begin` seconds."""
     with av.open(str(path), "w", format="mpegts") as container:
         stream = container.add_stream("mpeg2video", rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 10)
+        voice = container.add_stream("mp2", rate=44100) if sound else None
         for i in range(count):
             image = Image.fromarray(picture(i)).resize(size)
             frame = av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")
             frame.pts, frame.time_base = round(begin * 10) + i, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if voice is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 1152), np.int16), format="s16", layout="stereo")
+            silence.sample_rate, silence.pts, silence.time_base = 44100, round(begin * 44100), Fraction(1, 44100)
+            container.mux([*voice.encode(silence), *voice.encode()])
     return path.read_bytes()
 
 
@@ -183,6 +190,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "ahead": part["a"] + transport_stream(path, 1000, 30),
         "alone": part["a"] + part["one"] + part["b"],
         "sizes": part["a"] + large,
+        "sound": part["a"] + transport_stream(path, 12, 30, sound=True),
     }
 
 
@@ -246,6 +254,14 @@ def test_a_stream_goes_on_after_a_break_of_its_clock(
     assert len(told) == 1 and word in told[0]
     assert [frame.index for frame in frames] == list(range(count))
     assert len(read(f"{server[0]}/{name}", fps=1)[0]) == 6
+
+
+def test_sound_may_come_midway(server: tuple[str, type[Handler]]) -> None:
+    told: list[str] = []
+    frames = list(islice(read_source(f"{server[0]}/sound", fps=None, note=told.append, pauses=(0.0,), stall_s=60), 70))
+    times = [frame.time or 0.0 for frame in frames]
+    assert times == pytest.approx([i * 0.1 for i in range(70)], abs=0.07)
+    assert len(told) == 1 and "the stream ended; opening it again" in told[0]
 
 
 def test_a_change_of_size_is_scaled_away(server: tuple[str, type[Handler]]) -> None:
