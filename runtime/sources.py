@@ -24,7 +24,7 @@ from PIL import Image
 
 from penguin_edge import video
 from penguin_edge.clock import MICROSECONDS
-from penguin_edge.containers import MAX_FRAME_PIXELS, check_pixels
+from penguin_edge.containers import MAX_FRAME_PIXELS
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.frames import Frame, read_video
 from penguin_edge.places import exists, local_path, scheme_of, shown
@@ -182,10 +182,12 @@ def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...],
         reason = "the stream ended"
         try:
             with av.open(address, format=kind, options=options, timeout=stall_s) as container:
-                for due, pixels in _pictures(container, clock, recorded=scheme in ("http", "https")):
+                for due, pixels in _pictures(name, container, clock, recorded=scheme in ("http", "https")):
                     failed = 0
                     yield Frame(sized(pixels), due, index)
                     index += 1
+        except InputError:
+            raise  # one of the kinds below, but opening it again is of no use
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = str(getattr(error, "strerror", None) or error)
         if failed == len(pauses):
@@ -198,14 +200,25 @@ def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...],
 
 
 def _pictures(
-    container: InputContainer, clock: LiveClock[VideoFrame], *, recorded: bool
+    name: str, container: InputContainer, clock: LiveClock[VideoFrame], *, recorded: bool
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-    """What one connection gives. `recorded` if it may be a file, where frames lie far apart in a still scene."""
+    """What one connection gives. `recorded` if it may be a file, where frames lie far apart in a still scene.
+
+    Raises:
+        InputError: pictures that are too large, from the beginning or later, or of an unknown codec.
+    """
+    import av
+
     if not container.streams.video:
         raise ValueError("it has no pictures")
     stream = container.streams.video[0]
-    check_pixels("the stream", stream, MAX_FRAME_PIXELS)
-    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a size that comes later counts, too
+    if stream.codec_context is None:
+        raise InputError(f"{name}: the codec of the pictures is unknown here; have the source send H.264")
+    codec = stream.codec_context
+    _check_pixels(name, codec.width, codec.height)
+    known = codec.width > 0
+    # A size that comes later counts, too. Decoders ask for margins, which may be as large again.
+    codec.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
     converter, size, base = video.rgb_converter(), (0, 0), stream.time_base or Fraction(1, MICROSECONDS)
 
     def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
@@ -215,14 +228,33 @@ def _pictures(
             converter, size = video.rgb_converter(), (frame.width, frame.height)
         return video.to_rgb(frame, converter)
 
-    flags, name = container.format.flags, container.format.name
-    by_arrival = bool(flags & _NO_TIMES) or name in _CLOCKLESS or name.endswith("_pipe")
+    flags, kind = container.format.flags, container.format.name
+    by_arrival = bool(flags & _NO_TIMES) or kind in _CLOCKLESS or kind.endswith("_pipe")
     clock.begin(by_arrival=by_arrival, gaps=recorded and not flags & _MAY_JUMP)
     for packet in video.packets(container, stream):
-        for frame in stream.decode(packet):
+        try:
+            frames = stream.decode(packet)
+        except av.FFmpegError:
+            _check_pixels(name, codec.width, codec.height)
+            if known and not codec.width:  # a decoder forgets a size that it refuses
+                raise _too_large(name, "pictures come in a size that is not decoded") from None
+            raise
+        for frame in frames:
+            _check_pixels(name, frame.width, frame.height)
             # Frames that the decoder gives up at the end have no unit of time of their own.
             at = None if frame.pts is None else float(frame.pts * base)
             for due, ready in clock.take(frame, at, time.monotonic()):
                 yield due, rgb(ready)
     for due, ready in clock.end():
         yield due, rgb(ready)
+
+
+def _check_pixels(name: str, width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise _too_large(name, f"pictures of {width}x{height} are {width * height:,} pixels")
+
+
+def _too_large(name: str, found: str) -> InputError:
+    return InputError(
+        f"{name}: {found}, the limit is {MAX_FRAME_PIXELS:,} pixels; have the source send smaller pictures"
+    )

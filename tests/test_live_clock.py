@@ -157,11 +157,17 @@ def test_a_format_without_a_clock_takes_arrival() -> None:
 
 
 def transport_stream(
-    path: Path, begin: float, count: int, size: tuple[int, int] = (112, 84), *, sound: bool = False
+    path: Path,
+    begin: float,
+    count: int,
+    size: tuple[int, int] = (112, 84),
+    *,
+    codec: str = "mpeg2video",
+    sound: bool = False,
 ) -> bytes:
     """`count` frames, 10 per second, of a clock that begins at `begin` seconds."""
     with av.open(str(path), "w", format="mpegts") as container:
-        stream = container.add_stream("mpeg2video", rate=25)
+        stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 10)
         voice = container.add_stream("mp2", rate=44100) if sound else None
@@ -190,6 +196,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "ahead": part["a"] + transport_stream(path, 1000, 30),
         "alone": part["a"] + part["one"] + part["b"],
         "sizes": part["a"] + large,
+        "sizes4": transport_stream(path, 9, 30, codec="mpeg4")
+        + transport_stream(path, 12, 30, (224, 168), codec="mpeg4"),
         "sound": part["a"] + transport_stream(path, 12, 30, sound=True),
     }
 
@@ -271,6 +279,24 @@ def test_a_change_of_size_is_scaled_away(server: tuple[str, type[Handler]]) -> N
     assert len(told) == 1 and "224x168" in told[0]
     away = [np.abs(frames[40].pixels.astype(int) - frame.pixels).mean() for frame in frames[:30]]
     assert min(away) < 30 < sorted(away)[1]  # the same picture, coded twice, and no other
+
+
+@pytest.mark.parametrize(("limit", "count"), [(112 * 84 - 1, 0), (2 * 112 * 84, 28), (224 * 168 - 1, 28)])
+def test_pictures_that_are_too_large_are_not_asked_for_again(
+    server: tuple[str, type[Handler]], monkeypatch: pytest.MonkeyPatch, limit: int, count: int
+) -> None:
+    monkeypatch.setattr("penguin_edge.runtime.sources.MAX_FRAME_PIXELS", limit)
+    for name in ("sizes", "sizes4"):
+        told: list[str] = []
+        frames = []
+        server[1].asked.clear()
+        with pytest.raises(
+            InputError, match=rf"/{name}: pictures .*the limit is .*have the source send smaller"
+        ) as caught:
+            for frame in read_source(f"{server[0]}/{name}", fps=None, note=told.append, pauses=(0.0,) * 3, stall_s=60):
+                frames.append(frame)
+        assert not told and len(server[1].asked) == 1 and "attempts" not in str(caught.value)
+        assert count <= len(frames) <= (30 if count else 0)
 
 
 def test_pictures_without_times_are_as_old_as_their_arrival(server: tuple[str, type[Handler]]) -> None:
