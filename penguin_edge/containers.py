@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import functools
-import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -29,6 +29,10 @@ MAX_FRAME_PIXELS = 2**25
 """Most pixels of a clip's frame, 33.5 million: 8K (7680 x 4320) is below. More must be asked for with `max_pixels`."""
 MAX_PLAYLIST_BYTES = 2**20
 """Longest playlist that is read."""
+MAX_BOXES = 2**20
+"""Most boxes of an ISO file at its top level, a million: as fragments of a frame each, 2 hours and more."""
+MAX_TABLE_BYTES = 2**29
+"""Most bytes of an ISO file's tables, 537 million: 16 for each of `video.MAX_PACKETS` are below."""
 SMALL_AREA = 256 * 256
 """Pictures up to this many pixels are decoded without threads, whose start costs more than they save."""
 
@@ -42,8 +46,10 @@ _OUTWARD = {
 """Demuxers that open what a file names, or that take text for pictures."""
 _BOX = re.compile(rb"(?s)....[a-zA-Z0-9 ]{4}")
 """How a box of an ISO file begins."""
-_TABLES = re.compile(rb"(?s)\0\0[\0-\3].(stsz|stz2|trun)")
+_TABLES = re.compile(rb"(?s)(stsz|stz2|trun)(?<=\0\0[\0-\3].....)")
 """Short tables whose count of samples no data bear out: all samples may be of one size."""
+_PIECE, _LAP = 2**20, 32
+"""Bytes of tables that are looked at at once, and those looked at twice, so that no table is cut in two."""
 _LISTED = re.compile(r"(file)\s+(?:'([\w./-]+)'|([\w./-]+))|(duration|inpoint|outpoint)\s+[\d.:]+", re.ASCII)
 """Directives of an ffconcat list that are understood."""
 
@@ -240,29 +246,49 @@ def _check_concat(path: Path) -> None:
 def _check_boxes(path: Path) -> None:
     """Look at an ISO file (MP4, MOV, HEIF) as far as the demuxer would take its word.
 
+    A file that is cut short meanwhile ends there.
+
     Raises:
         InputError: its top level has an item of meta data and no track, a picture in one or many tiles; or its tables
-            claim more frames than the file has bytes, each of which costs memory.
+            claim more frames than the file has bytes, each of which costs memory; or it is beyond the limits.
     """
-    size = path.stat().st_size
     kinds: set[bytes] = set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = 0
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        at = boxes = tables = 0
         while at + 16 <= size:
-            length, kind = struct.unpack_from(">I4s", data, at)
-            length = struct.unpack_from(">Q", data, at + 8)[0] if length == 1 else length or size - at
+            file.seek(at)
+            header = file.read(16)
+            if len(header) < 16:
+                break
+            length, kind = struct.unpack_from(">I4s", header)
+            length = struct.unpack_from(">Q", header, 8)[0] if length == 1 else length or size - at
+            boxes += 1
             kinds.add(kind)
             if kind in (b"moov", b"moof"):
-                for table in _TABLES.finditer(data, at, min(at + length, size)):
-                    begin = table.end() + (4 if table[1] == b"trun" else 8)
-                    counts = data[begin : begin + 4]
-                    claimed = int.from_bytes(counts, "big")
-                    if claimed > max(size, 2**16):
-                        raise InputError(
-                            f"{path}: claims {claimed:,} frames in a file of {size:,} bytes; copy it again"
-                        )
+                end = min(at + length, size)
+                tables += end - at
+                if tables <= MAX_TABLE_BYTES:
+                    _check_tables(path, file, at, end, size)
+            if boxes > MAX_BOXES or tables > MAX_TABLE_BYTES:
+                raise InputError(
+                    f"{path}: more than {MAX_BOXES:,} boxes or {MAX_TABLE_BYTES:,} bytes of tables; write the clip "
+                    "anew as an MKV file, or split it first"
+                )
             if length < 8:
                 break
             at += length
     if b"meta" in kinds and b"moov" not in kinds:
         raise InputError(f"{path}: a single HEIF image, not a clip; use read_image")
+
+
+def _check_tables(path: Path, file: BinaryIO, begin: int, end: int, size: int) -> None:
+    """Refuse tables between `begin` and `end` that claim more frames than a file of `size` bytes can have."""
+    for at in range(begin, end, _PIECE):
+        file.seek(at)
+        data = file.read(min(_PIECE + _LAP, end - at))
+        for table in _TABLES.finditer(data):
+            counts = table.end() + (4 if table[1] == b"trun" else 8)
+            claimed = int.from_bytes(data[counts : counts + 4], "big")
+            if claimed > max(size, 2**16):
+                raise InputError(f"{path}: claims {claimed:,} frames in a file of {size:,} bytes; copy it again")

@@ -6,6 +6,8 @@ import http.server
 import os
 import random
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +194,52 @@ def test_a_table_cannot_claim_more_frames_than_there_are_bytes(tmp_path: Path) -
             raw[: table - 4] + shape + box(b"free", bytes(space - len(shape) - 8)) + raw[table - 4 + space :]
         )
         assert "frames in a file of" in refusal(path)
+
+
+CUT = """
+import os, struct, sys
+from penguin_edge.errors import InputError
+from penguin_edge.frames import read_video
+unpack = struct.unpack_from
+def cutting(*arguments):
+    os.truncate(sys.argv[1], 0)
+    return unpack(*arguments)
+struct.unpack_from = cutting
+try:
+    read_video(sys.argv[1])
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_is_cut_meanwhile_ends_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(box(b"ftyp", b"isom", bytes(4)) + box(b"free", bytes(2**16)) + box(b"moov", bytes(2**16)))
+    done = subprocess.run([sys.executable, "-c", CUT, path], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and "not a readable video" in done.stdout, (done.returncode, done.stderr)
+
+
+def test_boxes_and_their_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.mp4"
+    raw = (MEDIA / "edit_list.mp4").read_bytes()
+    path.write_bytes(raw)
+    boxes = box(b"free") * 200
+    monkeypatch.setattr(containers, "MAX_BOXES", 100)
+    assert read_video(path)
+    path.write_bytes(raw + boxes)
+    assert "more than 100 boxes" in refusal(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(containers, "MAX_TABLE_BYTES", 1000)
+    path.write_bytes(raw + box(b"moof", bytes(1001)))
+    assert "1,000 bytes of tables" in refusal(path)
+
+
+@pytest.mark.parametrize("at", [0, 100, 2**20 - 40, 2**20 - 20, 2**20 - 12, 2**20 - 3, 2**20 + 5])
+def test_a_claim_is_found_wherever_it_lies(tmp_path: Path, at: int) -> None:
+    claim = box(b"trun", bytes(4), struct.pack(">I", 2**28))
+    path = tmp_path / "a.mp4"
+    path.write_bytes(box(b"ftyp", b"isom", bytes(4)) + box(b"moof", bytes(at), claim))
+    assert "claims 268,435,456 frames" in refusal(path)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
