@@ -383,7 +383,7 @@ def packets(container: InputContainer, stream: VideoStream | None = None) -> Ite
     Raises:
         FFmpegError: damage that the container cannot get past, or a connection that broke.
     """
-    demuxed = iter(container.demux() if stream is None else container.demux(stream))
+    demuxed: Iterator[Packet] = iter(container.demux() if stream is None else container.demux(stream))
     while True:
         try:
             packet = next(demuxed, None)
