@@ -8,6 +8,8 @@
 Whenever the writer is killed, the old folder or the new one is there, whole: in its place, or as `old` here, from where
 the next writer of the same name brings it back. A rest is cleared only if it carries our mark, is of this user and of
 this machine, and its lock is free: the process that made it is gone then, whatever its number is used for now.
+Where a file system has no locks, the mark's process tells: its number and the time of its start, on the same boot and
+in the same container. Where even that tells nothing, a rest stays, and is named when it has the only copy of a folder.
 Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
 """
 
@@ -25,12 +27,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from penguin_edge.errors import PenguinError
 from penguin_edge.files import LONGEST_NAME, read_json
 
 MARK = "penguin-edge.json"
 SUFFIX = ".partial"
+HELD = ".held"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
 
@@ -126,6 +130,11 @@ def clear(place: Path, error: type[PenguinError]) -> None:
         with _taken(rest) as name:
             if name == place.name:
                 _settle(rest, place, error)
+            elif name is None and (rest / "old").is_dir() and not os.path.lexists(place) and _unsure(rest, place.name):
+                raise error(
+                    f"{rest / 'old'} stood in the place of {place}, and this file system has no locks to tell whether "
+                    f"its process still runs; if none does, move it to {place}, then remove {rest}"
+                )
 
 
 def _settle(rest: Path, place: Path, error: type[PenguinError]) -> None:
@@ -174,16 +183,44 @@ def held(folder: Path, error: type[PenguinError]) -> Iterator[None]:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as found:
         raise error(f"{folder}: cannot be used ({found.strerror}); move it away") from found
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock)
+        try:
+            locked = _lock(lock)
+        except BlockingIOError as found:
+            raise error(f"{folder}: another process works there; wait for it, or choose another name") from found
+        if not locked:
+            stack.enter_context(_alone(folder, error))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing came of it
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, error: type[PenguinError]) -> Iterator[None]:
+    """`held` without locks: a mark beside the folder, and no other one of a process that may live.
+
+    Raises:
+        PenguinError: there is another one. Of two that come at the same time, both may be refused, never none.
+    """
+    prefix = f".{folder.name[:LONGEST_NAME]}."
+    with _told(f"{folder}: cannot be used", error):
+        aside, lock = _claim(folder.parent, prefix, HELD, folder.name)
     try:
-        _lock(lock)
-    except BlockingIOError as found:
-        os.close(lock)
-        raise error(f"{folder}: another process works there; wait for it, or choose another name") from found
-    try:
+        for other in _rests(folder.parent, prefix, HELD):
+            with _taken(other) as name:
+                if name == folder.name:
+                    _remove(other)
+                elif other != aside and name is None:
+                    raise error(
+                        f"{folder}: another process works there, or did ({other.name} beside it, and this file system "
+                        "has no locks); wait for it, or remove that if no process runs"
+                    )
         yield
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came of it
+        _remove(aside)
         os.close(lock)
 
 
@@ -257,6 +294,49 @@ def _here() -> dict[str, str]:
     return {"host": platform.node(), "boot": boot}
 
 
+def _start(pid: int) -> str:
+    """When a process began, in ticks since the boot; empty if it does not run, or the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _process() -> dict[str, Any]:
+    """What tells this process from any other on this boot: numbers count in their own name space only."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return {"space": space, "pid": os.getpid(), "start": _start(os.getpid())}
+
+
+def _lives(mark: Any) -> bool | None:
+    """Whether the process of a mark runs; None if that cannot be told from here."""
+    here = {**_here(), **_process()}
+    if not isinstance(mark, dict) or not all(here[key] and mark.get(key) == here[key] for key in ("boot", "space")):
+        return None
+    pid, start = mark.get("pid"), mark.get("start")
+    if not here["start"] or not start or type(pid) is not int:
+        return None
+    return _start(pid) == start
+
+
+def _unsure(rest: Path, name: str) -> bool:
+    """Whether a rest carries our mark and nothing tells if its process lives: neither a lock nor the process list."""
+    try:
+        descriptor = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            mine = os.fstat(descriptor).st_uid == os.geteuid() and not _lock(descriptor)
+        finally:
+            os.close(descriptor)
+        mark = read_json(rest / MARK) if mine else None
+    except (OSError, PenguinError):
+        return False
+    return isinstance(mark, dict) and mark.get("name") == name and _lives(mark) is None
+
+
 def _claim(parent: Path, prefix: str, suffix: str, name: str) -> tuple[Path, int]:
     """A new folder, locked and then marked; the file descriptor holds the lock."""
     while True:
@@ -269,7 +349,7 @@ def _claim(parent: Path, prefix: str, suffix: str, name: str) -> tuple[Path, int
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             _lock(lock)
-            (folder / MARK).write_text(json.dumps({"name": name, **_here()}), encoding="utf-8")
+            (folder / MARK).write_text(json.dumps({"name": name, **_here(), **_process()}), encoding="utf-8")
             return folder, lock
         except (FileNotFoundError, BlockingIOError):  # taken for a rest in the moment before it was locked
             if lock >= 0:
@@ -313,21 +393,24 @@ def _taken(rest: Path) -> Iterator[str | None]:
         try:
             lock = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             stack.callback(os.close, lock)
-            free = os.fstat(lock).st_uid == os.geteuid() and _lock(lock)
+            mine = os.fstat(lock).st_uid == os.geteuid()
+            locked = mine and _lock(lock)
         except OSError:
-            free = False
+            mine = locked = False
         name = None
-        if free:
+        if mine:
             try:
                 mark = read_json(rest / MARK)
                 here = _here()
-                if any(here[key] and mark[key] == here[key] for key in here):
+                ours = any(here[key] and mark[key] == here[key] for key in here)
+                if ours if locked else _lives(mark) is False:
                     name = str(mark["name"])
             except (PenguinError, KeyError, TypeError):
                 with contextlib.suppress(OSError):  # killed before it was marked; a rest with anything in it stays
-                    if (rest / MARK).is_file() and not (rest / MARK).stat().st_size:
+                    if locked and (rest / MARK).is_file() and not (rest / MARK).stat().st_size:
                         (rest / MARK).unlink()
-                    rest.rmdir()
+                    if locked:
+                        rest.rmdir()
         yield name
 
 
