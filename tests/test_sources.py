@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def test_a_clip_may_go_on_for_ever() -> None:
 
 def test_frames_come_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now, waited = [100.0], []
-    monkeypatch.setattr("penguin_edge.runtime.sources.time.monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("penguin_edge.runtime.sources.time", clock)
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
