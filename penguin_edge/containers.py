@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from penguin_edge.errors import InputError, TargetUnavailable
+from penguin_edge.places import named, shown
 
 if TYPE_CHECKING:
     from av import VideoStream
@@ -68,20 +69,22 @@ def opened(path: Path, max_pixels: int = MAX_FRAME_PIXELS) -> Iterator[tuple[Inp
     with _open(path, max_pixels) as container:
         kind = container.format.name
         if kind.endswith("_pipe"):
-            raise InputError(f"{path}: not a video but {kind}; give an MP4, MKV, WebM, AVI or similar clip")
+            raise InputError(f"{named(path)}: not a video but {kind}; give an MP4, MKV, WebM, AVI or similar clip")
         # Without this PyAV makes up presentation times of packets that have none.
         container.flags &= ~_GENERATE_TIMES
         for stream in container.streams.video:
             if not stream.disposition & av.stream.Disposition.attached_pic:
                 if stream.codec_context is None:
-                    raise InputError(f"{path}: the codec of the video stream is unknown here; convert it to H.264")
+                    raise InputError(
+                        f"{named(path)}: the codec of the video stream is unknown here; convert it to H.264"
+                    )
                 check_pixels(path, stream, max_pixels)
                 small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
                 stream.thread_type = "NONE" if small else "AUTO"
                 stream.codec_context.options = {"max_pixels": str(max_pixels)}
                 yield container, stream
                 return
-        raise InputError(f"{path}: has no video stream (format {kind}); give a clip with pictures")
+        raise InputError(f"{named(path)}: has no video stream (format {kind}); give a clip with pictures")
 
 
 def check_pixels(path: Path | str, stream: VideoStream, max_pixels: int) -> None:
@@ -93,8 +96,8 @@ def check_pixels(path: Path | str, stream: VideoStream, max_pixels: int) -> None
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > max_pixels:
         raise InputError(
-            f"{path}: frames of {width}x{height} are {width * height:,} pixels, the limit is {max_pixels:,}; reduce "
-            "the clip first, or raise the limit with max_pixels"
+            f"{named(path)}: frames of {width}x{height} are {width * height:,} pixels, the limit is {max_pixels:,}; "
+            "reduce the clip first, or raise the limit with max_pixels"
         )
 
 
@@ -113,9 +116,9 @@ def _open(path: Path, max_pixels: int) -> Iterator[InputContainer]:
     if playlist == "concat":
         _check_concat(path)
     elif head.lstrip().startswith((b"<MPD", b"<?xml")):
-        raise InputError(f"{path}: a DASH manifest or other XML, not a clip; give the clip that it names")
+        raise InputError(f"{named(path)}: a DASH manifest or other XML, not a clip; give the clip that it names")
     elif head.startswith(b"v=0") or head.lstrip().startswith(b"[playlist]"):
-        raise InputError(f"{path}: describes a stream elsewhere and is no clip; give the stream's own address")
+        raise InputError(f"{named(path)}: describes a stream elsewhere and is no clip; give the stream's own address")
     elif _BOX.match(head):
         _check_boxes(path)
     folder = _Folder(path)
@@ -134,10 +137,15 @@ def _open(path: Path, max_pixels: int) -> Iterator[InputContainer]:
         )
     except (av.FFmpegError, ValueError, InputError) as error:
         raise folder.refusal or InputError(
-            f"{path}: not a readable video; the file is damaged, cut short or of another kind"
+            f"{named(path)}: not a readable video; the file is damaged, cut short or of another kind"
         ) from error
     with container:
-        yield container
+        try:
+            yield container
+        except (av.FFmpegError, InputError) as error:
+            if folder.refusal is None or error is folder.refusal:
+                raise
+            raise folder.refusal from error
     # The demuxer goes on without a file that it was refused.
     if folder.refusal:
         raise folder.refusal
@@ -175,7 +183,7 @@ class _Folder:
         try:
             file = path.open("rb")
         except OSError as error:
-            raise InputError(f"{self.playlist}: {path} cannot be read ({error.strerror})") from error
+            raise InputError(f"{named(self.playlist)}: {named(path)} cannot be read ({error.strerror})") from error
         if file.read(7) == b"#EXTM3U":
             self._check_playlist(file.read(MAX_PLAYLIST_BYTES + 1), path.parent)
         file.seek(0)
@@ -184,12 +192,12 @@ class _Folder:
     def _check_playlist(self, text: bytes, folder: Path) -> None:
         if len(text) > MAX_PLAYLIST_BYTES:
             raise InputError(
-                f"{self.playlist}: a playlist of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first"
+                f"{named(self.playlist)}: a playlist of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first"
             )
         if b"#EXTINF" in text and b"#EXT-X-ENDLIST" not in text:
             raise InputError(
-                f"{self.playlist}: a playlist without #EXT-X-ENDLIST, which goes on for ever; add that line, or give "
-                "the clips themselves"
+                f"{named(self.playlist)}: a playlist without #EXT-X-ENDLIST, which goes on for ever; add that line, or "
+                "give the clips themselves"
             )
         lines = [line.strip() for line in text.decode("utf-8", "replace").splitlines()]
         for line in lines:
@@ -204,26 +212,28 @@ def inside(playlist: Path, name: str, folder: Path, root: Path) -> Path:
     Raises:
         InputError: it does not, or is missing.
     """
-    shown = name if len(name) <= 80 else f"{name[:77]}..."
     try:
         target = (folder / name).resolve()
         found = target.is_relative_to(root) and not re.match(r"[A-Za-z][\w+.-]*[:,]", name)
         exists = found and target.is_file()
     except (OSError, ValueError, RuntimeError):
-        raise InputError(f"{playlist}: names {shown!r}, which is no name of a file; copy the playlist again") from None
+        raise InputError(
+            f"{named(playlist)}: names '{shown(name)}', which is no name of a file; copy the playlist again"
+        ) from None
     if not found:
         raise InputError(
-            f"{playlist}: names {shown!r}, which is outside the playlist's own folder; put the clips beside it"
+            f"{named(playlist)}: names '{shown(name)}', which is outside the playlist's own folder; put the clips "
+            "beside it"
         )
     if not exists:
-        raise InputError(f"{playlist}: names {shown!r}, which is missing; copy all clips of the playlist")
+        raise InputError(f"{named(playlist)}: names '{shown(name)}', which is missing; copy all clips of the playlist")
     return target
 
 
 def _check_concat(path: Path) -> None:
     text = path.read_bytes()[: MAX_PLAYLIST_BYTES + 1]
     if len(text) > MAX_PLAYLIST_BYTES:
-        raise InputError(f"{path}: a list of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first")
+        raise InputError(f"{named(path)}: a list of more than {MAX_PLAYLIST_BYTES:,} bytes; join the clips first")
     for number, line in enumerate(text.decode("latin-1").splitlines()[1:], 2):
         directive = line.split("#", 1)[0].strip()
         if not directive:
@@ -231,8 +241,8 @@ def _check_concat(path: Path) -> None:
         found = _LISTED.fullmatch(directive)
         if found is None:
             raise InputError(
-                f"{path}: line {number} is not understood; wanted file NAME (letters, digits, . _ - and /) in the "
-                "list's own folder, duration, inpoint or outpoint"
+                f"{named(path)}: line {number} is not understood; wanted file NAME (letters, digits, . _ - and /) in "
+                "the list's own folder, duration, inpoint or outpoint"
             )
         name = found[2] or found[3]
         if found[1]:
@@ -240,7 +250,7 @@ def _check_concat(path: Path) -> None:
             with inside(path, name, folder, folder).open("rb") as file:
                 head = file.read(32)
             if head.startswith(tuple(_PLAYLISTS)):
-                raise InputError(f"{path}: names {name!r}, which is a playlist itself; name clips only")
+                raise InputError(f"{named(path)}: names '{shown(name)}', which is a playlist itself; name clips only")
 
 
 def _check_boxes(path: Path) -> None:
@@ -272,14 +282,14 @@ def _check_boxes(path: Path) -> None:
                     _check_tables(path, file, at, end, size)
             if boxes > MAX_BOXES or tables > MAX_TABLE_BYTES:
                 raise InputError(
-                    f"{path}: more than {MAX_BOXES:,} boxes or {MAX_TABLE_BYTES:,} bytes of tables; write the clip "
-                    "anew as an MKV file, or split it first"
+                    f"{named(path)}: more than {MAX_BOXES:,} boxes or {MAX_TABLE_BYTES:,} bytes of tables; write the "
+                    "clip anew as an MKV file, or split it first"
                 )
             if length < 8:
                 break
             at += length
     if b"meta" in kinds and b"moov" not in kinds:
-        raise InputError(f"{path}: a single HEIF image, not a clip; use read_image")
+        raise InputError(f"{named(path)}: a single HEIF image, not a clip; use read_image")
 
 
 def _check_tables(path: Path, file: BinaryIO, begin: int, end: int, size: int) -> None:
@@ -291,4 +301,4 @@ def _check_tables(path: Path, file: BinaryIO, begin: int, end: int, size: int) -
             counts = table.end() + (4 if table[1] == b"trun" else 8)
             claimed = int.from_bytes(data[counts : counts + 4], "big")
             if claimed > max(size, 2**16):
-                raise InputError(f"{path}: claims {claimed:,} frames in a file of {size:,} bytes; copy it again")
+                raise InputError(f"{named(path)}: claims {claimed:,} frames in a file of {size:,} bytes; copy it again")

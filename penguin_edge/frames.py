@@ -23,7 +23,7 @@ from PIL import Image
 from penguin_edge import images, video
 from penguin_edge.errors import InputError
 from penguin_edge.images import MAX_PIXELS
-from penguin_edge.places import existing, local_path, regular_file, shown
+from penguin_edge.places import existing, local_path, named, regular_file, shown
 
 MAX_ASPECT = 1000
 """Longest side over shortest side of an image that is still accepted."""
@@ -112,7 +112,7 @@ def probe_video(path: str | Path, *, max_pixels: int | None = None) -> VideoInfo
         sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
         count = None if header.first is None else header.packets
         return VideoInfo(*sides, float(header.rate), float(header.duration), frame.rotation, count)
-    raise InputError(f"{path}: no frame can be decoded; the clip is damaged or empty")
+    raise InputError(f"{named(path)}: no frame can be decoded; the clip is damaged or empty")
 
 
 def read_video(
@@ -151,7 +151,7 @@ def read_video(
     header = video.read_header(path, end, limit)
     span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
     if span <= 0:
-        raise InputError(f"{path}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
+        raise InputError(f"{named(path)}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
     if span < SHORT_SPAN:
         numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
         return _at_numbers(path, _thin(numbers, max_frames), float(header.rate), limit)
@@ -234,7 +234,9 @@ def _at_rate(
         if target < 0:
             break
     if not index:
-        raise InputError(f"{path}: no frame can be decoded between start and end; the clip is damaged there or empty")
+        raise InputError(
+            f"{named(path)}: no frame can be decoded between start and end; the clip is damaged there or empty"
+        )
 
 
 def _most(header: video.Header, begin: Fraction, length: Fraction | None, rate: Fraction) -> float:
@@ -258,7 +260,7 @@ def _by_number(
     first = max(int((start or 0) * rate) - 1, 0)
     last = count - 1 if end is None else min(max(int(end * rate) - 1, first), count - 1)
     if first > last:
-        raise InputError(f"{path}: start {start or 0:g} s is not before the end at {count / rate:g} s")
+        raise InputError(f"{named(path)}: start {start or 0:g} s is not before the end at {count / rate:g} s")
     return [first + i for i in sample_numbers(last + 1 - first, rate, fps, max_frames)]
 
 
@@ -298,8 +300,10 @@ def _at_numbers(path: Path, numbers: list[int], rate: float, max_pixels: int) ->
             if index == len(numbers):
                 return
     if not index:
-        raise InputError(f"{path}: no frame can be decoded between start and end; the clip is damaged there or empty")
-    raise InputError(f"{path}: ends early, {index} of {len(numbers)} frames could be read; copy it again")
+        raise InputError(
+            f"{named(path)}: no frame can be decoded between start and end; the clip is damaged there or empty"
+        )
+    raise InputError(f"{named(path)}: ends early, {index} of {len(numbers)} frames could be read; copy it again")
 
 
 @dataclass(frozen=True)
@@ -316,7 +320,7 @@ def _pictures(path: Path, max_pixels: int) -> _Pictures | None:
     if existing(path, "a video file").is_dir():
         files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
         if not files:
-            raise InputError(f"{path}: the folder has no pictures; give a folder of image files or a video file")
+            raise InputError(f"{named(path)}: the folder has no pictures; give a folder of image files or a video file")
         return _Pictures(len(files), FOLDER_FPS, lambda numbers: _same_size((files[i] for i in numbers), max_pixels))
     try:
         with images.opened(path, max_pixels) as (image, name):
@@ -324,7 +328,7 @@ def _pictures(path: Path, max_pixels: int) -> _Pictures | None:
     except images.NotAnImage:  # for the video reader to judge
         return None
     if kind != "GIF" and (count == 1 or kind not in _ANIMATIONS):
-        raise InputError(f"{path}: a single {kind} image, not a clip; use read_image")
+        raise InputError(f"{named(path)}: a single {kind} image, not a clip; use read_image")
     return _Pictures(count, ANIMATION_FPS, lambda numbers: _animation(path, numbers, max_pixels))
 
 
@@ -334,8 +338,8 @@ def _same_size(files: Iterator[Path], max_pixels: int) -> Iterator[np.ndarray]:
         pixels = read_image(file, max_pixels=max_pixels).pixels
         if shape is not None and pixels.shape != shape:
             raise InputError(
-                f"{file}: {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted {shape[1]}x{shape[0]} like the pictures"
-                " before it; a folder read as a clip holds pictures of one size"
+                f"{named(file)}: {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted {shape[1]}x{shape[0]} like the "
+                "pictures before it; a folder read as a clip holds pictures of one size"
             )
         shape = pixels.shape
         yield pixels

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from penguin_edge.errors import InputError
-from penguin_edge.places import data_bytes, is_data, local_path, regular_file, shown
+from penguin_edge.places import data_bytes, is_data, local_path, named, regular_file, shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Pillow's names of the formats that are read; JPEG holds MPO, and AVIF needs a Pillow that was built with it."""
@@ -84,7 +84,7 @@ def opened(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator
         length = len(source)
     else:
         path = regular_file(local_path(source), "an image file")
-        name = str(path) if str(path).isprintable() else shown(path)
+        name = named(path)
         try:
             stream = path.open("rb")
         except OSError as error:

@@ -30,6 +30,12 @@ def shown(source: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def named(path: str | Path) -> str:
+    """A path as a message begins with it: whole, for it may be copied, but nothing that would act on a terminal."""
+    text = str(path)
+    return text if text.isprintable() else shown(text)
+
+
 def scheme_of(source: str) -> str:
     """The part of an address before its first colon, in lower case; empty for a plain path."""
     found = _SCHEME.match(source)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from penguin_edge.errors import InputError
 from penguin_edge.files import parse_json, parse_json_at
-from penguin_edge.places import exists, local_path, scheme_of, shown
+from penguin_edge.places import exists, local_path, named, scheme_of, shown
 from penguin_edge.prompt import IMAGE, Message
 
 ANNOTATIONS = "annotations.jsonl"
@@ -83,7 +83,7 @@ class MediaFolder:
             raise InputError(f"{shown(name)}: cannot be a file ({error}); check the name") from error
         if not inside:
             raise InputError(
-                f"{shown(name)}: lies outside {self.root}; copy it there, or allow it with --allow-outside"
+                f"{shown(name)}: lies outside {named(self.root)}; copy it there, or allow it with --allow-outside"
             )
         return path
 
@@ -114,9 +114,9 @@ def read_records(path: Path, media_root: Path | None = None, *, allow_outside: b
     if path.is_dir():
         path = path / ANNOTATIONS
     root = MediaFolder(path.parent if media_root is None else Path(media_root), allow_outside)
-    records = [_record(item, f"{path}:{line}", path.name, line, root) for line, item in _objects(path)]
+    records = [_record(item, f"{named(path)}:{line}", path.name, line, root) for line, item in _objects(path)]
     if not records:
-        raise InputError(f"{path}: no record in it; wanted one JSON object per line, or a JSON array of them")
+        raise InputError(f"{named(path)}: no record in it; wanted one JSON object per line, or a JSON array of them")
     return records
 
 
@@ -129,7 +129,9 @@ def missing_media(records: Iterable[Record]) -> list[str]:
             if path not in known:
                 known[path] = exists(path)
                 if not known[path]:
-                    found.append(f"{record.name}: {path} does not exist; check the path and the media folder")
+                    found.append(
+                        f"{named(record.name)}: {named(path)} does not exist; check the path and the media folder"
+                    )
     return found
 
 
@@ -138,38 +140,42 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; wanted JSON or JSON lines, or a folder with {ANNOTATIONS}") from None
+        raise InputError(
+            f"{named(path)}: no such file; wanted JSON or JSON lines, or a folder with {ANNOTATIONS}"
+        ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise InputError(f"{named(path)}: cannot be read ({error.strerror}); check the file") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise InputError(f"{named(path)}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     yield from _array(path, text) if text.lstrip()[:1] == "[" else _lines(path, text)
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, parse_json(line, f"{path}:{number}", advice="wanted one object per line")
+            yield number, parse_json(line, f"{named(path)}:{number}", advice="wanted one object per line")
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     at, line, counted = _skip(text, text.index("[") + 1), 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
-        item, at = parse_json_at(text, at, f"{path}:{line}", advice="wanted an array of objects")
+        item, at = parse_json_at(text, at, f"{named(path)}:{line}", advice="wanted an array of objects")
         yield line, item
         at = _skip(text, at)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
             line += text.count("\n", counted, at)
-            raise InputError(f"{path}:{line}: not JSON (no comma or ] after a record); wanted an array of objects")
+            raise InputError(
+                f"{named(path)}:{line}: not JSON (no comma or ] after a record); wanted an array of objects"
+            )
     if text[at + 1 :].strip():
         line += text.count("\n", counted, _skip(text, at + 1))
-        raise InputError(f"{path}:{line}: text after the end of the array; wanted one array of objects")
+        raise InputError(f"{named(path)}:{line}: text after the end of the array; wanted one array of objects")
 
 
 def _skip(text: str, at: int) -> int:

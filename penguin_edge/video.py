@@ -23,6 +23,7 @@ import numpy as np
 from penguin_edge.clock import MICROSECONDS, Clock, Presentation, nearest
 from penguin_edge.containers import MAX_FRAME_PIXELS, check_pixels, opened, restarts
 from penguin_edge.errors import InputError
+from penguin_edge.places import named
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -98,7 +99,7 @@ def read_header(path: Path, end: float | None = None, max_pixels: int = MAX_FRAM
                 continue
             count += 1
             if count > MAX_PACKETS:
-                raise InputError(f"{path}: more than {MAX_PACKETS:,} packets; split the clip first")
+                raise InputError(f"{named(path)}: more than {MAX_PACKETS:,} packets; split the clip first")
             lasting += packet.duration or 0
             at = dts if pts is None else pts
             if at is not None:
@@ -108,7 +109,7 @@ def read_header(path: Path, end: float | None = None, max_pixels: int = MAX_FRAM
         kind, alone = container.format.name, len(container.streams) == 1
         stated_rates = [r for r in (stream.average_rate, stream.guessed_rate) if r]
     if not count:
-        raise InputError(f"{path}: the video stream has no data; the file is cut short, copy it again")
+        raise InputError(f"{named(path)}: the video stream has no data; the file is cut short, copy it again")
     reached = whole = last * base
     if kind in _FILE_LONG:
         # The sound may last longer than the pictures.
@@ -141,8 +142,8 @@ def _check_whole(path: Path, reached: Fraction, whole: Fraction, due: Fraction |
     """Refuse a clip whose pictures end at `reached`, and all its streams at `whole`, before they are `due`."""
     if due is not None and whole + EARLY_END < (due if end is None else min(due, Fraction(end))):
         raise InputError(
-            f"{path}: cut short, its pictures end at {float(reached):.2f} s of {float(due):.2f} s; copy it again, or "
-            f"use what is there with an end of at most {math.floor(float(reached) * 10) / 10:g} s"
+            f"{named(path)}: cut short, its pictures end at {float(reached):.2f} s of {float(due):.2f} s; copy it "
+            f"again, or use what is there with an end of at most {math.floor(float(reached) * 10) / 10:g} s"
         )
 
 
@@ -203,7 +204,7 @@ def decoded(
                     continue
                 at = max(0.0, float(ticks * base + (begin or 0)))
                 raise InputError(
-                    f"{path}: damaged after {at:.2f} s ({error.strerror}); copy it again, or end before that"
+                    f"{named(path)}: damaged after {at:.2f} s ({error.strerror}); copy it again, or end before that"
                 ) from error
             seen = seen or bool(frames)
             for frame in frames:
@@ -221,7 +222,7 @@ def decoded(
             yield from decoded(path, begin, seek=False, max_pixels=max_pixels)
         elif not seen and not stream.codec_context.width:
             raise InputError(
-                f"{path}: no frame can be decoded; the clip is damaged, or a frame has more than {max_pixels:,} "
+                f"{named(path)}: no frame can be decoded; the clip is damaged, or a frame has more than {max_pixels:,} "
                 "pixels; copy it again, or raise the limit with max_pixels"
             )
 
@@ -409,7 +410,7 @@ def _packets(path: Path, container: InputContainer, stream: VideoStream | None =
     try:
         yield from packets(container, stream)
     except av.FFmpegError as error:
-        raise InputError(f"{path}: the file is damaged ({error.strerror}); copy it again") from error
+        raise InputError(f"{named(path)}: the file is damaged ({error.strerror}); copy it again") from error
 
 
 def _clock(container: InputContainer, stream: VideoStream, begin: int) -> Clock:

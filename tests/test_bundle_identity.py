@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle import EMBEDDING, MANIFEST, TOKENIZER, Bundle, writing
+from penguin_edge.bundle import EMBEDDING, MANIFEST, TOKENIZER, Bundle
+from penguin_edge.bundle_folder import writing
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.embedding import STORED, EmbeddingTable
 from penguin_edge.runtime.engine import Engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import random
@@ -143,6 +144,21 @@ def test_a_playlist_with_a_gap_or_without_an_end_is_refused(home: Path) -> None:
     for line in ("file v.m3u8", "file end.ffconcat", "option safe 0", "file gone.ts", "file 'a b.ts'"):
         (home / "end.ffconcat").write_text(f"ffconcat version 1.0\nfile 0.ts\n{line}\n")
         refusal(home / "end.ffconcat")
+
+
+def test_a_part_that_was_refused_is_the_reason_of_what_fails_later(home: Path) -> None:
+    (home / "endless.ts").write_text(hls("0.ts", end=""))
+    (home / "late.m3u8").write_text(hls("0.ts", "endless.ts"))
+    for failure in (InputError("damaged"), av.error.InvalidDataError(1, "damaged")):
+        with (
+            pytest.raises(InputError, match="ENDLIST") as caught,
+            containers.opened(home / "late.m3u8") as (container, stream),
+        ):
+            with contextlib.suppress(InputError):
+                for _ in video.packets(container, stream):
+                    pass
+            raise failure
+        assert caught.value.__cause__ is failure
 
 
 def test_descriptions_of_streams_are_refused(tmp_path: Path, web: tuple[str, list[str]]) -> None:

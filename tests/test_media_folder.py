@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import picture
+from helpers import CLIP, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from penguin_edge.errors import InputError
+from penguin_edge.frames import read_video, read_video_by_number
 from penguin_edge.records import ANNOTATIONS, MediaFolder, Record, missing_media, read_records
 
 
@@ -114,3 +116,24 @@ def test_the_flag_allows_it(data: Path, tmp_path: Path) -> None:
     for verb in ("train", "export", "verify", "eval"):
         told = subprocess.run([*command[:3], verb, "--help"], capture_output=True, text=True, check=True, timeout=60)
         assert "--allow-outside" in told.stdout
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40).map(lambda s: f"a{s}"))
+def test_names_of_an_annotation_do_not_act_on_a_terminal(name: str) -> None:
+    said = missing_media([Record(name, "image", (Path("gone") / name,), (), {}, "")])
+    assert len(said) == 1 and said[0].isprintable()
+    assert not name.isprintable() or said[0].startswith(f"record {name!r}: gone/{name} does not exist")
+
+
+def test_every_reader_names_a_file_in_printable_words(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[31m\nb.mp4"
+    shutil.copy(CLIP, path)
+    cut = tmp_path / "cut\x1b[2J.mp4"
+    cut.write_bytes(CLIP.read_bytes()[:2000])
+    empty = tmp_path / "em\npty"
+    empty.mkdir()
+    for file, options in ((path, {"start": 1e6}), (path, {"max_pixels": 9}), (cut, {}), (empty, {})):
+        for read in (read_video, read_video_by_number):
+            with pytest.raises(InputError) as caught:
+                list(read(file, **options))  # type: ignore[operator]
+            assert str(caught.value).isprintable(), caught.value
