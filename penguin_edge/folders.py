@@ -166,7 +166,7 @@ def _told(what: str, error: type[PenguinError]) -> Iterator[None]:
         yield
     except OSError as found:
         taken = found.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-        reason = "something appeared in its place meanwhile" if taken else found.strerror
+        reason = "something appeared in its place meanwhile" if taken else found.strerror or found
         advice = "choose another name" if taken else "make room, or choose another folder"
         raise error(f"{what} ({reason}); {advice}") from found
 
