@@ -30,6 +30,17 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
+LARGEST = np.finfo(np.float32).max
+
+
+def sound(values: F32) -> NDArray[np.bool_]:
+    """Where a graph gave numbers: not NaN, not infinite, and not what XNNPACK's quantized linears make of these.
+
+    They clamp to the range of f32, and NaN becomes one end of it.
+    """
+    return np.abs(values) < LARGEST
+
+
 class Engine(Protocol):
     """One loaded model with one KV cache.
 

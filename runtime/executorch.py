@@ -37,6 +37,7 @@ from penguin_edge.runtime.engine import (
     check_project,
     check_threads,
     check_truncate,
+    sound,
 )
 from penguin_edge.runtime.kv_shift import move_positions
 
@@ -184,7 +185,7 @@ class ExecutorchEngine:
         self._unchecked[self._kv_len : end] = True
         logits = self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
         self._kv_len = end
-        if not self._buffers and not np.isfinite(logits).all():
+        if not self._buffers and not sound(logits).all():
             # They cannot be healed, and methods of one program share their memory: a new program begins with zeros.
             del self._methods["decoder"], self._programs["decoder"]
             self._kv_len = 0

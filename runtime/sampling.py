@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.errors import PenguinError
+from penguin_edge.runtime.engine import sound
 from penguin_edge.runtime.options import check_options
 from penguin_edge.schema import Maybe, Real, Whole
 
@@ -48,11 +49,11 @@ class Sampler:
         Raises:
             PenguinError: a logit that is NaN or infinite, of which no token follows.
         """
-        finite = np.isfinite(logits)
-        if not finite.all():
+        numbers = sound(logits)
+        if not numbers.all():
             raise PenguinError(
-                f"{finite.size - np.count_nonzero(finite)} of {finite.size} logits are NaN or infinite, so there is no "
-                "next token; run `penguin-edge verify` on the bundle, and if that passes export it in a wider "
+                f"{numbers.size - np.count_nonzero(numbers)} of {numbers.size} logits are NaN or infinite, so there is "
+                "no next token; run `penguin-edge verify` on the bundle, and if that passes export it in a wider "
                 "precision (--quant fp32)"
             )
         options = self._options

@@ -43,7 +43,7 @@ from penguin_edge.runtime.answer import (
     largest_fit,
     shapes,
 )
-from penguin_edge.runtime.engine import F32, Engine, chunks
+from penguin_edge.runtime.engine import F32, Engine, chunks, sound
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media, own
 from penguin_edge.runtime.options import check_options
@@ -444,15 +444,13 @@ class Session:
         with clock("project"):
             batch, count, channels = features.shape
             rows = self.engine.project(features.reshape(batch, count // merged, merged, channels))
-        sound = [
-            bool(np.isfinite(one).all() and np.isfinite(row).all()) for one, row in zip(features, rows, strict=True)
-        ]
-        for visual, row, kept in zip(visuals, rows, sound, strict=True):
-            if kept:
+        kept = [bool(sound(one).all() and sound(row).all()) for one, row in zip(features, rows, strict=True)]
+        for visual, row, usable in zip(visuals, rows, kept, strict=True):
+            if usable:
                 self._features[visual] = row
                 self._feature_rows += len(row)
-        if not all(sound):
-            raise UnusablePicture([visual for visual, kept in zip(visuals, sound, strict=True) if not kept])
+        if not all(kept):
+            raise UnusablePicture([visual for visual, usable in zip(visuals, kept, strict=True) if not usable])
 
     def _prefill(self, keys: list[Any], report: Report) -> F32:
         """Bring the KV cache to `keys`; returns the logits [V] after the last one."""

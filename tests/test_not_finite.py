@@ -31,6 +31,8 @@ from penguin_edge.runtime.stream import StreamSession
 GREEDY = SamplingOptions(max_new_tokens=6)
 DRAWN = SamplingOptions(max_new_tokens=6, temperature=0.8, top_k=20, top_p=0.9, seed=4)
 BAD = (np.nan, np.inf, -np.inf)
+CLAMPED = float(np.finfo(np.float32).max)
+"""What quantized linears of XNNPACK make of them."""
 LAST = np.array([-1])
 
 
@@ -60,7 +62,7 @@ class Poisoned(CountingEngine):
 
 
 @given(
-    bad=st.sampled_from(BAD),
+    bad=st.sampled_from((*BAD, CLAMPED, -CLAMPED)),
     at=st.lists(st.integers(0, 49), min_size=1, max_size=50),
     options=st.sampled_from([GREEDY, DRAWN, SamplingOptions(temperature=1e-300), SamplingOptions(temperature=1e300)]),
 )
@@ -212,6 +214,20 @@ def test_what_was_cut_off_the_cache_is_never_seen_again(nano_bundle: Callable[[s
             if one is clean:
                 wanted = np.concatenate(rows)
         assert np.array_equal(np.concatenate(rows), wanted), (bad, keep, count)
+
+
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_numbers_that_are_none_come_out_as_such(nano_bundle: Callable[[str, str], Path], kind: str) -> None:
+    """Whatever the graph rounds on the way: no engine makes a likely token of them."""
+    engine = open_engine(Bundle.read(nano_bundle(*kind.split())), threads=1)
+    embeds = engine.embed(np.arange(100, 130))
+    for bad in BAD:
+        for count in (1, 30):
+            engine.truncate(0)
+            wrong = embeds[:count].copy()
+            wrong[count // 2] = bad
+            with pytest.raises(PenguinError, match="logits are NaN or infinite"):
+                Sampler(GREEDY).pick(engine.forward(wrong, LAST)[0])
 
 
 @pytest.mark.parametrize("kind", ["onnx fp32", "executorch fp32"])
