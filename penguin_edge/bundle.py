@@ -233,10 +233,11 @@ class Manifest:
 
     def _check_bounds(self) -> None:
         bounds, longest = self.bounds, self.model.text.max_position_embeddings
-        if not bounds.min_chunk <= bounds.max_chunk <= bounds.max_seq_len <= longest:
+        if not bounds.min_chunk <= bounds.max_chunk:
+            raise SchemaError(f"bounds has min_chunk {bounds.min_chunk} above max_chunk {bounds.max_chunk}")
+        if not bounds.min_chunk <= bounds.max_seq_len <= longest:
             raise SchemaError(
-                f"bounds has min_chunk {bounds.min_chunk}, max_chunk {bounds.max_chunk} and max_seq_len "
-                f"{bounds.max_seq_len}, wanted each at most the next and the last at most {longest}"
+                f"bounds has max_seq_len {bounds.max_seq_len}, wanted {bounds.min_chunk} to {longest}, the model's limit"
             )
         if bounds.min_chunk > 1 and "prefill" not in self.graphs:
             raise SchemaError(f"bounds has min_chunk {bounds.min_chunk}, wanted 1 without a prefill graph")

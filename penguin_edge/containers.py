@@ -289,7 +289,7 @@ def _check_boxes(path: Path) -> None:
                 break
             at += length
     if b"meta" in kinds and b"moov" not in kinds:
-        raise InputError(f"{named(path)}: a single HEIF image, not a clip; use read_image")
+        raise InputError(f"{named(path)}: a single HEIF image, not a clip; convert it to JPEG or PNG")
 
 
 def _check_tables(path: Path, file: BinaryIO, begin: int, end: int, size: int) -> None:

@@ -48,7 +48,7 @@ def self_check(bundle: Bundle) -> None:
         BundleError: the tokenizer, the check data or the embedding table say something else than the manifest.
     """
     config = bundle.manifest.model
-    end = open_tokenizer(bundle).id_of(END)
+    end = open_tokenizer(bundle).id_of(END) if TOKENIZER in bundle.manifest.files else None
     if end is not None and end not in config.eos_token_ids:
         raise BundleError(
             f"{bundle.folder}: {END} is token {end}, and answers end with {list(config.eos_token_ids)} alone, so they "

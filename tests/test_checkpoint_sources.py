@@ -301,7 +301,7 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
         "1e+39",
     ),
     ("more layers than weights", "qwen3", config(num_hidden_layers=1000, layer_types=...), "the weights hold 2 layers"),
-    ("more layers than any model", "qwen3", config(num_hidden_layers=2**40), "1 to 1_024"),
+    ("more layers than any model", "qwen3", config(num_hidden_layers=2**40), "1 to 1,024"),
 ]
 
 
