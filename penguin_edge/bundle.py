@@ -237,7 +237,7 @@ class Manifest:
             raise SchemaError(f"bounds has min_chunk {bounds.min_chunk} above max_chunk {bounds.max_chunk}")
         if not bounds.min_chunk <= bounds.max_seq_len <= longest:
             raise SchemaError(
-                f"bounds has max_seq_len {bounds.max_seq_len}, wanted {bounds.min_chunk} to {longest}, the model's limit"
+                f"bounds has max_seq_len {bounds.max_seq_len}, wanted {bounds.min_chunk} to {longest}, its limit"
             )
         if bounds.min_chunk > 1 and "prefill" not in self.graphs:
             raise SchemaError(f"bounds has min_chunk {bounds.min_chunk}, wanted 1 without a prefill graph")

@@ -165,7 +165,7 @@ def refusal(bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Non
 
 FIELDS_THAT_DISAGREE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "least above most": (lambda d: d["bounds"].update(min_chunk=300), "min_chunk 300 above max_chunk"),
-    "longer than the model": (lambda d: d["bounds"].update(max_seq_len=2**20), "the model's limit"),
+    "longer than the model": (lambda d: d["bounds"].update(max_seq_len=2**20), "its limit"),
     "no graph for prompts": (lambda d: d["bounds"].update(min_chunk=2), "without a prefill graph"),
     "heads": (lambda d: d["model"]["text"].update(num_key_value_heads=3), "wanted a multiple"),
     "an odd head": (lambda d: d["model"]["text"].update(head_dim=31), "wanted an even|even one"),
