@@ -78,7 +78,7 @@ class EagerEngine:
         form = model.decoder.kv_form if model.decoder is not None else None
         self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device, form)
         self.kv_version = 0
-        self._guard = Guard("engine")
+        self.guard = Guard("engine")
 
     @property
     def kv_len(self) -> int:
@@ -94,13 +94,13 @@ class EagerEngine:
     def encode(
         self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        with self._guard:
+        with self.guard:
             return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
 
     @torch.no_grad()
     def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         assert self.model.projector is not None
-        with self._guard:
+        with self.guard:
             return self.model.projector(self._float(features)).float().cpu().numpy()
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class EagerEngine:
     def forward(self, embeds: NDArray[np.float32], logit_index: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self.model.decoder is not None
         count = embeds.shape[0]
-        with self._guard:
+        with self.guard:
             if self.kv_len + count > self.bounds.max_seq_len:
                 raise BudgetError(
                     f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter "
@@ -125,7 +125,7 @@ class EagerEngine:
             return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
 
     def truncate(self, length: int) -> None:
-        with self._guard:
+        with self.guard:
             if not 0 <= length <= self.kv_len:
                 raise InputError(
                     f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}"
@@ -142,6 +142,6 @@ class EagerEngine:
             raise InputError(
                 f"move [{begin}, {end}) to {to}: wanted 0 <= to <= begin < end <= {self.bounds.max_seq_len}"
             )
-        with self._guard:
+        with self.guard:
             self.kv_version += 1
             self._cache.move(begin, end, to, self.config.text.rope_theta)

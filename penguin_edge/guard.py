@@ -14,12 +14,14 @@ from penguin_edge.errors import BusyError
 class Guard:
     """`with guard:` around each call that reads or writes the state; the thread that is inside may enter again."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, inner: Guard | None = None) -> None:
         """
         Args:
             what: is guarded, by a name for the reader: "engine", "session".
+            inner: guards what this one's state is about, and is entered along with it: what a session believes of an
+                engine's cache stays true until the session leaves.
         """
-        self._what, self._lock = what, threading.RLock()
+        self._what, self._lock, self._inner = what, threading.RLock(), inner
 
     def __enter__(self) -> None:
         """Enter.
@@ -32,6 +34,14 @@ class Guard:
                 f"this {self._what} is at work for another thread; give each thread one of its own, or let the calls "
                 "come one after the other"
             )
+        if self._inner is not None:
+            try:
+                self._inner.__enter__()
+            except BusyError:
+                self._lock.release()
+                raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._inner is not None:
+            self._inner.__exit__(kind, error, at)
         self._lock.release()

@@ -69,7 +69,7 @@ class ExecutorchEngine:
         self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
         """Positions that were written since `_heal` last looked at them."""
         self.kv_version = 0
-        self._guard = Guard("engine")
+        self.guard = Guard("engine")
         self._process = os.getpid()
         _OPEN.add(self)
 
@@ -120,7 +120,7 @@ class ExecutorchEngine:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; nothing is moved."""
-        with self._guard:
+        with self.guard:
             check_truncate(self._kv_len, length)
             self.kv_version += 1
             self._kv_len = length
@@ -128,7 +128,7 @@ class ExecutorchEngine:
     @property
     def can_move(self) -> bool:
         """Whether the decoder's program names its KV buffers, which those of earlier exports do not."""
-        with self._guard:
+        with self.guard:
             return bool(self._program("decoder").method_meta("forward").num_attributes())
 
     def move(self, begin: int, end: int, to: int) -> None:
@@ -138,7 +138,7 @@ class ExecutorchEngine:
             raise InputError(
                 f"{self._bundle.folder}: its program does not name its KV buffers; recompute, or export it again"
             )
-        with self._guard:
+        with self.guard:
             self._method("decoder")
             self.kv_version += 1
             self._unchecked[to : to + end - begin] = True
@@ -153,13 +153,13 @@ class ExecutorchEngine:
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         """[1, P, 588] -> [1, P, C]."""
         check_encode(self.bounds, pixels, rows, cols)
-        with self._guard:
+        with self.guard:
             return self._call("encoder", _f32(pixels), _i64(rows), _i64(cols))
 
     def project(self, features: F32) -> F32:
         """[1, T, M, C] -> [1, T, H]."""
         check_project(self.bounds, features)
-        with self._guard:
+        with self.guard:
             return self._call("projector", _f32(features))
 
     def forward(self, embeds: F32, logit_index: I64) -> F32:
@@ -168,7 +168,7 @@ class ExecutorchEngine:
         Raises:
             PenguinError: NaN or infinity, from a bundle whose KV buffers have no names; its cache is empty then.
         """
-        with self._guard:
+        with self.guard:
             return self._forward(embeds, logit_index)
 
     def _forward(self, embeds: F32, logit_index: I64) -> F32:

@@ -71,7 +71,7 @@ class OnnxRuntimeEngine:
         self._buffers: list[dict[str, np.ndarray]] = []
         self._scales: list[F32] | None = None
         self.kv_version = 0
-        self._guard = Guard("engine")
+        self.guard = Guard("engine")
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -103,7 +103,7 @@ class OnnxRuntimeEngine:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; nothing is moved."""
-        with self._guard:
+        with self.guard:
             check_truncate(self.kv_len, length)
             self.kv_version += 1
             self._start[0] = length
@@ -118,7 +118,7 @@ class OnnxRuntimeEngine:
         check_move(self.bounds.max_seq_len, begin, end, to)
         if not self.can_move:
             raise InputError(f"{self._bundle.folder}: no {KV_SCALES} for its int8 cache; recompute, or export it again")
-        with self._guard:
+        with self.guard:
             scales = self._key_scales()
             self.kv_version += 1
             for layer, buffers in enumerate(self._buffers):
@@ -154,18 +154,18 @@ class OnnxRuntimeEngine:
         options = self._runtime.RunOptions()
         if pixels.shape[0] * pixels.shape[1] > KEPT_PATCHES:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        with self._guard:
+        with self.guard:
             return self._call("encoder", {"pixels": _f32(pixels), "rows": _i64(rows), "cols": _i64(cols)}, options)
 
     def project(self, features: F32) -> F32:
         """[B, T, M, C] -> [B, T, H]."""
         check_project(self.bounds, features)
-        with self._guard:
+        with self.guard:
             return self._call("projector", {"features": _f32(features)})
 
     def forward(self, embeds: F32, logit_index: I64) -> F32:
         """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
-        with self._guard:
+        with self.guard:
             return self._forward(embeds, logit_index)
 
     def _forward(self, embeds: F32, logit_index: I64) -> F32:

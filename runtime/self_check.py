@@ -66,7 +66,7 @@ def _compare_check_data(bundle: Bundle) -> None:
         text = ids != config.image_token_id
         rows = EmbeddingTable.of(bundle).lookup(ids[text])
         off = [_patches_off(config.image, arrays, case) for case in ("0", "1") if f"image_{case}" in arrays]
-        apart = float(np.abs(rows - embeds[text]).max(initial=0.0))
+        apart, largest = (float(np.abs(x).max(initial=0.0)) for x in (rows - embeds[text], embeds[text]))
     except (InputError, OSError, LookupError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: cannot be used as check data ({error}); {COPY_AGAIN}") from error
     if made_for is not None and made_for != config_hash(config):
@@ -76,7 +76,7 @@ def _compare_check_data(bundle: Bundle) -> None:
             f"{path}: its pictures become other patches here than when the bundle was made, so that the manifest's "
             f"image settings or this machine's OpenCV differ; {COPY_AGAIN}"
         )
-    if not apart <= ROWS_RELATIVE * float(np.abs(embeds).max(initial=0.0)):
+    if not apart <= ROWS_RELATIVE * largest:
         raise BundleError(f"{path}: the embedding table has other rows than when the bundle was made; {COPY_AGAIN}")
 
 

@@ -107,7 +107,7 @@ class Session:
         self._held: list[Any] = []
         """Keys of the cache, which hold as long as the engine's `kv_version` is `_version`."""
         self._version = -1
-        self._guard = Guard("session")
+        self._guard = Guard("session", getattr(engine, "guard", None))
 
     @classmethod
     def open(

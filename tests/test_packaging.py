@@ -94,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     "tra": BASE | {"keyframes", "preprocess"},
     "prompt": BASE | {"tra"},
     "stream_plan": BASE | {"tra"},
-    "layout": BASE | {"frames", "preprocess", "prompt", "tra"},
+    "layout": BASE | {"frames", "places", "preprocess", "prompt", "tra"},
     "records": BASE | {"places", "prompt"},
     "samples": DEVICE | {"records"},
     "bundle": BASE | {"bundle_schema"},

@@ -258,7 +258,7 @@ def test_a_second_thread_in_a_bundles_engine_is_refused(nano_bundle: Callable[[s
     entered, leave = threading.Event(), threading.Event()
 
     def occupy() -> None:
-        guard: Guard = engine._guard  # type: ignore[attr-defined]
+        guard: Guard = engine.guard  # type: ignore[attr-defined]
         with guard:
             entered.set()
             assert leave.wait(20)
