@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from types import TracebackType
 
 PR_SET_PDEATHSIG = 1
 
@@ -48,8 +49,15 @@ def quiet_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    sys.excepthook = _unless_cut_off
     parent = multiprocessing.parent_process()
     end_with_parent(lambda: parent is None or parent.is_alive())
+
+
+def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tell of an error in the thread that hands tensors out, except that the parent stopped while it took one."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_pipe() -> None:

@@ -63,6 +63,7 @@ def _compare_check_data(bundle: Bundle) -> None:
     try:
         made_for, arrays = _read(path)
         ids, embeds = arrays["ids"][:ROWS], arrays["embeds"][:ROWS]
+        used = len(arrays["ids"]) + len(arrays["tokens"]) - 1
         text = ids != config.image_token_id
         rows = EmbeddingTable.of(bundle).lookup(ids[text])
         off = [_patches_off(config.image, arrays, case) for case in ("0", "1") if f"image_{case}" in arrays]
@@ -71,6 +72,11 @@ def _compare_check_data(bundle: Bundle) -> None:
         raise BundleError(f"{path}: cannot be used as check data ({error}); {COPY_AGAIN}") from error
     if made_for is not None and made_for != config_hash(config):
         raise BundleError(f"{path}: made for another model configuration than the manifest states; {COPY_AGAIN}")
+    if used > bundle.manifest.bounds.max_seq_len:
+        raise BundleError(
+            f"{path}: takes {used} tokens of a KV cache that has {bundle.manifest.bounds.max_seq_len} by the manifest; "
+            f"{COPY_AGAIN}"
+        )
     if not max(off, default=0.0) <= PATCHES_MEAN:
         raise BundleError(
             f"{path}: its pictures become other patches here than when the bundle was made, so that the manifest's "
@@ -90,7 +96,8 @@ def _read(path: Path) -> tuple[str | None, dict[str, NDArray[Any]]]:
 
     try:
         with safe_open(path, framework="numpy") as stored:
-            wanted = {"ids", "embeds"} | {f"{what}_{case}" for what in ("image", "size", "patches") for case in "01"}
+            pictures = {f"{what}_{case}" for what in ("image", "size", "patches") for case in "01"}
+            wanted = {"ids", "embeds", "tokens"} | pictures
             arrays = {name: stored.get_tensor(name) for name in wanted & set(stored.keys())}
             return (stored.metadata() or {}).get("model"), arrays
     except SafetensorError as error:

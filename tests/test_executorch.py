@@ -84,7 +84,7 @@ def model() -> PenguinModel:
     return tiny(TINY, torch.float32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(bundle: Bundle) -> ExecutorchEngine:
     return ExecutorchEngine.open(bundle)
 
@@ -436,19 +436,19 @@ def test_eager_cache_agrees(engine: ExecutorchEngine, model: PenguinModel) -> No
         assert error(engine.forward(x, np.array([-1])), wanted) <= FP32_TOLERANCE
 
 
-def test_opening_imports_no_compiler_and_writes_nothing(bundle: Bundle) -> None:
+def test_opening_imports_no_compiler_and_writes_nothing(nano_bundle: Callable[[str, str], Path]) -> None:
     """In a process of its own: what the binding's libraries print at import stays off the user's terminal."""
     code = f"""
 import sys
 import numpy as np
 from penguin_edge.bundle import Bundle
 from penguin_edge.runtime.executorch import ExecutorchEngine
-engine = ExecutorchEngine.open(Bundle.read({str(bundle.folder)!r}), threads=1)
+engine = ExecutorchEngine.open(Bundle.read({str(nano_bundle("executorch", "fp32"))!r}), threads=1)
 engine.forward(engine.embed(np.array([1, 2])), np.array([-1]))
 assert "executorch.exir" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
 def test_missing_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         find_recipe(str(tmp_path / "none.json"))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         find_recipe(str(tmp_path / "broken.json"))
 
 
