@@ -63,6 +63,9 @@ class Clock:
         pts, dts = _moved(pts, shift), _moved(dts, shift)
         if dts is not None:
             at = self._micros(dts)
+            if self._restarts and pts is not None and abs(self._micros(pts) - at) > JUMP_S * MICROSECONDS:
+                # The standard has no picture wait that long. ffmpeg believes it, and fills hours with one picture.
+                pts = None
             expected = self._next if self._next is not None or not self._restarts else self._last
             if expected is not None and self._restarts:
                 late = at - expected

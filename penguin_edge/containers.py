@@ -97,7 +97,7 @@ def check_pixels(path: Path | str, stream: VideoStream, max_pixels: int) -> None
     if width * height > max_pixels:
         raise InputError(
             f"{named(path)}: frames of {width}x{height} are {width * height:,} pixels, the limit is {max_pixels:,}; "
-            "reduce the clip first, or raise the limit with max_pixels"
+            "reduce the clip first, or raise the limit (max_pixels)"
         )
 
 

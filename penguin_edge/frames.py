@@ -68,7 +68,7 @@ class VideoInfo:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Frame:
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pixels: int | None = None) -> Frame:
     """One upright RGB frame from a file, its bytes, a `file:` or `data:` address, a Pillow image or an array.
 
     Formats are those of `images.FORMATS`. Alpha is discarded, not blended; 16-bit grey is scaled to 8 bits; EXIF
@@ -76,17 +76,19 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pix
     with 1, 3 or 4 channels (channels last is preferred where both fit).
 
     Args:
-        max_pixels: the most that is decoded; beyond 178 million, `PIL.Image.MAX_IMAGE_PIXELS` must be raised too.
+        max_pixels: the most that is decoded, `images.MAX_PIXELS` without it; beyond 178 million,
+            `PIL.Image.MAX_IMAGE_PIXELS` must be raised too.
     Raises:
         InputError: missing, damaged or not an image of a known format, too large, or an aspect above 1000.
     """
+    limit = _pixel_limit(max_pixels, MAX_PIXELS)
     if isinstance(source, np.ndarray):
         pixels = images.from_array(source)
     elif isinstance(source, Image.Image):
-        pixels = images.to_rgb(source, "the image", max_pixels)
+        pixels = images.to_rgb(source, "the image", limit)
     else:
-        with images.opened(source, max_pixels) as (image, name):
-            pixels = images.to_rgb(image, name, max_pixels)
+        with images.opened(source, limit) as (image, name):
+            pixels = images.to_rgb(image, name, limit)
     height, width = pixels.shape[:2]
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise InputError(f"got an image of {width}x{height}, wanted an aspect of at most {MAX_ASPECT}; crop it first")
@@ -102,8 +104,8 @@ def probe_video(path: str | Path, *, max_pixels: int | None = None) -> VideoInfo
     Raises:
         InputError: as `read_video`.
     """
-    path, limit = local_path(path), max_pixels or video.MAX_FRAME_PIXELS
-    pictures = _pictures(path, max_pixels or MAX_PIXELS)
+    path, limit = local_path(path), _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
+    pictures = _pictures(path, _pixel_limit(max_pixels, MAX_PIXELS))
     if pictures is not None:
         height, width = next(pictures.read([0])).shape[:2]
         return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
@@ -140,8 +142,8 @@ def read_video(
             the header are checked at the call, damage shows while reading.
     """
     _check_options(fps, max_frames, start, end)
-    path, limit = local_path(path), max_pixels or video.MAX_FRAME_PIXELS
-    pictures = _pictures(path, max_pixels or MAX_PIXELS)
+    path, limit = local_path(path), _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
+    pictures = _pictures(path, _pixel_limit(max_pixels, MAX_PIXELS))
     if pictures is not None:
         numbers = _thin(_by_number(path, pictures.count, pictures.rate, fps, max_frames, start, end), max_frames)
         return (
@@ -165,7 +167,7 @@ def read_video_by_number(
     max_frames: int | None = 180,
     start: float | None = None,
     end: float | None = None,
-    max_pixels: int = video.MAX_FRAME_PIXELS,
+    max_pixels: int | None = None,
 ) -> Iterator[Frame]:
     """The reference's second loader (`load_video_from_ids`) on a video file: every k-th frame by its number.
 
@@ -177,9 +179,10 @@ def read_video_by_number(
     """
     _check_options(fps, max_frames, start, end)
     path = regular_file(local_path(path), "a video file")
-    header = video.read_header(path, end, max_pixels)
+    limit = _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
+    header = video.read_header(path, end, limit)
     numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
-    return _at_numbers(path, numbers, float(header.rate), max_pixels)
+    return _at_numbers(path, numbers, float(header.rate), limit)
 
 
 def _at_rate(
@@ -360,6 +363,14 @@ def _check_options(fps: float | None, max_frames: int | None, start: float | Non
             raise InputError(f"got {name} {shown(repr(value))}, wanted seconds from the clip's beginning, 0 or more")
     if end is not None and end <= (start or 0):
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
+
+
+def _pixel_limit(max_pixels: int | None, usual: int) -> int:
+    if max_pixels is None:
+        return usual
+    if not (_is_number(max_pixels) and isinstance(max_pixels, int) and max_pixels >= 1):
+        raise InputError(f"got max_pixels {shown(repr(max_pixels))}, wanted at least 1, or None for the usual limit")
+    return max_pixels
 
 
 def _is_number(value: object) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def opened(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator
             with quiet():
                 image = Image.open(stream, formats=formats)
         except Image.DecompressionBombError as error:
-            raise _too_large(name, str(error)) from error
+            raise _beyond_pillow(name, error) from error
         except Exception as error:  # decoders of damaged headers raise many kinds, struct.error and IndexError too
             wanted = ", ".join(known_formats())
             raise NotAnImage(f"{name}: not a readable image; give a file in one of the formats {wanted}") from error
@@ -111,11 +112,20 @@ def check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         InputError: more pixels than allowed.
     """
     if image.width * image.height > max_pixels:
-        raise _too_large(name, f"{image.width}x{image.height}, at most {max_pixels} pixels")
+        raise _too_large(name, image.width * image.height, max_pixels)
 
 
-def _too_large(name: str, found: str) -> InputError:
-    return InputError(f"{name}: more pixels than the safety limit allows ({found}); reduce it first")
+def _too_large(name: str, pixels: int, limit: int) -> InputError:
+    return InputError(
+        f"{name}: {pixels:,} pixels, more than the safety limit of {limit:,}; reduce it first, or raise it (max_pixels)"
+    )
+
+
+def _beyond_pillow(name: str, error: Image.DecompressionBombError) -> InputError:
+    """Pillow has a limit of its own, up to twice of which it only warns."""
+    counted = re.search(r"\d+", str(error))
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return _too_large(name, int(counted[0]) if counted else limit + 1, limit)
 
 
 def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -145,7 +155,7 @@ def _decoded(image: Image.Image, name: str) -> np.ndarray:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        raise _beyond_pillow(name, error) from error
     except Exception as error:  # as above: Pillow's decoders raise many kinds on damaged data
         raise InputError(f"{name}: the image is damaged or truncated ({shown(error)}); copy it again") from error
 
@@ -235,7 +245,7 @@ def animation(image: Image.Image, name: str, numbers: list[int], max_pixels: int
     if total > CLIP_SHARE * max_pixels:
         raise InputError(
             f"{name}: {numbers[-1] + 1} frames of {image.width}x{image.height} to decode, more pixels than the safety "
-            "limit allows; reduce it, or make a video of it"
+            "limit allows; reduce it, make a video of it, or raise the limit (max_pixels)"
         )
     at = 0
     for number in numbers:

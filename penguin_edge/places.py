@@ -75,10 +75,12 @@ def local_path(source: str | Path) -> Path:
     """The path that a source names: of a `file:` address its path, of anything else the source itself.
 
     Raises:
-        InputError: an address of another kind, or on another machine.
+        InputError: an address of another kind, or on another machine; nothing that names a place.
     """
     if isinstance(source, Path):
         return source
+    if not isinstance(source, str):
+        raise InputError(f"got {shown(repr(source))} for a file, wanted its path")
     if not source:
         raise InputError("got an empty name, wanted a path; an empty one would be the working directory")
     scheme = scheme_of(source)

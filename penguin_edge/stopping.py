@@ -40,7 +40,8 @@ def begin() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            # A result that nobody can read is an error when it is written, not a success.
+            os.open(os.devnull, os.O_RDONLY if descriptor == 1 else os.O_RDWR)
     for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))

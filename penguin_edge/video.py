@@ -223,7 +223,7 @@ def decoded(
         elif not seen and not stream.codec_context.width:
             raise InputError(
                 f"{named(path)}: no frame can be decoded; the clip is damaged, or a frame has more than {max_pixels:,} "
-                "pixels; copy it again, or raise the limit with max_pixels"
+                "pixels; copy it again, or raise the limit (max_pixels)"
             )
 
 

@@ -84,8 +84,8 @@ class Picture:
     merge_size: int
 
     @classmethod
-    def open(cls, source: Any, config: ImageConfig) -> Picture:
-        frame = read_image(source)
+    def open(cls, source: Any, config: ImageConfig, max_pixels: int | None = None) -> Picture:
+        frame = read_image(source, max_pixels=max_pixels)
         return cls(frame, digest(frame.pixels), config.image_merge_size)
 
     @property
@@ -131,8 +131,10 @@ class Clip(LabelledClip):
 class Library:
     """Pictures and clips by where they come from, so that a second question about a clip does not decode it again."""
 
-    def __init__(self, config: ImageConfig, tra: Mode) -> None:
+    def __init__(self, config: ImageConfig, tra: Mode, max_pixels: int | None = None) -> None:
+        """A library of what is read from now on; `max_pixels` is that of `read_image` and `read_video`."""
         self.config = config
+        self.max_pixels = max_pixels
         self.detection = detection_mode(tra)
         self._seen: OrderedDict[str, Picture | Clip] = OrderedDict()
 
@@ -141,16 +143,19 @@ class Library:
 
     def picture(self, source: Any, clock: Clock) -> Picture:
         with clock("decode_image"):
-            return self._cached(source, lambda: Picture.open(source, self.config))
+            return self._cached(source, lambda: Picture.open(source, self.config, self.max_pixels))
 
     def clip(self, source: Any, options: dict[str, Any], clock: Clock) -> Clip:
         """Decode and label a clip; `options` are those of `read_video`."""
 
+        def frames_of() -> Iterator[Frame]:
+            return read_video(source, max_pixels=self.max_pixels, **options)
+
         def read() -> Clip:
-            clip = self.new_clip(lambda: read_video(source, **options))
+            clip = self.new_clip(frames_of)
             clip.held = []
             with clock("decode_video"):
-                frames = iter(read_video(source, **options))
+                frames = frames_of()
             while True:
                 with clock("decode_video"):
                     frame = next(frames, None)

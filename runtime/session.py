@@ -73,6 +73,7 @@ class Session:
         max_frames: int | None = None,
         thinking: bool = False,
         shared_image_size: bool = False,
+        max_pixels: int | None = None,
         policy: Policy | None = None,
     ) -> None:
         """As `open`, over an engine of the caller's.
@@ -82,7 +83,10 @@ class Session:
         """
         if tra not in ("strict", "reference"):
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
-        check_options(max_frames=(max_frames, Maybe(Whole(1))), budget=(budget, Maybe(Whole(-LARGEST))))
+        count = Maybe(Whole(1))
+        check_options(
+            max_frames=(max_frames, count), max_pixels=(max_pixels, count), budget=(budget, Maybe(Whole(-LARGEST)))
+        )
         if budget is not None and budget < 1:
             raise BudgetError(f"a budget of {budget} visual tokens holds nothing; wanted at least 1")
         self.engine = engine
@@ -95,7 +99,7 @@ class Session:
         self.policy = policy
         self.max_frames = max_frames or self.config.image.max_frames
         self.report = Report()
-        self.library = Library(self.config.image, tra)
+        self.library = Library(self.config.image, tra, max_pixels)
         self.new_clock: Callable[[], Clock] = Clock
         """Of an answer."""
         self._frames: list[Frame] = []
@@ -120,6 +124,7 @@ class Session:
         max_frames: int | None = None,
         thinking: bool = False,
         shared_image_size: bool = False,
+        max_pixels: int | None = None,
     ) -> Session:
         """A session over a bundle's own engine.
 
@@ -129,6 +134,7 @@ class Session:
             max_frames: frames of the stream that are kept; None takes the model's number.
             thinking: leave out the empty think block.
             shared_image_size: give all images of a prompt the first one's size, as the reference does.
+            max_pixels: of a picture or of a clip's frame; None takes the limits of `read_image` and `read_video`.
         Raises:
             BundleError: the bundle is missing, damaged or of another schema.
             TargetUnavailable: its engine is not installed.
@@ -144,6 +150,7 @@ class Session:
             max_frames=max_frames,
             thinking=thinking,
             shared_image_size=shared_image_size,
+            max_pixels=max_pixels,
         )
 
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> None:

@@ -81,6 +81,7 @@ def read_source(
     note: Note = lambda line: None,
     pauses: tuple[float, ...] = PAUSES,
     stall_s: float = STALL_S,
+    max_pixels: int | None = None,
 ) -> Iterator[Frame]:
     """Frames at `fps` per second (None: all), one at a time.
 
@@ -90,11 +91,12 @@ def read_source(
         note: is told when a live source breaks off and is opened again, and what becomes of a broken clock.
         pauses: seconds before each new attempt; a frame that arrives begins them anew.
         stall_s: seconds without data after which a live source counts as broken.
+        max_pixels: most pixels of a picture; None takes the limit of `read_video`, of a live source that of a clip.
     Raises:
         InputError: a source that cannot be read, or that did not come back.
     """
     if is_live(source):
-        return _live(source, fps, note, pauses, stall_s)
+        return _live(source, fps, note, pauses, stall_s, max_pixels or MAX_FRAME_PIXELS)
     scheme = scheme_of(source)
     # What stands before a colon is taken for a protocol, unless there is such a file.
     if scheme and scheme != "file" and not exists(Path(source)):
@@ -103,7 +105,7 @@ def read_source(
     path = Path(source) if scheme != "file" else local_path(source)
     if not exists(path):
         raise InputError(f"{shown(path)}: no such file; name a clip, a folder of pictures, /dev/video0, or rtsp://…")
-    return _clip(path, fps, loop)
+    return _clip(path, fps, loop, max_pixels)
 
 
 def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) -> Iterator[Frame]:
@@ -119,11 +121,11 @@ def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) 
         yield frame
 
 
-def _clip(source: Path, fps: float | None, loop: bool) -> Iterator[Frame]:
+def _clip(source: Path, fps: float | None, loop: bool, max_pixels: int | None) -> Iterator[Frame]:
     offset, index = 0.0, 0
     while True:
         last, step = 0.0, 1.0 / fps if fps else 0.0
-        for frame in read_video(source, fps=fps, max_frames=None):
+        for frame in read_video(source, fps=fps, max_frames=None, max_pixels=max_pixels):
             at = frame.time or 0.0
             if fps is None and at > last:
                 step = at - last
@@ -159,7 +161,9 @@ class _OneSize:
         return np.asarray(Image.fromarray(pixels).resize(self.wanted, Image.Resampling.BICUBIC))
 
 
-def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...], stall_s: float) -> Iterator[Frame]:
+def _live(
+    source: str, fps: float | None, note: Note, pauses: tuple[float, ...], stall_s: float, max_pixels: int
+) -> Iterator[Frame]:
     try:
         import av
     except ImportError:
@@ -182,7 +186,7 @@ def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...],
         reason = "the stream ended"
         try:
             with av.open(address, format=kind, options=options, timeout=stall_s) as container:
-                for due, pixels in _pictures(name, container, clock, recorded=scheme in ("http", "https")):
+                for due, pixels in _pictures(name, container, clock, max_pixels, recorded=scheme in ("http", "https")):
                     failed = 0
                     yield Frame(sized(pixels), due, index)
                     index += 1
@@ -200,7 +204,7 @@ def _live(source: str, fps: float | None, note: Note, pauses: tuple[float, ...],
 
 
 def _pictures(
-    name: str, container: InputContainer, clock: LiveClock[VideoFrame], *, recorded: bool
+    name: str, container: InputContainer, clock: LiveClock[VideoFrame], max_pixels: int, *, recorded: bool
 ) -> Iterator[tuple[float, NDArray[np.uint8]]]:
     """What one connection gives. `recorded` if it may be a file, where frames lie far apart in a still scene.
 
@@ -215,10 +219,10 @@ def _pictures(
     if stream.codec_context is None:
         raise InputError(f"{name}: the codec of the pictures is unknown here; have the source send H.264")
     codec = stream.codec_context
-    _check_pixels(name, codec.width, codec.height)
+    _check_pixels(name, codec.width, codec.height, max_pixels)
     known = codec.width > 0
     # A size that comes later counts, too. Decoders ask for margins, which may be as large again.
-    codec.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
+    codec.options = {"max_pixels": str(2 * max_pixels)}
     converter, size, base = video.rgb_converter(), (0, 0), stream.time_base or Fraction(1, MICROSECONDS)
 
     def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
@@ -235,12 +239,12 @@ def _pictures(
         try:
             frames = stream.decode(packet)
         except av.FFmpegError:
-            _check_pixels(name, codec.width, codec.height)
+            _check_pixels(name, codec.width, codec.height, max_pixels)
             if known and not codec.width:  # a decoder forgets a size that it refuses
-                raise _too_large(name, "pictures come in a size that is not decoded") from None
+                raise _too_large(name, "pictures come in a size that is not decoded", max_pixels) from None
             raise
         for frame in frames:
-            _check_pixels(name, frame.width, frame.height)
+            _check_pixels(name, frame.width, frame.height, max_pixels)
             # Frames that the decoder gives up at the end have no unit of time of their own.
             at = None if frame.pts is None else float(frame.pts * base)
             for due, ready in clock.take(frame, at, time.monotonic()):
@@ -249,12 +253,13 @@ def _pictures(
         yield due, rgb(ready)
 
 
-def _check_pixels(name: str, width: int, height: int) -> None:
-    if width * height > MAX_FRAME_PIXELS:
-        raise _too_large(name, f"pictures of {width}x{height} are {width * height:,} pixels")
+def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise _too_large(name, f"pictures of {width}x{height} are {width * height:,} pixels", max_pixels)
 
 
-def _too_large(name: str, found: str) -> InputError:
+def _too_large(name: str, found: str, max_pixels: int) -> InputError:
     return InputError(
-        f"{name}: {found}, the limit is {MAX_FRAME_PIXELS:,} pixels; have the source send smaller pictures"
+        f"{name}: {found}, the limit is {max_pixels:,} pixels; have the source send smaller pictures, or raise the "
+        "limit (max_pixels)"
     )

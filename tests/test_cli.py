@@ -283,6 +283,23 @@ def test_no_prompt(bundle: Path) -> None:
     refused(cli("run", bundle), "--prompt")
 
 
+def test_a_flag_raises_the_limit_on_pixels(tmp_path: Path) -> None:
+    """For one frame more than an animation may have by default, and beyond the limit of Pillow itself."""
+    clip = tmp_path / "large.gif"
+    Image.new("P", (8000, 4500)).save(clip, save_all=True, append_images=[Image.new("P", (8000, 4500), 1)])
+    plan = ("plan", clip, "--budget", 16, "--max-frames", 1, "--json")
+    refused(cli(*plan), "36,000,000 pixels", "max_pixels")
+    assert last_json(cli(*plan, "--max-pixels", 200_000_000))["frames"]
+    refused(cli(*plan, "--max-pixels", 0), "--max-pixels", code=(2,))
+
+
+def test_a_closed_stdout_is_an_error(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "c.mp4", 30)
+    command = f"{sys.executable} -m penguin_edge plan {clip} --budget 600 --json >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+    refused(done, "Bad file descriptor")
+
+
 def test_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
     done = cli("export", "--model", "tiny", "--random-weights", "--target", "coreml", "-o", tmp_path / "out")
     refused(done, "unknown target 'coreml'", "executorch, onnx")

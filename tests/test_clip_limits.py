@@ -20,7 +20,7 @@ from test_frames import numbers
 
 from penguin_edge import containers, video
 from penguin_edge.errors import InputError
-from penguin_edge.frames import probe_video, read_video, read_video_by_number
+from penguin_edge.frames import probe_video, read_image, read_video, read_video_by_number
 
 av = pytest.importorskip("av")
 
@@ -286,6 +286,18 @@ def test_frames_beyond_the_limit_are_refused(tmp_path: Path, name: str, codec: s
             list(read(path, max_pixels=320 * 240 - 1))  # type: ignore[arg-type]
         assert read(path, max_pixels=320 * 240)
     assert next(read_video(path, max_pixels=320 * 240)).pixels.shape == (240, 320, 3)
+
+
+def test_what_is_no_limit_and_no_path_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", list(range(3)))
+    for wrong in (0, -1, 1.5, "many", True):
+        for read in (read_video, read_video_by_number, probe_video, read_image):
+            with pytest.raises(InputError, match="max_pixels"):
+                read(path, max_pixels=wrong)  # type: ignore[operator]
+    for wrong in (5, None, object()):
+        for read in (read_video, read_video_by_number, probe_video, read_image):
+            with pytest.raises(InputError, match="wanted its path"):
+                read(wrong)  # type: ignore[operator]
 
 
 def test_more_packets_than_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,6 +262,13 @@ def test_an_absurd_stamp_of_a_clock_that_cannot_restart_is_no_stamp() -> None:
     assert clock.take(2**63 - 1, -(2**63), 9000) == (None, hour + 18000)
 
 
+def test_a_lone_stamp_hours_away_is_no_stamp_where_clocks_restart() -> None:
+    stamps = [i * 9000 for i in range(20)]
+    clock = Clock(TICKS, 0, restarts=True, usual=Fraction(1, 10))
+    found = [clock.take(at + (ticks(4000) if i == 7 else 0), at, 9000) for i, at in enumerate(stamps)]
+    assert found == [(None if i == 7 else at, at) for i, at in enumerate(stamps)] and clock.jumps == 0
+
+
 @given(order=st.permutations(range(8)), known=st.booleans())
 def test_frames_without_stamps_follow_each_other(order: list[int], known: bool) -> None:
     due = Presentation()

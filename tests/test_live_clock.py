@@ -285,13 +285,13 @@ def test_a_change_of_size_is_scaled_away(server: tuple[str, type[Handler]]) -> N
 @pytest.mark.parametrize("name", ["large", "large4"])
 @pytest.mark.parametrize(("limit", "count"), [(320 * 240 - 1, 0), (2 * 320 * 240, 28), (960 * 720 - 1, 28)])
 def test_pictures_that_are_too_large_are_not_asked_for_again(
-    server: tuple[str, type[Handler]], monkeypatch: pytest.MonkeyPatch, limit: int, count: int, name: str
+    server: tuple[str, type[Handler]], limit: int, count: int, name: str
 ) -> None:
-    monkeypatch.setattr("penguin_edge.runtime.sources.MAX_FRAME_PIXELS", limit)
     told: list[str] = []
     frames = []
+    options: dict[str, Any] = {"pauses": (0.0,) * 3, "stall_s": 60, "max_pixels": limit}
     with pytest.raises(InputError, match=rf"/{name}: pictures .*the limit is .*have the source send smaller"):
-        for frame in read_source(f"{server[0]}/{name}", fps=None, note=told.append, pauses=(0.0,) * 3, stall_s=60):
+        for frame in read_source(f"{server[0]}/{name}", fps=None, note=told.append, **options):
             frames.append(frame)
     assert not told and len(server[1].asked) == 1
     assert count <= len(frames) <= (30 if count else 0)

@@ -91,6 +91,26 @@ def add_allow_outside(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_max_pixels(parser: argparse._ActionsContainer) -> None:
+    """The one flag for every verb that reads media named on its command line."""
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="most pixels of a picture (default: 134 million) or of a clip's frame (33.5 million)",
+    )
+
+
+def checked_max_pixels(args: argparse.Namespace) -> int | None:
+    """The flag's value, which the whole process then follows: Pillow has a limit of its own."""
+    if args.max_pixels is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = max(args.max_pixels, Image.MAX_IMAGE_PIXELS or 0)
+    pixels: int | None = args.max_pixels
+    return pixels
+
+
 WHOLE_FOLDERS = ("model", "against", "clip", "video", "stream", "source")
 """Arguments that may name a folder of which every file is read."""
 DATA_FILES = ("annotations.jsonl", "training_answers.json")

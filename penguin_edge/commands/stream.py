@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from penguin_edge.commands import latency
-from penguin_edge.commands.common import above_zero, check_outputs, emit, open_model, positive, say, status
+from penguin_edge.commands.common import (
+    above_zero,
+    add_max_pixels,
+    check_outputs,
+    checked_max_pixels,
+    emit,
+    open_model,
+    positive,
+    say,
+    status,
+)
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import keep_heap_compact, peak_mb
@@ -48,6 +58,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
+    add_max_pixels(parser)
     parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
     latency.add(parser)
@@ -82,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--port is that of the page; ask for it with --ui")
     target = latency.target(args)
     keep_heap_compact()
-    frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say)
+    frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say, max_pixels=checked_max_pixels(args))
     # Before the model is loaded: a port that is taken is said at once.
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
     options = SamplingOptions(args.max_new_tokens)
