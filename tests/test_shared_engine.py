@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -315,19 +316,22 @@ def test_a_second_thread_in_a_session_is_refused(kind: type[Session]) -> None:
     assert ids(run.ask("And?", options=SHORT)) == ids(fresh.ask("And?", options=SHORT))
 
 
-def test_threads_that_try_at_once_get_right_answers_or_a_refusal() -> None:
-    """Unsynchronized threads over one engine: the guard is the only thing between them."""
-    engine, words = tiny()
-    right = [alone(tiny, QUESTIONS[0], seed) for seed in range(3)]
+def test_threads_that_try_at_once_get_right_answers_or_a_refusal(
+    opened: Callable[[], tuple[Engine, Tokenizer]],
+) -> None:
+    """Unsynchronized threads, each with a session, over one engine: the guard is the only thing between them."""
+    engine, words = opened()
+    right = [alone(opened, QUESTIONS[seed % 2], seed) for seed in range(3)]
     wrong: list[Any] = []
     done = [0, 0, 0]
 
     def work(seed: int) -> None:
         session = Session(engine, words)
-        for _ in range(12):
+        for turn in range(4000):
             try:
-                got = ids(asked(session, QUESTIONS[0], seed))
+                got = ids(asked(session, QUESTIONS[seed % 2], seed))
             except BusyError:
+                time.sleep(0.0003 * ((turn + seed) % 5))  # not in step with the others
                 continue
             except Exception as error:
                 wrong.append(error)
@@ -335,6 +339,8 @@ def test_threads_that_try_at_once_get_right_answers_or_a_refusal() -> None:
             done[seed] += 1
             if got != right[seed]:
                 wrong.append(got)
+            if done[seed] == 30:
+                return
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
     for thread in threads:
