@@ -24,6 +24,7 @@ from penguin_edge.files import write_json
 from penguin_edge.folders import scratch
 from penguin_edge.machine import require_memory
 from penguin_edge.preprocess import positions, preprocess_image, resize
+from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.engine import Engine, chunks
 from penguin_edge.runtime.self_check import open_tokenizer
 
@@ -255,28 +256,28 @@ def verify_stages(
     text = ids != engine.config.image_token_id
     stages.append(compare("embedding", engine.embed(ids[text]), reference["embeds"][text], tolerance))
     progress("prefill")
-    return stages + _decoder_stages(engine, reference, tolerance, progress)
+    with engine.new_cache() as cache:
+        return stages + _decoder_stages(engine, cache, reference, tolerance, progress)
 
 
-def prefill(engine: Engine, embeds: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:
+def prefill(engine: Engine, cache: Cache, embeds: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:
     """Append `embeds` in chunks; logits [1, V] after the last position."""
     logits = np.empty((0, 0), np.float32)
     for rows in chunks(len(embeds), replace(engine.bounds, max_chunk=chunk)):
         last = rows.stop == len(embeds)
-        logits = engine.forward(embeds[rows], np.full(int(last), -1, np.int64))
+        logits = engine.forward(cache, embeds[rows], np.full(int(last), -1, np.int64))
     return logits
 
 
 def _decoder_stages(
-    engine: Engine, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
+    engine: Engine, cache: Cache, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
 ) -> list[Stage]:
     embeds, tokens = reference["embeds"], reference["tokens"]
-    engine.truncate(0)
-    first = prefill(engine, embeds, engine.bounds.max_chunk)
+    first = prefill(engine, cache, embeds, engine.bounds.max_chunk)
     rule, why = beyond_noise(tolerance, reference, "prefill")
     stages = [compare("prefill", first, reference["prefill"], rule, why)]
     progress("decode")
-    rows = [engine.forward(engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(DECODED)]
+    rows = [engine.forward(cache, engine.embed(tokens[i : i + 1]), np.array([-1]))[0] for i in range(DECODED)]
     logits = np.stack(rows)
     kept = len(reference["decode"])
     stages.append(compare("decode", logits[:kept], reference["decode"], rule, why))
@@ -294,10 +295,9 @@ def _decoder_stages(
     stages.append(Stage("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
     progress("truncate")
     middle = len(embeds) // 2
-    engine.truncate(middle)
-    again = prefill(engine, embeds[middle:], 7)
+    cache.truncate(middle)
+    again = prefill(engine, cache, embeds[middle:], 7)
     stages.append(compare("truncate", again, reference["prefill"], rule, f"truncated to {middle}, then chunks of 7"))
-    engine.truncate(0)
     return stages
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from penguin_edge.bundle import Bounds
 from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import KVCache
-from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.guard import Guard
 from penguin_edge.model import PenguinModel
+from penguin_edge.runtime.cache import Cache, Caches, Key
+from penguin_edge.runtime.engine import check_encode, check_forward, check_move, check_project
 
 
 @torch.no_grad()
@@ -75,14 +75,22 @@ class EagerEngine:
         )
         # Kept: the model looks for them among all of its parameters, which takes longer than a step of a small one.
         self._dtype, self._device = model.dtype, model.device
-        form = model.decoder.kv_form if model.decoder is not None else None
-        self._cache = KVCache(model.config.text, max_seq_len, self._dtype, self._device, form)
-        self.kv_version = 0
-        self.guard = Guard("engine")
+        self._caches = Caches(None, self._new_state)
+        self.guard = self._caches.guard
 
     @property
-    def kv_len(self) -> int:
-        return self._cache.length
+    def capacity(self) -> int | None:
+        return self._caches.capacity
+
+    def new_cache(self) -> Cache:
+        return self._caches.new()
+
+    def close(self) -> None:
+        self._caches.close()
+
+    def _new_state(self) -> KVCache:
+        form = self.model.decoder.kv_form if self.model.decoder is not None else None
+        return KVCache(self.config.text, self.bounds.max_seq_len, self._dtype, self._device, form)
 
     def _float(self, values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)
@@ -94,13 +102,17 @@ class EagerEngine:
     def encode(
         self, pixels: NDArray[np.float32], rows: NDArray[np.int64], cols: NDArray[np.int64]
     ) -> NDArray[np.float32]:
+        check_encode(self.bounds, pixels, rows, cols)
         with self.guard:
+            self._caches.check_open()
             return self.model.encode(self._float(pixels), self._int(rows), self._int(cols)).float().cpu().numpy()
 
     @torch.no_grad()
     def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         assert self.model.projector is not None
+        check_project(self.bounds, features)
         with self.guard:
+            self._caches.check_open()
             return self.model.projector(self._float(features)).float().cpu().numpy()
 
     @torch.no_grad()
@@ -109,39 +121,26 @@ class EagerEngine:
         return self.model.embedding(self._int(ids)).float().cpu().numpy()
 
     @torch.no_grad()
-    def forward(self, embeds: NDArray[np.float32], logit_index: NDArray[np.int64]) -> NDArray[np.float32]:
+    def forward(
+        self, cache: Cache, embeds: NDArray[np.float32], logit_index: NDArray[np.int64], keys: Sequence[Key] = ()
+    ) -> NDArray[np.float32]:
         assert self.model.decoder is not None
-        count = embeds.shape[0]
         with self.guard:
-            if self.kv_len + count > self.bounds.max_seq_len:
-                raise BudgetError(
-                    f"{self.kv_len + count} tokens, but the cache holds {self.bounds.max_seq_len}; use a shorter "
-                    "prompt or a larger --max-seq-len"
-                )
-            self.kv_version += 1
-            positions = self.kv_len + torch.arange(count, device=self._device)
-            hidden = self.model.decoder(self._float(embeds)[None], positions, self._cache.attend)
-            self._cache.length += count
-            return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
-
-    def truncate(self, length: int) -> None:
-        with self.guard:
-            if not 0 <= length <= self.kv_len:
-                raise InputError(
-                    f"truncate to {length} tokens, but the cache holds {self.kv_len}; wanted 0 to {self.kv_len}"
-                )
-            self.kv_version += 1
-            self._cache.length = length
+            kv = self._caches.state(cache)
+            check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
+            with cache.writing(len(embeds), keys):
+                kv.length = cache.length
+                positions = kv.length + torch.arange(len(embeds), device=self._device)
+                hidden = self.model.decoder(self._float(embeds)[None], positions, kv.attend)
+                return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
 
     can_move = True
 
     @torch.no_grad()
-    def move(self, begin: int, end: int, to: int) -> None:
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
         """Positions [begin, end) stand at `to` from now on, keys turned; see `penguin_edge.runtime.engine`."""
-        if not 0 <= to <= begin < end <= self.bounds.max_seq_len:
-            raise InputError(
-                f"move [{begin}, {end}) to {to}: wanted 0 <= to <= begin < end <= {self.bounds.max_seq_len}"
-            )
+        check_move(self.bounds.max_seq_len, begin, end, to)
         with self.guard:
-            self.kv_version += 1
-            self._cache.move(begin, end, to, self.config.text.rope_theta)
+            kv = self._caches.state(cache)
+            with cache.moving(begin, end, to):
+                kv.move(begin, end, to, self.config.text.rope_theta)

@@ -40,14 +40,13 @@ class Piece:
 
 def piece_logits(engine: Engine, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """Logits [S, V] after each token of a piece."""
-    engine.truncate(0)
     step = min(engine.bounds.max_chunk, engine.bounds.max_logits)
     embeds = engine.embed(ids)
-    logits = [
-        engine.forward(embeds[rows], np.arange(rows.stop - rows.start))
-        for rows in chunks(len(ids), replace(engine.bounds, max_chunk=step))
-    ]
-    engine.truncate(0)
+    with engine.new_cache() as cache:
+        logits = [
+            engine.forward(cache, embeds[rows], np.arange(rows.stop - rows.start))
+            for rows in chunks(len(ids), replace(engine.bounds, max_chunk=step))
+        ]
     return np.concatenate(logits)
 
 
@@ -82,15 +81,14 @@ def compare_piece(got: NDArray[np.float32], wanted: NDArray[np.float32], ids: ND
 
 def continuation(engine: Engine, ids: NDArray[np.int64], count: int) -> list[int]:
     """Greedy tokens after a piece, whatever they are."""
-    engine.truncate(0)
     embeds = engine.embed(ids)
     out: list[int] = []
-    while len(out) < count:
-        for rows in chunks(len(embeds), engine.bounds):
-            logits = engine.forward(embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
-        out.append(int(logits[0].argmax()))
-        embeds = engine.embed(np.array(out[-1:], np.int64))
-    engine.truncate(0)
+    with engine.new_cache() as cache:
+        while len(out) < count:
+            for rows in chunks(len(embeds), engine.bounds):
+                logits = engine.forward(cache, embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
+            out.append(int(logits[0].argmax()))
+            embeds = engine.embed(np.array(out[-1:], np.int64))
     return out
 
 

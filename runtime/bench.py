@@ -28,6 +28,7 @@ import numpy as np
 from penguin_edge.config import PATCH_VALUES
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.preprocess import positions
+from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.engine import Engine, chunks
 
 SCHEMA = "penguin-bench/1"
@@ -120,19 +121,19 @@ def bench_model(
         BudgetError: a prompt or a depth that the cache does not hold.
     """
     check_room(engine, options)
-    tests = _tests(engine, options, traffic)
-    for round_ in range(-options.warmup, options.repeat):
-        for row, measure in tests:
-            progress(f"round {max(0, round_ + 1)} of {options.repeat}: {row.test}")
-            samples = measure()
-            if round_ >= 0:
-                row.samples_ms += samples
-    engine.truncate(0)
+    with engine.new_cache() as cache:
+        tests = _tests(engine, cache, options, traffic)
+        for round_ in range(-options.warmup, options.repeat):
+            for row, measure in tests:
+                progress(f"round {max(0, round_ + 1)} of {options.repeat}: {row.test}")
+                samples = measure()
+                if round_ >= 0:
+                    row.samples_ms += samples
     return [row for row, _ in tests]
 
 
 def _tests(
-    engine: Engine, options: BenchOptions, traffic: Traffic | None
+    engine: Engine, cache: Cache, options: BenchOptions, traffic: Traffic | None
 ) -> list[tuple[Row, Callable[[], list[float]]]]:
     random = np.random.default_rng(0)
     tests: list[tuple[Row, Callable[[], list[float]]]] = []
@@ -158,11 +159,11 @@ def _tests(
     embeds = engine.embed(ids)
 
     def fill(count: int) -> np.ndarray:
-        engine.truncate(0)
+        cache.truncate(0)
         logits = np.zeros((1, vocab), np.float32)
         for rows in chunks(count, engine.bounds):
             last = np.full(int(rows.stop == count), -1, np.int64)
-            logits = engine.forward(embeds[rows], last)
+            logits = engine.forward(cache, embeds[rows], last)
         return logits
 
     def steps(depth: int) -> list[float]:
@@ -170,7 +171,7 @@ def _tests(
         samples = []
         for _ in range(options.tokens):
             begin = time.perf_counter()
-            token = int(engine.forward(engine.embed(np.array([token])), np.array([-1]))[0].argmax())
+            token = int(engine.forward(cache, engine.embed(np.array([token])), np.array([-1]))[0].argmax())
             samples.append(1e3 * (time.perf_counter() - begin))
         return samples
 

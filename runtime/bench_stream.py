@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,10 @@ from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import resident_mb
 from penguin_edge.runtime.bench import percentiles
+from penguin_edge.runtime.cache import Cache, Key
 from penguin_edge.runtime.control import Decision, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
-from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
+from penguin_edge.runtime.engine import F32, I64, Engine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.power import Meter
 from penguin_edge.runtime.report import Clock
@@ -105,24 +106,22 @@ class SlowedEngine:
         self.name, self.config, self.bounds = inner.name, inner.config, inner.bounds
 
     @property
-    def kv_len(self) -> int:
-        return self.inner.kv_len
-
-    @property
-    def kv_version(self) -> int:
-        return self.inner.kv_version
-
-    def truncate(self, length: int) -> None:
-        self.inner.truncate(length)
+    def capacity(self) -> int | None:
+        return self.inner.capacity
 
     @property
     def can_move(self) -> bool:
-        return isinstance(self.inner, MovingEngine) and self.inner.can_move
+        return self.inner.can_move
 
-    def move(self, begin: int, end: int, to: int) -> None:
-        assert isinstance(self.inner, MovingEngine)
+    def new_cache(self) -> Cache:
+        return self.inner.new_cache()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
         begun = time.monotonic()
-        self.inner.move(begin, end, to)
+        self.inner.move(cache, begin, end, to)
         self.brake.wait(begun)
 
     def embed(self, ids: I64) -> F32:
@@ -134,8 +133,8 @@ class SlowedEngine:
     def project(self, features: F32) -> F32:
         return self._slowly(lambda: self.inner.project(features))
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
-        return self._slowly(lambda: self.inner.forward(embeds, logit_index))
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+        return self._slowly(lambda: self.inner.forward(cache, embeds, logit_index, keys))
 
     def _slowly(self, call: Callable[[], F32]) -> F32:
         begin = time.monotonic()

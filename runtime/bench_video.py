@@ -56,13 +56,13 @@ def bench_video(
     reports: dict[str, list[Report]] = {"cold": [], "warm": []}
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     for round_ in range(-options.warmup, options.repeat):
-        one = session()
-        for kind, kept in reports.items():
-            progress(f"round {max(0, round_ + 1)} of {options.repeat}: clip, {kind}")
-            for _ in one.converse(options.messages(), choice):
-                pass
-            if round_ >= 0:
-                kept.append(one.report)
+        with session() as one:
+            for kind, kept in reports.items():
+                progress(f"round {max(0, round_ + 1)} of {options.repeat}: clip, {kind}")
+                for _ in one.converse(options.messages(), choice):
+                    pass
+                if round_ >= 0:
+                    kept.append(one.report)
     first = {kind: [found.first_token_ms or 0.0 for found in kept] for kind, kept in reports.items()}
     steps = [ms for kept in reports.values() for found in kept for ms in found.token_ms]
     phases = {

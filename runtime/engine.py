@@ -7,17 +7,14 @@
 | embed   | ids [S] i64                                                 | embeds [S,H] f32       |
 | forward | embeds [S,H] f32, logit_index [K] i64 (-1 is the last)      | logits [K,V] f32       |
 
-`forward` appends S tokens to the KV cache at `kv_len`; `truncate(n)` forgets all but the first n, at no cost.
-
-An engine has one cache, and it does not know whose tokens lie in it. Every write to it (`forward`, `truncate`, `move`,
-also one that fails) counts `kv_version` up. A caller that remembers the number after its own last write sees whether
-the cache still is what it left there.
+An engine is loaded graphs, which callers may share. What they do not share are KV caches: `new_cache` gives each its
+own, and `forward` appends S tokens to the one that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +22,9 @@ from numpy.typing import NDArray
 from penguin_edge.bundle import Bounds
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from penguin_edge.runtime.cache import Cache, Key
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -42,7 +42,7 @@ def sound(values: F32) -> NDArray[np.bool_]:
 
 
 class Engine(Protocol):
-    """One loaded model with one KV cache.
+    """One loaded model.
 
     One thread at a time: a second one is refused with `BusyError`. `embed` only reads, and may be called at any time.
     """
@@ -52,30 +52,42 @@ class Engine(Protocol):
     bounds: Bounds
 
     @property
-    def kv_version(self) -> int: ...
+    def capacity(self) -> int | None:
+        """How many caches may be open at once; None: as many as memory holds."""
+        ...
 
     @property
-    def kv_len(self) -> int: ...
+    def can_move(self) -> bool:
+        """False where the bundle lacks what `move` needs, as those of earlier exports may."""
+        ...
+
+    def new_cache(self) -> Cache:
+        """An empty KV cache of `max_seq_len` positions.
+
+        Raises:
+            BusyError: `capacity` of them are open.
+        """
+        ...
+
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32: ...
     def project(self, features: F32) -> F32: ...
     def embed(self, ids: I64) -> F32: ...
-    def forward(self, embeds: F32, logit_index: I64) -> F32: ...
-    def truncate(self, length: int) -> None: ...
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+        """Append to a cache; `keys` say what each position is, for who wants to find it there again."""
+        ...
 
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+        """Give positions of a cache another place.
 
-@runtime_checkable
-class MovingEngine(Engine, Protocol):
-    """An engine that can give positions of its cache another place.
+        What was written at [begin, end), and not written over since, stands at [to, to + count) from now on, its keys
+        turned by the rotary angle between the two, and the cache ends there. `to` is not above `begin`; positions at
+        or above the cache's length may be named.
+        """
+        ...
 
-    `move(begin, end, to)`: what was written at [begin, end), and not written over since, stands at [to, to + count)
-    from now on, its keys turned by the rotary angle between the two, and `kv_len` is the end of it. `to` is not above
-    `begin`; positions at or above `kv_len` may be named.
-    """
-
-    can_move: bool
-    """False where the bundle lacks what a move needs, as those of earlier exports may."""
-
-    def move(self, begin: int, end: int, to: int) -> None: ...
+    def close(self) -> None:
+        """Let go of the graphs and close all caches; whatever is asked afterwards is refused."""
+        ...
 
 
 MAX_THREADS = 1024

@@ -19,14 +19,14 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
-from penguin_edge.guard import Guard
+from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
     F32,
@@ -36,7 +36,6 @@ from penguin_edge.runtime.engine import (
     check_move,
     check_project,
     check_threads,
-    check_truncate,
     sound,
 )
 from penguin_edge.runtime.kv_shift import move_positions
@@ -46,6 +45,10 @@ KV_STEP = 64
 
 _OPEN: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
 """Engines alive in this process."""
+
+
+class _State:
+    """A cache has nothing beside what lies in the program."""
 
 
 class ExecutorchEngine:
@@ -64,12 +67,11 @@ class ExecutorchEngine:
         self._programs: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
         self._positions = np.arange(self.bounds.max_seq_len, dtype=np.int64)
-        self._kv_len = 0
         self._buffers: list[np.ndarray] = []
         self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
         """Positions that were written since `_heal` last looked at them."""
-        self.kv_version = 0
-        self.guard = Guard("engine")
+        self._caches = Caches(1, _State)  # in the memory of the decoder's program
+        self.guard = self._caches.guard
         self._process = os.getpid()
         _OPEN.add(self)
 
@@ -114,16 +116,21 @@ class ExecutorchEngine:
         return cls(bundle, binding, torch)
 
     @property
-    def kv_len(self) -> int:
-        """Tokens in the cache."""
-        return self._kv_len
+    def capacity(self) -> int | None:
+        """1: the cache lies inside the program, which is loaded once."""
+        return self._caches.capacity
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; nothing is moved."""
-        with self.guard:
-            check_truncate(self._kv_len, length)
-            self.kv_version += 1
-            self._kv_len = length
+    def new_cache(self) -> Cache:
+        """See `penguin_edge.runtime.engine.Engine`."""
+        return self._caches.new()
+
+    def close(self) -> None:
+        """See `penguin_edge.runtime.engine.Engine`; another engine may set the threads then."""
+        self._caches.close()
+        self._methods.clear()
+        self._programs.clear()
+        self._buffers = []
+        _OPEN.discard(self)
 
     @property
     def can_move(self) -> bool:
@@ -131,20 +138,20 @@ class ExecutorchEngine:
         with self.guard:
             return bool(self._program("decoder").method_meta("forward").num_attributes())
 
-    def move(self, begin: int, end: int, to: int) -> None:
-        """See `penguin_edge.runtime.engine.MovingEngine`."""
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+        """See `penguin_edge.runtime.engine.Engine`."""
         check_move(self.bounds.max_seq_len, begin, end, to)
         if not self.can_move:
             raise InputError(
                 f"{self._bundle.folder}: its program does not name its KV buffers; recompute, or export it again"
             )
         with self.guard:
+            self._caches.state(cache)
             self._method("decoder")
-            self.kv_version += 1
-            self._unchecked[to : to + end - begin] = True
-            for keys, values in zip(self._buffers[0::2], self._buffers[1::2], strict=True):
-                move_positions(keys[None], values[None], begin, end, to, self.config.text.rope_theta)
-            self._kv_len = to + end - begin
+            with cache.moving(begin, end, to):
+                self._unchecked[to : to + end - begin] = True
+                for keys, values in zip(self._buffers[0::2], self._buffers[1::2], strict=True):
+                    move_positions(keys[None], values[None], begin, end, to, self.config.text.rope_theta)
 
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""
@@ -162,38 +169,37 @@ class ExecutorchEngine:
         with self.guard:
             return self._call("projector", _f32(features))
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
-        """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`.
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+        """Append [S, H] to the cache; logits [K, V] at `logit_index`.
 
         Raises:
             PenguinError: NaN or infinity, from a bundle whose KV buffers have no names; its cache is empty then.
         """
         with self.guard:
-            return self._forward(embeds, logit_index)
+            self._caches.state(cache)
+            check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
+            with cache.writing(len(embeds), keys):
+                logits = self._forward(cache.length, embeds, logit_index)
+            if not self._buffers and not sound(logits).all():
+                # They cannot be healed, and methods of one program share their memory: a new one begins with zeros.
+                del self._methods["decoder"], self._programs["decoder"]
+                cache.forget()
+                raise PenguinError(
+                    f"{self._bundle.folder}: the decoder gave NaN or infinite numbers, and its cache was emptied; run "
+                    "`penguin-edge verify` on the bundle, or export it again"
+                )
+            return logits[0, : logit_index.shape[0]]
 
-    def _forward(self, embeds: F32, logit_index: I64) -> F32:
-        check_forward(self.bounds, self._kv_len, embeds, logit_index, self.config.text.hidden_size)
-        end = self._kv_len + embeds.shape[0]
+    def _forward(self, begin: int, embeds: F32, logit_index: I64) -> F32:
+        end = begin + embeds.shape[0]
         filled = min(-(-end // KV_STEP) * KV_STEP, self.bounds.max_seq_len)
-        start = np.array([self._kv_len], dtype=np.int64)
+        start = np.array([begin], dtype=np.int64)
         # XNNPACK crashes on empty tensors: who wants no logits gets one computed and none given.
-        count = logit_index.shape[0]
-        index = _i64(logit_index) if count else np.array([-1], dtype=np.int64)
+        index = _i64(logit_index) if logit_index.shape[0] else np.array([-1], dtype=np.int64)
         self._method("decoder")
         self._heal(end, filled)
-        self.kv_version += 1
-        self._unchecked[self._kv_len : end] = True
-        logits = self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
-        self._kv_len = end
-        if not self._buffers and not sound(logits).all():
-            # They cannot be healed, and methods of one program share their memory: a new program begins with zeros.
-            del self._methods["decoder"], self._programs["decoder"]
-            self._kv_len = 0
-            raise PenguinError(
-                f"{self._bundle.folder}: the decoder gave NaN or infinite numbers, and its cache was emptied; run "
-                "`penguin-edge verify` on the bundle, or export it again"
-            )
-        return logits[0, :count]
+        self._unchecked[begin:end] = True
+        return self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
 
     def _heal(self, begin: int, end: int) -> None:
         """Put zeros where NaN or infinity was left at positions [begin, end), which the next call masks.
@@ -223,8 +229,10 @@ class ExecutorchEngine:
         """Load a graph at its first use.
 
         Raises:
+            InputError: the engine was closed, or opened in another process.
             BundleError: as `_program`.
         """
+        self._caches.check_open()
         if os.getpid() != self._process:
             raise InputError(
                 "this engine was opened in another process, and ExecuTorch's threads stayed there; open the bundle "

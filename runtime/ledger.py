@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
-from penguin_edge.runtime.engine import F32, MovingEngine, chunks
+from penguin_edge.runtime.cache import Cache, Key
+from penguin_edge.runtime.engine import F32, Engine, chunks
+from penguin_edge.runtime.media import Visual
 from penguin_edge.runtime.report import Clock
 
+Block: TypeAlias = tuple[tuple[Key | None, ...], Visual]
+"""A frame as it is told from others: the text before it, its content and its size."""
 
-def blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
-    """Frames with the text before each: what one is told by (its text, its content and size), and its positions."""
-    found, begin = [], 0
+
+def blocks(keys: Sequence[Key | None]) -> list[tuple[Block, tuple[int, int]]]:
+    """Frames with the text before each, and their positions."""
+    found: list[tuple[Block, tuple[int, int]]] = []
+    begin = 0
     for at, key in enumerate(keys):
         if isinstance(key, tuple) and key[1] == key[0].tokens - 1:
             text = tuple(one for one in keys[begin:at] if not isinstance(one, tuple))
@@ -26,15 +32,16 @@ def blocks(keys: Sequence[Any]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]
     return found
 
 
-def to_last_frame(keys: Sequence[Any]) -> list[Any]:
+def to_last_frame(keys: Sequence[Key]) -> list[Key]:
     """Keys without the text behind the last frame."""
     end = next((at for at in range(len(keys), 0, -1) if isinstance(keys[at - 1], tuple)), 0)
     return list(keys[:end])
 
 
-def last_frame(keys: Sequence[Any]) -> int:
+def last_frame(keys: Sequence[Key]) -> int:
     """Positions of the last frame: its tokens and the text between it and the frame before."""
-    count, visual = 0, keys[-1][0] if keys else None
+    last = keys[-1] if keys else None
+    count, visual = 0, last[0] if isinstance(last, tuple) else None
     for key in reversed(keys):
         if isinstance(key, tuple) and key[0] != visual:
             break
@@ -52,24 +59,21 @@ class Rebased:
 
 
 def rebase(
-    mover: MovingEngine,
-    held: Sequence[Any],
-    keys: Sequence[Any],
-    embeds: Callable[[list[Any]], F32],
+    engine: Engine,
+    cache: Cache,
+    keys: Sequence[Key],
+    embeds: Callable[[Sequence[Key]], F32],
     clock: Clock,
 ) -> Rebased:
-    """Bring a KV cache that holds `held` to `keys`: frames in both are moved, the others computed where they stand.
-
-    Should the engine fail on the way, the cache holds neither.
-    """
-    old = dict(reversed(blocks(held)))
+    """Bring a KV cache to `keys`: frames that it holds already are moved, the others computed where they stand."""
+    old = dict(reversed(blocks(cache.keys)))
     computed, moved, pieces, run = 0, 0, 0, (0, 0, 0)  # begin, end, to: neighbours that move alike are moved at once
 
     def flush() -> int:
         begin, end, to = run
         if end > begin:
             with clock("prefill"):
-                mover.move(begin, end, to)
+                engine.move(cache, begin, end, to)
         return (end - begin) * (begin != to)
 
     for block, (to, stop) in blocks(keys):
@@ -82,12 +86,12 @@ def rebase(
             continue
         moved += flush()
         run = stop, stop, stop
-        mover.truncate(to)
+        cache.truncate(to)
         new = list(keys[to:stop])
         with clock("prefill"):
-            for rows in chunks(len(new), mover.bounds):
-                mover.forward(embeds(new[rows]), np.empty(0, np.int64))
+            for rows in chunks(len(new), engine.bounds):
+                engine.forward(cache, embeds(new[rows]), np.empty(0, np.int64), new[rows])
         computed, pieces = computed + len(new), pieces + 1
     moved += flush()
-    mover.truncate(len(keys))
+    cache.truncate(len(keys))
     return Rebased(computed, max(1, pieces), moved)

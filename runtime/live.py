@@ -338,7 +338,7 @@ class Live:
             "visual_tokens": session.visual_tokens,
             "budget": session.planner.limits.budget,
             "level": session.planner.level,
-            "kv_tokens": session.engine.kv_len,
+            "kv_tokens": session.cache.length,
             "capacity": session.engine.bounds.max_seq_len,
         }
 
@@ -446,7 +446,7 @@ class Live:
         self, prompt: str, keep: bool, options: SamplingOptions | None, asked: int
     ) -> Generator[Token, None, None]:
         """An answer of the session; `said` and the controller are told of it."""
-        begun, past = _now(), self.session.engine.kv_len
+        begun, past = _now(), self.session.cache.length
         answer = self.session.ask(prompt, keep=keep, options=options)
         self._told += 1
         times = self.session.times

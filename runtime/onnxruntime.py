@@ -4,8 +4,8 @@
 |------------------------------|-----------------------------|--------------------|------------------------------------|
 | pixels, features, visual     | as in `engine.py`           | float32            | the caller; results are new arrays |
 | embeds, logits               | [1,S,H], [1,K,V]            | float32            | the caller; results are new arrays |
-| start                        | [1]                         | int64              | the engine, bound once             |
-| past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | the engine, one array for both     |
+| start                        | [1]                         | int64              | each cache, bound once             |
+| past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | each cache, one array for both     |
 
 Each graph is loaded when it is first called. The system gives memory to the KV buffers only as they fill.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 
 from penguin_edge.bundle import COPY_AGAIN, KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
-from penguin_edge.guard import Guard
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
+from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
     F32,
@@ -33,7 +34,6 @@ from penguin_edge.runtime.engine import (
     check_move,
     check_project,
     check_threads,
-    check_truncate,
 )
 from penguin_edge.runtime.kv_shift import move_positions
 
@@ -51,6 +51,15 @@ TYPES = {
 KV_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
+@dataclass
+class _State:
+    """A cache: where the next token goes, keys and values of each layer, and what binds them to each graph."""
+
+    start: I64 = field(default_factory=lambda: np.zeros(1, np.int64))
+    buffers: list[dict[str, np.ndarray]] = field(default_factory=list)
+    bindings: dict[str, Any] = field(default_factory=dict)
+
+
 class OnnxRuntimeEngine:
     """See `penguin_edge.runtime.engine.Engine`."""
 
@@ -66,12 +75,9 @@ class OnnxRuntimeEngine:
         self._layers = bundle.manifest.quantization.get("layers", [])
         self._table = EmbeddingTable.of(bundle)
         self._sessions: dict[str, Any] = {}
-        self._start = np.zeros(1, dtype=np.int64)
-        self._bindings: dict[str, Any] = {}
-        self._buffers: list[dict[str, np.ndarray]] = []
+        self._caches = Caches(None, _State)
         self._scales: list[F32] | None = None
-        self.kv_version = 0
-        self.guard = Guard("engine")
+        self.guard = self._caches.guard
 
     @classmethod
     def open(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeEngine:
@@ -97,34 +103,35 @@ class OnnxRuntimeEngine:
         return cls(bundle, onnxruntime, threads)
 
     @property
-    def kv_len(self) -> int:
-        """Tokens in the cache."""
-        return int(self._start[0])
+    def capacity(self) -> int | None:
+        """None: a cache is a set of arrays."""
+        return self._caches.capacity
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; nothing is moved."""
-        with self.guard:
-            check_truncate(self.kv_len, length)
-            self.kv_version += 1
-            self._start[0] = length
+    def new_cache(self) -> Cache:
+        """See `penguin_edge.runtime.engine.Engine`."""
+        return self._caches.new()
+
+    def close(self) -> None:
+        """See `penguin_edge.runtime.engine.Engine`."""
+        self._caches.close()
+        self._sessions.clear()
 
     @property
     def can_move(self) -> bool:
         """False for an int8 cache whose scales are in the graph alone, as earlier exports left them."""
         return self._bundle.manifest.kv_dtype != "int8" or KV_SCALES in self._bundle.manifest.files
 
-    def move(self, begin: int, end: int, to: int) -> None:
-        """See `penguin_edge.runtime.engine.MovingEngine`."""
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+        """See `penguin_edge.runtime.engine.Engine`."""
         check_move(self.bounds.max_seq_len, begin, end, to)
         if not self.can_move:
             raise InputError(f"{self._bundle.folder}: no {KV_SCALES} for its int8 cache; recompute, or export it again")
         with self.guard:
-            scales = self._key_scales()
-            self.kv_version += 1
-            for layer, buffers in enumerate(self._buffers):
-                scale = scales[layer] if scales else None
-                move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
-            self._start[0] = to + end - begin
+            state, scales = self._caches.state(cache), self._key_scales()
+            with cache.moving(begin, end, to):
+                for layer, buffers in enumerate(state.buffers):
+                    scale = scales[layer] if scales else None
+                    move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
 
     def _key_scales(self) -> list[F32]:
         """[kv, 1, D] of each layer's keys; none where the cache is not int8.
@@ -163,47 +170,47 @@ class OnnxRuntimeEngine:
         with self.guard:
             return self._call("projector", {"features": _f32(features)})
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
-        """Append [S, H] at `kv_len`; logits [K, V] at `logit_index`."""
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+        """Append [S, H] to a cache; logits [K, V] at `logit_index`."""
         with self.guard:
-            return self._forward(embeds, logit_index)
+            state = self._caches.state(cache)
+            check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
+            with cache.writing(len(embeds), keys):
+                state.start[0] = cache.length
+                return self._forward(state, embeds, logit_index)
 
-    def _forward(self, embeds: F32, logit_index: I64) -> F32:
-        check_forward(self.bounds, self.kv_len, embeds, logit_index, self.config.text.hidden_size)
+    def _forward(self, state: _State, embeds: F32, logit_index: I64) -> F32:
         # At least `min_chunk` positions go through the graph for prompts, where the bundle has one.
         prompt = "prefill" in self._bundle.manifest.graphs and len(embeds) >= self.bounds.min_chunk
         graph = "prefill" if prompt else "decoder"
         session = self._session(graph)
-        if graph not in self._bindings:
-            self._bindings[graph] = self._bind(session)
-        binding = self._bindings[graph]
+        if graph not in state.bindings:
+            state.bindings[graph] = self._bind(session, state)
+        binding = state.bindings[graph]
         # ONNX Runtime reads these arrays where they are: they must outlive the call.
         inputs = {"embeds": _f32(embeds)[None], "logit_index": _i64(logit_index)}
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         binding.bind_output("logits")
-        self.kv_version += 1
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
             raise self._failed(graph, error) from error
-        logits = binding.get_outputs()[0].numpy()[0]
-        self._start[0] += embeds.shape[0]
-        return logits
+        return binding.get_outputs()[0].numpy()[0]
 
-    def _bind(self, session: Any) -> Any:
+    def _bind(self, session: Any, state: _State) -> Any:
         """Bind `start` and the KV buffers, one set for all graphs, for good; `logits` is the first output."""
         text, ort_value = self.config.text, self._runtime.OrtValue
         shape = [1, text.num_key_value_heads, self.bounds.max_seq_len, text.head_dim]
         dtype = KV_DTYPES[self._bundle.manifest.kv_dtype]
-        if not self._buffers:
-            self._buffers = [
+        if not state.buffers:
+            state.buffers = [
                 {what: _aligned_zeros(shape, dtype) for what in ("key", "value")} for _ in range(text.num_hidden_layers)
             ]
         binding = session.io_binding()
         binding.bind_output("logits")
-        binding.bind_ortvalue_input("start", ort_value.ortvalue_from_numpy(self._start))
-        for layer, buffers in enumerate(self._buffers):
+        binding.bind_ortvalue_input("start", ort_value.ortvalue_from_numpy(state.start))
+        for layer, buffers in enumerate(state.buffers):
             names = kv_names(layer)
             for what, array in buffers.items():
                 buffer = ort_value.ortvalue_from_numpy(array)  # the same memory
@@ -229,8 +236,10 @@ class OnnxRuntimeEngine:
         """Load a graph at its first use.
 
         Raises:
+            InputError: the engine was closed.
             BundleError: the bundle has no such graph or was changed, or this ONNX Runtime cannot load it.
         """
+        self._caches.check_open()
         if graph in self._sessions:
             return self._sessions[graph]
         manifest = self._bundle.manifest

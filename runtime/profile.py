@@ -23,8 +23,9 @@ from penguin_edge.files import read_json, write_json
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe
 from penguin_edge.preprocess import positions, preprocess_image, resize
+from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.cost import CostModel, Point, errors, fit
-from penguin_edge.runtime.engine import F32, Engine, MovingEngine
+from penguin_edge.runtime.engine import F32, Engine
 from penguin_edge.runtime.media import Library
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
@@ -73,6 +74,7 @@ def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[st
         raise InputError(f"{repeat} rounds, wanted at least 1")
     begin = time.monotonic()
     fitted, tried = _calls(engine)
+    cache = engine.new_cache()
     samples: tuple[Samples, Samples] = ({}, {})
     woken: list[float] = []
     round_, passed = -1, 0.0
@@ -87,13 +89,13 @@ def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[st
                         group.setdefault(stage, {}).setdefault(point, []).append(took)
         for group, pasts in zip(samples, (PASTS, TRIED_PASTS), strict=True):
             sizes = CHUNKS if group is samples[0] else TRIED_CHUNKS
-            for stage, point, took in _decoder(engine, pasts, sizes):
+            for stage, point, took in _decoder(engine, cache, pasts, sizes):
                 if round_ >= 0:
                     group.setdefault(stage, {}).setdefault(point, []).append(took)
         if fitted and round_ >= 0:
-            woken.append(_woken(engine, fitted))
+            woken.append(_woken(engine, cache, fitted))
         round_, passed = round_ + 1, time.monotonic() - begin
-    engine.truncate(0)
+    cache.close()
     if woken:
         awake = sum(statistics.median(next(iter(samples[0][stage].values()))) for stage in WOKEN)
         samples[0]["wake"] = {(0.0,): [max(0.0, took - awake) for took in woken]}
@@ -163,12 +165,12 @@ def _whole(samples: Samples) -> Samples:
     return samples | ({"encode": found} if found else {})
 
 
-def _woken(engine: Engine, calls: dict[str, dict[Point, Callable[[], Any]]]) -> float:
+def _woken(engine: Engine, cache: Cache, calls: dict[str, dict[Point, Callable[[], Any]]]) -> float:
     """A small frame after a pause, from the encoder on: the first point of each stage of `WOKEN`."""
     embeds = engine.embed(np.arange(_chunks(engine, CHUNKS)[0]))
-    engine.truncate(0)
+    cache.truncate(0)
     first = {stage: next(iter(points.values())) for stage, points in calls.items()}
-    first["prefill"] = partial(engine.forward, embeds, np.array([-1]))
+    first["prefill"] = partial(engine.forward, cache, embeds, np.array([-1]))
     time.sleep(PAUSE_S)
     first["preprocess"]()
     begin = time.perf_counter()
@@ -182,29 +184,31 @@ def _chunks(engine: Engine, sizes: tuple[int, ...]) -> list[int]:
     return [count for count in sizes if bounds.min_chunk <= count <= min(bounds.max_chunk, bounds.max_seq_len - 1)]
 
 
-def _decoder(engine: Engine, pasts: tuple[float, ...], sizes: tuple[int, ...]) -> list[tuple[str, Point, float]]:
+def _decoder(
+    engine: Engine, cache: Cache, pasts: tuple[float, ...], sizes: tuple[int, ...]
+) -> list[tuple[str, Point, float]]:
     """Prefill and decoding at some depths, the cache filled in between."""
     bounds = engine.bounds
     found: list[tuple[str, Point, float]] = []
     counts = _chunks(engine, sizes)
     ids = np.arange(max(counts, default=1)) % engine.config.text.vocab_size
     embeds = engine.embed(ids)
-    engine.truncate(0)
+    cache.truncate(0)
     for past in sorted({math.floor(share * min(bounds.max_seq_len - len(ids), DEEPEST)) for share in pasts}):
-        while engine.kv_len < past:
-            engine.forward(embeds[: past - engine.kv_len], np.empty(0, np.int64))
+        while cache.length < past:
+            engine.forward(cache, embeds[: past - cache.length], np.empty(0, np.int64))
 
         def step(new: F32, past: int = past) -> None:
-            engine.truncate(past)
-            engine.forward(new, np.array([-1]))
+            cache.truncate(past)
+            engine.forward(cache, new, np.array([-1]))
 
         for count in counts:
             found.append(("prefill", (float(count), float(past)), _timed(partial(step, embeds[:count]))))
         found.append(("decode", (float(past),), _timed(lambda: step(engine.embed(ids[:1])))))
-        engine.truncate(past)
-        if isinstance(engine, MovingEngine) and engine.can_move and past > 1:
+        cache.truncate(past)
+        if engine.can_move and past > 1:
             # What is in the cache no longer matters; a position less is.
-            found.append(("move", (float(past - 1),), _timed(partial(engine.move, 1, past, 0), again=0)))
+            found.append(("move", (float(past - 1),), _timed(partial(engine.move, cache, 1, past, 0), again=0)))
     return found
 
 

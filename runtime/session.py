@@ -7,8 +7,7 @@
         print(token.text, end="")
 
 Every position of the KV cache has a key: a token id, or (image or frame at a size, its n-th token). A new prompt
-keeps the longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before. Where
-someone else has used the engine meanwhile, nothing is kept.
+keeps the longest prefix whose keys are equal and prefills the rest, so reuse is exact whatever was asked before.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,10 +43,12 @@ from penguin_edge.runtime.answer import (
     largest_fit,
     shapes,
 )
-from penguin_edge.runtime.engine import F32, Engine, chunks, sound
+from penguin_edge.runtime.cache import Key
+from penguin_edge.runtime.engine import F32, Engine, sound
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.media import Clip, Library, Picture, Visual, open_media, own
 from penguin_edge.runtime.options import check_options
+from penguin_edge.runtime.prefill import extend_to
 from penguin_edge.runtime.report import Clock, Report
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
 from penguin_edge.runtime.self_check import open_tokenizer
@@ -60,7 +62,8 @@ PATCHES_PER_CALL = 4096
 class Session:
     """One conversation over one engine. One thread at a time: a second one is refused with `BusyError`.
 
-    Sessions may share an engine. It has one cache, so each prefills from nothing where another one has been at work.
+    Sessions may share an engine; each has a KV cache of its own. An engine that holds one cache takes one session at a
+    time. Close a session, or use it as a context manager, to make room for the next.
     """
 
     def __init__(
@@ -108,9 +111,8 @@ class Session:
         self._evicted = 0
         self._features: OrderedDict[Visual, F32] = OrderedDict()
         self._feature_rows = 0
-        self._held: list[Any] = []
-        """Keys of the cache, which hold as long as the engine's `kv_version` is `_version`."""
-        self._version = -1
+        self.cache = engine.new_cache()
+        """What this session has prefilled; `length` and `keys` are for reading."""
         self._guard = Guard("session", getattr(engine, "guard", None))
 
     @classmethod
@@ -152,6 +154,17 @@ class Session:
             shared_image_size=shared_image_size,
             max_pixels=max_pixels,
         )
+
+    def close(self) -> None:
+        """Give the KV cache back to the engine; what is asked afterwards is refused."""
+        with self._guard:
+            self.cache.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> None:
         """Add a frame to the stream: label it and keep it. Beyond `max_frames` the oldest frame is given up.
@@ -322,7 +335,8 @@ class Session:
             describe(report, media, layout, self.tokenizer)
         self._compute_features(media, layout.visuals, clock)
         with clock("prefill"):
-            logits = self._prefill(keys, report)
+            done = extend_to(self.engine, self.cache, keys, self._embeds, logits=True)
+            report.prompt_tokens, report.reused_tokens, logits = len(keys), done.reused, done.logits
         sampler, stream = Sampler(options), TextStream(self.tokenizer)
         report.finish_reason = "cancelled"
         try:
@@ -354,46 +368,23 @@ class Session:
                     raise BusyError(
                         "another question was asked meanwhile; read an answer to its end, or close it, first"
                     )
-                if self._stale():
-                    self._compute_again(keys, report)
-                logits = self._forward([token], self.engine.embed(np.array([token])), 1)[0]
+                logits = self.engine.forward(self.cache, self._embeds([token]), np.array([-1]), [token])[0]
         finally:
             if report.token_ms:
                 report.tokens_per_s = 1e3 * len(report.token_ms) / sum(report.token_ms)
             report.peak_mb = peak_mb()
-
-    def _stale(self) -> bool:
-        """Whether someone else has written to the cache since this session did."""
-        return self._version != self.engine.kv_version
 
     def _pick(self, sampler: Sampler, logits: F32) -> int:
         try:
             return sampler.pick(logits)
         except PenguinError:
             # Whatever is not finite may lie in the cache, too: the next question is to find none of it.
-            self._version = -1
+            self.cache.forget()
             raise
 
-    def _compute_again(self, keys: list[Any], report: Report) -> None:
-        """Bring the cache back to where an answer was: its tokens one at a time, as they were computed first."""
-        self._truncate(0)
-        for rows in chunks(len(keys), self.engine.bounds):
-            self._forward(keys[rows], self._embeds(keys[rows]), 0)
-        for token in report.token_ids[:-1]:
-            self._forward([token], self.engine.embed(np.array([token])), 0)
-        note = "the engine was used by others while this answer was read: what its cache had held was computed again"
-        if note not in report.notes:
-            report.notes.append(note)
-
-    def _truncate(self, length: int) -> None:
-        """Keep so many positions of the cache, which this session has written."""
-        self.engine.truncate(length)
-        del self._held[length:]
-        self._version = self.engine.kv_version
-
-    def _keys(self, layout: Layout) -> list[Any]:
+    def _keys(self, layout: Layout) -> list[Key]:
         """What stands at each position of the prompt."""
-        keys: list[Any] = []
+        keys: list[Key] = []
         for piece in layout.pieces:
             if isinstance(piece, chat.Visual):
                 keys += [(layout.visuals[piece.index], i) for i in range(piece.count)]
@@ -459,30 +450,7 @@ class Session:
         if not all(kept):
             raise UnusablePicture([visual for visual, usable in zip(visuals, kept, strict=True) if not usable])
 
-    def _prefill(self, keys: list[Any], report: Report) -> F32:
-        """Bring the KV cache to `keys`; returns the logits [V] after the last one."""
-        same = self._same(keys)
-        # The last position is always computed again: its logits are wanted. Where the bundle has a graph of its own
-        # for prompts, it is given no less than that graph's least chunk, so that reuse does not change an answer.
-        same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk))
-        self._truncate(same)
-        report.prompt_tokens, report.reused_tokens = len(keys), same
-        logits = np.empty((0, 0), np.float32)
-        new = keys[same:]
-        for rows in chunks(len(new), self.engine.bounds):
-            logits = self._forward(new[rows], self._embeds(new[rows]), int(rows.stop == len(new)))
-        return logits[0]
-
-    def _same(self, keys: list[Any]) -> int:
-        """Positions from the first on that hold what they are to hold."""
-        if self._stale():
-            self._held.clear()
-        same = 0
-        while same < min(len(self._held), len(keys)) and self._held[same] == keys[same]:
-            same += 1
-        return same
-
-    def _embeds(self, keys: list[Any]) -> F32:
+    def _embeds(self, keys: Sequence[Key]) -> F32:
         out = np.empty((len(keys), self.config.text.hidden_size), np.float32)
         text = [i for i, key in enumerate(keys) if not isinstance(key, tuple)]
         if text:
@@ -495,9 +463,3 @@ class Session:
                     last, rows = key[0], self._features[key[0]]
                 out[i] = rows[key[1]]
         return out
-
-    def _forward(self, keys: list[Any], embeds: F32, wanted: int) -> F32:
-        logits = self.engine.forward(embeds, np.full(wanted, -1, np.int64))
-        self._held += keys
-        self._version = self.engine.kv_version
-        return logits

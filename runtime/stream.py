@@ -41,13 +41,15 @@ from penguin_edge.layout import cap_size
 from penguin_edge.preprocess import Patches, preprocess_image
 from penguin_edge.prompt import Tokenizer, frame_tag
 from penguin_edge.runtime.answer import Token, Turn, UnusablePicture
+from penguin_edge.runtime.cache import Key
 from penguin_edge.runtime.control import Device, Setting, Work, settings
-from penguin_edge.runtime.engine import Engine, MovingEngine, chunks
+from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.ledger import last_frame, rebase, to_last_frame
 from penguin_edge.runtime.media import Visual, own
 from penguin_edge.runtime.options import check_options
 from penguin_edge.runtime.pool import pooled, retained
+from penguin_edge.runtime.prefill import extend_to
 from penguin_edge.runtime.report import Clock, StreamStats
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.self_check import open_tokenizer
@@ -90,8 +92,7 @@ class StreamSession(Session):
             raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
         if cache not in ("recompute", "rebase"):
             raise InputError(f"the cache cannot follow by {cache!r}; known: recompute, rebase")
-        self._mover = engine if cache == "rebase" and isinstance(engine, MovingEngine) and engine.can_move else None
-        if cache == "rebase" and self._mover is None:
+        if cache == "rebase" and not engine.can_move:
             raise InputError(
                 f"{engine.name} cannot move positions of this bundle's cache: it was exported before that was known; "
                 "export the model again, or take cache='recompute'"
@@ -100,7 +101,7 @@ class StreamSession(Session):
             engine, tokenizer, budget=budget, max_frames=max_frames, thinking=thinking, policy=self._planned
         )
         self._refuse_media(True)
-        self.shrink = shrink
+        self.shrink, self.following = shrink, cache
         self.frame_tokens: int | None = None
         """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
         self.last_work: Work | None = None
@@ -228,7 +229,7 @@ class StreamSession(Session):
             size[0] * size[1],
             tuple(self._encoded),
             prefilled,
-            max(0, self.engine.kv_len - prefilled),
+            max(0, self.cache.length - prefilled),
             self._pieces,
             self.stats.moved_tokens - moved,
         )
@@ -252,7 +253,7 @@ class StreamSession(Session):
             self.config.image.video_merge_size,
             self.planner.tag_tokens,
             self.question_tokens,
-            self._mover is None,
+            self.following == "recompute",
             size[0] * size[1],
             floor,
             min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
@@ -268,11 +269,11 @@ class StreamSession(Session):
         with self._guard:
             features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
             self.engine.project(features.reshape(1, patches.tokens, -1, features.shape[-1]))
-            self._truncate(0)
+            self.cache.truncate(0)
             for count in (self.engine.bounds.max_chunk, 1):
-                if self.engine.kv_len + count <= self.engine.bounds.max_seq_len:
-                    self.engine.forward(self.engine.embed(np.zeros(count, np.int64)), np.array([-1]))
-            self._truncate(0)
+                if self.cache.length + count <= self.engine.bounds.max_seq_len:
+                    self.engine.forward(self.cache, self.engine.embed(np.zeros(count, np.int64)), np.array([-1]))
+            self.cache.truncate(0)
 
     def set_budget(self, budget: int) -> list[Change]:
         """Keep another budget of visual tokens from now on; frames that it has no room for shrink or go.
@@ -341,9 +342,9 @@ class StreamSession(Session):
             self._idle()
             self._features.clear()
             self._feature_rows = 0
-            self._truncate(0)
+            self.cache.forget()
 
-    def prompt_keys(self) -> list[Any]:
+    def prompt_keys(self) -> list[Key]:
         """What stands at each position of the KV cache before a question is asked."""
         return to_last_frame(self._keys(self._current()))
 
@@ -468,28 +469,19 @@ class StreamSession(Session):
                 self._features[visual] = rows
                 self._feature_rows += len(rows)
 
-    def _extend(self, keys: list[Any], *, arrived: bool) -> None:
+    def _extend(self, keys: list[Key], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
-        if self._mover is not None:
-            held = [] if self._stale() else self._held
-            # Should an engine fail on the way, it has counted its version up, and nothing of this counts as held.
-            done = rebase(self._mover, held, keys, self._embeds, self.clock)
-            self._held, self._version = list(keys), self.engine.kv_version
-            self._pieces = done.pieces
-            self.stats.moved_tokens += done.moved
-            self._count(done.computed, keys, arrived)
+        if self.following == "rebase":
+            moved = rebase(self.engine, self.cache, keys, self._embeds, self.clock)
+            self._pieces = moved.pieces
+            self.stats.moved_tokens += moved.moved
+            self._count(moved.computed, keys, arrived)
             return
-        same = self._same(keys)
-        if same < len(keys):
-            same = min(same, max(0, len(keys) - self.engine.bounds.min_chunk))
-        self._truncate(same)
-        new = keys[same:]
-        self._count(len(new), keys, arrived)
         with self.clock("prefill"):
-            for rows in chunks(len(new), self.engine.bounds):
-                self._forward(new[rows], self._embeds(new[rows]), 0)
+            done = extend_to(self.engine, self.cache, keys, self._embeds, logits=False)
+        self._count(len(keys) - done.reused, keys, arrived)
 
-    def _count(self, computed: int, keys: list[Any], arrived: bool) -> None:
+    def _count(self, computed: int, keys: list[Key], arrived: bool) -> None:
         self.stats.prefilled_tokens += computed
         self.stats.reprefilled_tokens += max(0, computed - (last_frame(keys) if arrived else 0))
 

@@ -46,7 +46,7 @@ class Timeline:
                 age_ms,
                 session.planner.limits.budget,
                 session.visual_tokens,
-                session.engine.kv_len,
+                session.cache.length,
             )
         )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,8 @@ from penguin_edge.generate import EagerEngine
 from penguin_edge.model import PenguinModel
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear
-from penguin_edge.runtime.engine import F32, I64, Engine, MovingEngine
+from penguin_edge.runtime.cache import Cache, Key
+from penguin_edge.runtime.engine import F32, I64, Engine
 
 TESTS = Path(__file__).parent
 CLIP = TESTS / "media" / "polar_bear.mp4"
@@ -72,19 +75,18 @@ class CountingEngine:
         self.name = self.inner.name
         self.config: PenguinConfig = self.inner.config
         self.bounds = self.inner.bounds
-        self.can_move = isinstance(self.inner, MovingEngine) and self.inner.can_move
+        self.can_move = self.inner.can_move
+        self.capacity = self.inner.capacity
         self.reset()
 
     def reset(self) -> None:
         self.encoded_frames = self.projected_frames = self.forwarded_tokens = self.forward_calls = 0
 
-    @property
-    def kv_len(self) -> int:
-        return self.inner.kv_len
+    def new_cache(self) -> Cache:
+        return self.inner.new_cache()
 
-    @property
-    def kv_version(self) -> int:
-        return self.inner.kv_version
+    def close(self) -> None:
+        self.inner.close()
 
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32:
         self.encoded_frames += len(pixels)
@@ -97,14 +99,39 @@ class CountingEngine:
     def embed(self, ids: I64) -> F32:
         return self.inner.embed(ids)
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
         self.forwarded_tokens += len(embeds)
         self.forward_calls += 1
-        return self.inner.forward(embeds, logit_index)
+        return self.inner.forward(cache, embeds, logit_index, keys)
+
+    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+        self.inner.move(cache, begin, end, to)
+
+
+class Alone:
+    """An engine and one cache of it, for tests in which there is no other."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.cache = engine.new_cache()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    @property
+    def state(self) -> Any:
+        """The engine's own numbers of the cache."""
+        return self.engine._caches.state(self.cache)  # type: ignore[attr-defined]
 
     def truncate(self, length: int) -> None:
-        self.inner.truncate(length)
+        self.cache.truncate(length)
+
+    def forward(self, embeds: F32, logit_index: I64) -> F32:
+        return self.engine.forward(self.cache, embeds, logit_index)
 
     def move(self, begin: int, end: int, to: int) -> None:
-        assert isinstance(self.inner, MovingEngine)
-        self.inner.move(begin, end, to)
+        self.engine.move(self.cache, begin, end, to)

@@ -38,8 +38,8 @@ def opened(folder: Path) -> Engine:
 
 
 def step(engine: Engine) -> np.ndarray:
-    engine.truncate(0)
-    return engine.forward(engine.embed(np.arange(100, 120)), np.array([-1]))
+    with engine.new_cache() as cache:
+        return engine.forward(cache, engine.embed(np.arange(100, 120)), np.array([-1]))
 
 
 def look(engine: Engine) -> np.ndarray:

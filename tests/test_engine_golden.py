@@ -47,8 +47,9 @@ def test_greedy_tokens_of_the_reference(bundle: Bundle, path: Path) -> None:
     if visual:
         embeds[ids == engine.config.image_token_id] = np.concatenate(visual)
     wanted = arrays["generated_ids"][0].tolist()
-    rows = [prefill(engine, embeds, engine.bounds.max_chunk)[0]]
+    cache = engine.new_cache()
+    rows = [prefill(engine, cache, embeds, engine.bounds.max_chunk)[0]]
     for token in wanted[:-1]:
-        rows.append(engine.forward(engine.embed(np.array([token])), np.array([-1]))[0])
+        rows.append(engine.forward(cache, engine.embed(np.array([token])), np.array([-1]))[0])
     assert np.stack(rows).argmax(-1).tolist() == wanted
     close(np.stack(rows), arrays["generated_logits"], LOGITS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import picture, tiny_tokenizer
+from helpers import Alone, picture, tiny_tokenizer
 from numpy.testing import assert_array_equal
 
 pytest.importorskip("executorch", reason="executorch is not installed")
@@ -24,7 +24,6 @@ from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinErr
 from penguin_edge.export import executorch as export  # noqa: E402
 from penguin_edge.generate import EagerEngine  # noqa: E402
 from penguin_edge.model import PenguinModel  # noqa: E402
-from penguin_edge.runtime.engine import MovingEngine  # noqa: E402
 from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
 from penguin_edge.runtime.sampling import SamplingOptions  # noqa: E402
 from penguin_edge.runtime.stream import StreamSession  # noqa: E402
@@ -90,10 +89,11 @@ def loaded(bundle: Bundle) -> ExecutorchEngine:
 
 
 @pytest.fixture
-def engine(loaded: ExecutorchEngine) -> Iterator[ExecutorchEngine]:
-    """With an empty cache as far as `kv_len` goes; what earlier tests left above it must not be read."""
-    loaded.truncate(0)
-    yield loaded
+def engine(loaded: ExecutorchEngine) -> Iterator[Alone]:
+    """With an empty cache; what earlier tests left in the program must not be read."""
+    one = Alone(loaded)
+    yield one
+    one.cache.close()
 
 
 def error(got: np.ndarray, wanted: torch.Tensor) -> float:
@@ -123,7 +123,7 @@ def eager_logits(model: PenguinModel) -> Callable[[np.ndarray], torch.Tensor]:
 class Stream:
     """Feeds an engine and remembers what the cache must hold."""
 
-    def __init__(self, engine: ExecutorchEngine, model: PenguinModel, tolerance: float) -> None:
+    def __init__(self, engine: Alone, model: PenguinModel, tolerance: float) -> None:
         self.engine, self.logits, self.tolerance = engine, eager_logits(model), tolerance
         self.sequence = np.zeros((0, engine.config.text.hidden_size), np.float32)
         self.seed = 0
@@ -136,14 +136,14 @@ class Stream:
         self.sequence = np.concatenate((self.sequence, chunk))
         wanted = self.logits(self.sequence)[len(self.sequence) - count :][torch.from_numpy(index)]
         assert error(got, wanted) <= self.tolerance
-        assert self.engine.kv_len == len(self.sequence)
+        assert self.engine.length == len(self.sequence)
 
     def truncate(self, length: int) -> None:
         self.engine.truncate(length)
         self.sequence = self.sequence[:length]
 
 
-def test_prefill_decode_truncate(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_prefill_decode_truncate(engine: Alone, model: PenguinModel) -> None:
     stream = Stream(engine, model, FP32_TOLERANCE)
     stream.feed(12)
     for _ in range(8):
@@ -153,30 +153,30 @@ def test_prefill_decode_truncate(engine: ExecutorchEngine, model: PenguinModel) 
     stream.feed(1)
 
 
-def test_uneven_chunks(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_uneven_chunks(engine: Alone, model: PenguinModel) -> None:
     stream = Stream(engine, model, FP32_TOLERANCE)
     for count in (7, 1, 12, 13):
         stream.feed(count)
 
 
-def test_first_token_alone(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_first_token_alone(engine: Alone, model: PenguinModel) -> None:
     stream = Stream(engine, model, FP32_TOLERANCE)
     stream.feed(1)
     stream.feed(1)
 
 
-def test_full_capacity_and_one_more(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_full_capacity_and_one_more(engine: Alone, model: PenguinModel) -> None:
     stream = Stream(engine, model, FP32_TOLERANCE)
     for count in (128, 31, 1):
         stream.feed(count)
     with pytest.raises(BudgetError, match="max_seq_len = 160"):
         engine.forward(embeds(1, 9), np.array([-1]))
-    assert engine.kv_len == MAX_SEQ_LEN
+    assert engine.length == MAX_SEQ_LEN
     stream.truncate(159)
     stream.feed(1)
 
 
-def test_logit_index(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_logit_index(engine: Alone, model: PenguinModel) -> None:
     chunk = embeds(6, 3)
     wanted = eager_logits(model)(chunk)
     for index in ([], [-1], [2, 0, 5], [1] * 8):
@@ -189,11 +189,11 @@ def test_logit_index(engine: ExecutorchEngine, model: PenguinModel) -> None:
         engine.forward(chunk, np.zeros(9, np.int64))
 
 
-def test_reopened_engine_equals_used_one(engine: ExecutorchEngine, bundle: Bundle) -> None:
+def test_reopened_engine_equals_used_one(engine: Alone, bundle: Bundle) -> None:
     """Same numbers, and a state of its own."""
     engine.forward(embeds(100, 1), np.array([-1]))
     engine.truncate(0)
-    fresh = ExecutorchEngine.open(bundle)
+    fresh = Alone(ExecutorchEngine.open(bundle))
     for count, seed in ((9, 2), (1, 3)):
         index = np.array([-1])
         assert_array_equal(engine.forward(embeds(count, seed), index), fresh.forward(embeds(count, seed), index))
@@ -204,7 +204,7 @@ def test_reopened_engine_equals_used_one(engine: ExecutorchEngine, bundle: Bundl
 
 
 @pytest.mark.parametrize("patches", [1, 2, 24, 255, 256, 640])
-def test_encoder(engine: ExecutorchEngine, model: PenguinModel, patches: int) -> None:
+def test_encoder(engine: Alone, model: PenguinModel, patches: int) -> None:
     """Up to the bound, 4 * max_seq_len."""
     pixels = np.random.default_rng(patches).standard_normal((1, patches, 588)).astype(np.float32)
     rows, cols = np.arange(patches) // 16, np.arange(patches) % 16
@@ -219,7 +219,7 @@ def test_encoder_bounds(engine: ExecutorchEngine) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "merge"), [(1, 1), (1, 2), (7, 1), (160, 2), (640, 1)])
-def test_projector(engine: ExecutorchEngine, model: PenguinModel, tokens: int, merge: int) -> None:
+def test_projector(engine: Alone, model: PenguinModel, tokens: int, merge: int) -> None:
     features = np.random.default_rng(tokens).standard_normal((1, tokens * merge**2, 64)).astype(np.float32)
     wanted = model.project(torch.from_numpy(features), merge)
     got = engine.project(features.reshape(1, tokens, merge**2, 64))
@@ -238,9 +238,9 @@ MOVES = {
 """Calls of `move`, one after another, in a cache of 160 that is full."""
 
 
-def check_moves(engine: ExecutorchEngine, eager: EagerEngine, tolerance: float) -> None:
+def check_moves(engine: Alone, eager: Alone, tolerance: float) -> None:
     """Each list of `MOVES`, and tokens behind it: logits, and all that the cache holds, are the eager engine's."""
-    assert isinstance(engine, MovingEngine) and engine.can_move
+    assert engine.can_move
     config = engine.config
     for seed, (name, moves) in enumerate(MOVES.items()):
         found = []
@@ -252,19 +252,19 @@ def check_moves(engine: ExecutorchEngine, eager: EagerEngine, tolerance: float) 
             logits = []
             for index, (begin, end, to) in enumerate(moves):
                 one.move(begin, end, to)
-                assert one.kv_len == to + end - begin
-                one.truncate(min(one.kv_len, MAX_SEQ_LEN - 3))
+                assert one.length == to + end - begin
+                one.truncate(min(one.length, MAX_SEQ_LEN - 3))
                 logits.append(one.forward(embeds(3, 10 + index, config), np.array([0, 2])))
             found.append(np.concatenate(logits))
         assert error(found[0], torch.from_numpy(found[1])) <= tolerance, name
         for layer in range(config.text.num_hidden_layers):
-            for what, wanted in (("keys", eager._cache.keys[layer]), ("values", eager._cache.values[layer])):
+            for what, wanted in (("keys", eager.state.keys[layer]), ("values", eager.state.values[layer])):
                 held = engine._method("decoder").get_attribute(f"{what}_{layer}")
                 assert float((held - wanted[0]).norm() / wanted.float().norm()) <= tolerance, name
 
 
-def test_positions_move_as_eager_moves_them(engine: ExecutorchEngine, model: PenguinModel) -> None:
-    check_moves(engine, EagerEngine(model, max_seq_len=MAX_SEQ_LEN), FP32_TOLERANCE)
+def test_positions_move_as_eager_moves_them(engine: Alone, model: PenguinModel) -> None:
+    check_moves(engine, Alone(EagerEngine(model, max_seq_len=MAX_SEQ_LEN)), FP32_TOLERANCE)
     for begin, end, to in ((10, 10, 5), (10, 20, 15), (10, MAX_SEQ_LEN + 1, 0)):
         with pytest.raises(InputError, match="wanted 0 <= to <= begin < end <= 160"):
             engine.move(begin, end, to)
@@ -272,11 +272,11 @@ def test_positions_move_as_eager_moves_them(engine: ExecutorchEngine, model: Pen
 
 def test_positions_move_in_fp16(half_bundle: Bundle) -> None:
     """Both turn in fp32 and round the result: what differs is what went into the cache."""
-    eager = EagerEngine(tiny(ONE_LAYER, torch.float16), max_seq_len=MAX_SEQ_LEN)
-    check_moves(ExecutorchEngine.open(half_bundle), eager, FP16_TOLERANCE)
+    eager = Alone(EagerEngine(tiny(ONE_LAYER, torch.float16), max_seq_len=MAX_SEQ_LEN))
+    check_moves(Alone(ExecutorchEngine.open(half_bundle)), eager, FP16_TOLERANCE)
 
 
-def test_a_move_is_exact(engine: ExecutorchEngine) -> None:
+def test_a_move_is_exact(engine: Alone) -> None:
     """The same token at another place: its key in the first layer is that of a token computed there."""
     x, keys = embeds(40, 0), []
     for before in (0, 120):
@@ -286,7 +286,7 @@ def test_a_move_is_exact(engine: ExecutorchEngine) -> None:
                 engine.forward(x if count == 40 else embeds(count, 1), np.empty(0, np.int64))
         for begin in range(before, 0, -10):  # in steps, each of which rounds
             engine.move(begin, begin + 40, begin - 10)
-        assert engine.kv_len == 40
+        assert engine.length == 40
         keys.append(engine._method("decoder").get_attribute("keys_0")[:, :40].clone())
     assert float((keys[0] - keys[1]).abs().max() / keys[0].abs().max()) <= 1e-5
 
@@ -304,30 +304,31 @@ def test_a_program_that_does_not_name_its_buffers_cannot_move(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     bounds = half_bundle.manifest.bounds
     export.ExecutorchTarget().export_part("decoder", tiny(ONE_LAYER, torch.float16), bounds, tmp_path)
-    engine = ExecutorchEngine.open(Bundle(tmp_path, half_bundle.manifest))
+    engine = Alone(ExecutorchEngine.open(Bundle(tmp_path, half_bundle.manifest)))
     assert not engine.can_move
     Stream(engine, tiny(ONE_LAYER, torch.float16), FP16_TOLERANCE).feed(12)
     with pytest.raises(InputError, match="does not name its KV buffers; recompute, or export it again"):
         engine.move(5, 12, 0)
     with pytest.raises(InputError, match="executorch cannot move positions"):
-        StreamSession(engine, tiny_tokenizer(), cache="rebase")
-    assert engine.kv_len == 12
+        StreamSession(engine.engine, tiny_tokenizer(), cache="rebase")
+    assert engine.length == 12
     # The names are all that it costs, within the padding between segments.
     sizes = [folder.joinpath("decoder.pte").stat().st_size for folder in (tmp_path, half_bundle.folder)]
     assert 0 <= sizes[1] - sizes[0] <= 100 * 2 * ONE_LAYER.text.num_hidden_layers
 
 
-def test_a_stream_moves_its_cache(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_a_stream_moves_its_cache(loaded: ExecutorchEngine, model: PenguinModel) -> None:
     runs = []
-    for one in (engine, EagerEngine(model, max_seq_len=MAX_SEQ_LEN)):
+    for one in (loaded, EagerEngine(model, max_seq_len=MAX_SEQ_LEN)):
         options = {"budget": 24, "window_s": 3.0, "question_tokens": 12, "answer_tokens": 8}
         run = StreamSession(one, tiny_tokenizer(), cache="rebase", **options)  # type: ignore[arg-type]
         for i in range(9):
             run.push(picture(i, 56, 84), float(i))
         asked = [token.id for token in run.ask("What?", options=SamplingOptions(max_new_tokens=6))]
         keys = run.prompt_keys()
-        one.truncate(len(keys) - 1)
-        runs.append((run, asked, one.forward(run._embeds(keys[-1:]), np.array([-1]))))
+        run.cache.truncate(len(keys) - 1)
+        runs.append((run, asked, one.forward(run.cache, run._embeds(keys[-1:]), np.array([-1]))))
+        run.close()
     (run, asked, logits), (wanted, answer, reference) = runs
     assert run.stats == wanted.stats and run.stats.moved_tokens > 0 and run.prompt_keys() == wanted.prompt_keys()
     assert asked == answer and error(logits, torch.from_numpy(reference)) <= FP32_TOLERANCE
@@ -335,7 +336,7 @@ def test_a_stream_moves_its_cache(engine: ExecutorchEngine, model: PenguinModel)
 
 def test_fp16(half_bundle: Bundle) -> None:
     """Against eager fp16, every stage."""
-    engine, model = ExecutorchEngine.open(half_bundle), tiny(ONE_LAYER, torch.float16)
+    engine, model = Alone(ExecutorchEngine.open(half_bundle)), tiny(ONE_LAYER, torch.float16)
     stream = Stream(engine, model, FP16_TOLERANCE)
     for count in (12, 1, 1):
         stream.feed(count)
@@ -352,7 +353,7 @@ def test_fp16(half_bundle: Bundle) -> None:
 
 def test_fp16_survives_large_residuals(half_bundle: Bundle) -> None:
     """Squares of 3,000 leave fp16's range; the norms must not."""
-    engine, model = ExecutorchEngine.open(half_bundle), tiny(ONE_LAYER, torch.float32)
+    engine, model = Alone(ExecutorchEngine.open(half_bundle)), tiny(ONE_LAYER, torch.float32)
     chunk = embeds(3, 1) * 3000
     wanted = eager_logits(model)(chunk)[-1:]
     assert error(engine.forward(chunk, np.array([-1])), wanted) <= FP16_TOLERANCE
@@ -404,7 +405,7 @@ def test_damaged_program(bundle: Bundle, tmp_path: Path) -> None:
     for file in bundle.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "decoder.pte").write_bytes(bytes(4096))
-    engine = ExecutorchEngine.open(Bundle(tmp_path, bundle.manifest))
+    engine = Alone(ExecutorchEngine.open(Bundle(tmp_path, bundle.manifest)))
     with pytest.raises(BundleError, match="export again"):
         engine.forward(embeds(1, 0), np.array([-1]))
 
@@ -424,7 +425,7 @@ def test_refusals(bundle: Bundle, loaded: ExecutorchEngine, tmp_path: Path) -> N
         )
 
 
-def test_eager_cache_agrees(engine: ExecutorchEngine, model: PenguinModel) -> None:
+def test_eager_cache_agrees(engine: Alone, model: PenguinModel) -> None:
     """The engine's cache and the model's own, token by token."""
     assert model.decoder is not None
     cache = KVCache(TINY.text, MAX_SEQ_LEN, torch.float32, torch.device("cpu"))
@@ -444,7 +445,7 @@ import numpy as np
 from penguin_edge.bundle import Bundle
 from penguin_edge.runtime.executorch import ExecutorchEngine
 engine = ExecutorchEngine.open(Bundle.read({str(nano_bundle("executorch", "fp32"))!r}), threads=1)
-engine.forward(engine.embed(np.array([1, 2])), np.array([-1]))
+engine.forward(engine.new_cache(), engine.embed(np.array([1, 2])), np.array([-1]))
 assert "executorch.exir" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

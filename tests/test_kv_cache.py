@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Alone
 
 from penguin_edge.bundle import EMBEDDING, KV_SCALES, Bundle, GraphEntry, Manifest, finish, signature
 from penguin_edge.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from penguin_edge.quantize.apply import kv_form
 from penguin_edge.quantize.calibrate import calibrate, ready_from
 from penguin_edge.quantize.recipe import PRESETS as RECIPES
 from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.runtime.engine import MovingEngine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from penguin_edge.samples import Sample
@@ -107,18 +107,18 @@ def test_the_engines_cache_is_the_references(
     checkpoint: Checkpoint, scales: torch.Tensor, tmp_path: Path, dtype: str, near: float
 ) -> None:
     form = KVForm("int8", scales) if dtype == "int8" else KVForm("fp16")
-    engine = open_engine(exported(checkpoint, form, tmp_path / "bundle"), threads=1)
+    engine = Alone(open_engine(exported(checkpoint, form, tmp_path / "bundle"), threads=1))
     model = checkpoint.load(("decoder", "embedding"), dtype=torch.float32)
     assert model.decoder is not None
-    plain = EagerEngine(model, max_seq_len=LENGTH)
+    plain = Alone(EagerEngine(model, max_seq_len=LENGTH))
     model.decoder.kv_form = form
-    rounded = EagerEngine(model, max_seq_len=LENGTH)
+    rounded = Alone(EagerEngine(model, max_seq_len=LENGTH))
     embeds = plain.embed(samples(1)[0].input_ids)
     got, wanted, exact = [], [], []
     # Chunks, single positions, and a prefix that is used again.
     for begin, end in ((0, 7), (7, 8), (8, 16), (10, 14), (14, 15)):
         for engine_, rows in ((engine, got), (rounded, wanted), (plain, exact)):
-            engine_.truncate(min(begin, engine_.kv_len))
+            engine_.truncate(min(begin, engine_.length))
             rows.append(engine_.forward(embeds[begin:end], np.array([-1]))[0])
     difference = np.abs(np.array(got) - np.array(wanted)).max() / np.abs(wanted).max()
     assert difference <= near
@@ -140,12 +140,12 @@ def test_a_moved_cache_is_the_references(
     checkpoint: Checkpoint, scales: torch.Tensor, tmp_path: Path, dtype: str, near: float
 ) -> None:
     form = KVForm("int8", scales) if dtype == "int8" else KVForm("fp16")
-    engine = open_engine(exported(checkpoint, form, tmp_path / "bundle"), threads=1)
+    engine = Alone(open_engine(exported(checkpoint, form, tmp_path / "bundle"), threads=1))
     model = checkpoint.load(("decoder", "embedding"), dtype=torch.float32)
     assert model.decoder is not None
     model.decoder.kv_form = form
-    eager = EagerEngine(model, max_seq_len=LENGTH)
-    assert isinstance(engine, MovingEngine) and engine.can_move
+    eager = Alone(EagerEngine(model, max_seq_len=LENGTH))
+    assert engine.can_move
     embeds = eager.embed(np.random.default_rng(3).integers(0, 500, LENGTH))
     found = []
     for one in (engine, eager):
@@ -167,13 +167,13 @@ def test_an_int8_cache_without_its_scales_cannot_be_moved(
     assert np.array_equal(np.fromfile(bundle.path(KV_SCALES), "<f4"), scales.numpy().ravel())
     embeds = np.zeros((4, TINY.text.hidden_size), np.float32)
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != KV_SCALES}
-    older = open_engine(Bundle(bundle.folder, replace(bundle.manifest, files=files)), threads=1)
-    assert isinstance(older, MovingEngine) and not older.can_move
+    older = Alone(open_engine(Bundle(bundle.folder, replace(bundle.manifest, files=files)), threads=1))
+    assert not older.can_move
     older.forward(embeds, np.empty(0, np.int64))
     with pytest.raises(InputError, match="recompute, or export it again"):
         older.move(2, 4, 0)
     bundle.path(KV_SCALES).write_bytes(bytes(12))
-    damaged = OnnxRuntimeEngine.open(Bundle(bundle.folder, bundle.manifest), threads=1)
+    damaged = Alone(OnnxRuntimeEngine.open(Bundle(bundle.folder, bundle.manifest), threads=1))
     damaged.forward(embeds, np.empty(0, np.int64))
     with pytest.raises(BundleError, match="3 scales, wanted"):
         damaged.move(2, 4, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import Alone, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.decoder import KVCache, KVForm
 from penguin_edge.errors import InputError
 from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.engine import MovingEngine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.kv_shift import move_positions
 
@@ -104,22 +103,22 @@ def test_a_cache_in_half_precision_is_rounded_after_a_move() -> None:
 
 def test_a_turn_is_exact() -> None:
     """The same token at another place: its key in the first layer is that of a token computed there."""
-    engine, there = (EagerEngine(tiny_model(), max_seq_len=600) for _ in range(2))
+    engine, there = (Alone(EagerEngine(tiny_model(), max_seq_len=600)) for _ in range(2))
     embeds = engine.embed(np.arange(500) % 600)
     engine.forward(embeds[:450], np.empty(0, np.int64))
     there.forward(embeds[400:450], np.empty(0, np.int64))
     for begin in range(400, 0, -50):  # in steps, each of which rounds
         engine.move(begin, begin + 50, begin - 50)
-    assert engine.kv_len == 50
-    got, wanted = (one._cache.keys[0][:, :, :50] for one in (engine, there))
+    assert engine.length == 50
+    got, wanted = (one.state.keys[0][:, :, :50] for one in (engine, there))
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_onnx_runtime_moves_as_eager_does(nano_bundle: Callable[[str, str], Path]) -> None:
     checkpoint = Checkpoint.open("nano", note=lambda line: None)
-    eager = EagerEngine(checkpoint.load(), max_seq_len=512)
-    engine = open_engine(Bundle.read(nano_bundle("onnx", "fp32")), threads=1)
-    assert isinstance(engine, MovingEngine) and engine.can_move
+    eager = Alone(EagerEngine(checkpoint.load(), max_seq_len=512))
+    engine = Alone(open_engine(Bundle.read(nano_bundle("onnx", "fp32")), threads=1))
+    assert engine.can_move
     random = np.random.default_rng(0)
     ids = random.integers(0, 4000, 300)
     found = []
@@ -129,7 +128,7 @@ def test_onnx_runtime_moves_as_eager_does(nano_bundle: Callable[[str, str], Path
             one.forward(embeds[begin : begin + 100], np.empty(0, np.int64))
         one.truncate(100)
         one.move(180, 300, 100)
-        assert one.kv_len == 220
+        assert one.length == 220
         found.append(one.forward(embeds[:3], np.array([0, 2])))
         with pytest.raises(InputError, match="wanted 0 <= to"):
             one.move(10, 20, 15)

@@ -155,7 +155,7 @@ def test_errors_are_raised_by_the_next_call_once_and_the_stream_goes_on() -> Non
             run.wait()
         run.push(picture(3), 3.0)
         run.wait()
-        assert run.stats.dropped == {"error": 2} and engine.kv_len == len(run.session.prompt_keys())
+        assert run.stats.dropped == {"error": 2} and run.session.cache.length == len(run.session.prompt_keys())
         # What the failed frame lacks was computed with the next one.
         assert run.session._stream.times == [1.0, 2.0, 3.0]
         with pytest.raises(PenguinError, match="shorten the question"):

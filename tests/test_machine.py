@@ -87,8 +87,8 @@ def test_an_engine_gives_back_the_weights_that_it_has_copied(
     with monkeypatch.context() as without:
         without.setattr("penguin_edge.runtime.onnxruntime.page_out", lambda path: None)
         kept, engine = loaded()
-        wanted = engine.forward(engine.embed(np.arange(20)), np.array([-1]))
+        wanted = engine.forward(engine.new_cache(), engine.embed(np.arange(20)), np.array([-1]))
         del engine
     left, engine = loaded()
     assert left < kept / 4, "the runtime keeps no file mapped any more: paging out can go"
-    assert np.array_equal(engine.forward(engine.embed(np.arange(20)), np.array([-1])), wanted)
+    assert np.array_equal(engine.forward(engine.new_cache(), engine.embed(np.arange(20)), np.array([-1])), wanted)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CountingEngine, picture, tiny_model, tiny_tokenizer
+from helpers import Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,8 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.generate import EagerEngine
 from penguin_edge.runtime.answer import UnusablePicture
-from penguin_edge.runtime.engine import F32, I64, MovingEngine
+from penguin_edge.runtime.cache import Cache, Key
+from penguin_edge.runtime.engine import F32, I64
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.executorch import ExecutorchEngine
 from penguin_edge.runtime.live import Live
@@ -46,11 +47,11 @@ class Poisoned(CountingEngine):
         self.after = 0
         """Calls of `forward` that are still right."""
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
+    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
         # What is not finite lies in the cache, too, as it would in an engine.
         self.after -= 1
         bad = self.logits if self.after < 0 else 0.0
-        out = super().forward(embeds + np.float32(bad), logit_index)
+        out = super().forward(cache, embeds + np.float32(bad), logit_index, keys)
         if bad:
             out[:, 7] += np.float32(bad)
         return out
@@ -141,7 +142,7 @@ def test_a_stream_goes_on_without_a_frame_that_cannot_be_used(cache: Any) -> Non
             run.push(picture(i), float(i))
             fresh.push(picture(i), float(i))
         assert run.times == [float(at) for at in range(max(0, i - 4), i + 1) if at not in (0, 5)]
-        assert engine.kv_len == len(run.prompt_keys()) == len(run._held)
+        assert run.cache.length == len(run.prompt_keys())
     assert run.stats.given_up["unusable"] == 2
     if cache == "recompute":
         assert answers(run, "stream", GREEDY) == answers(fresh, "stream", GREEDY)
@@ -184,12 +185,10 @@ ENGINES = [
 def test_what_was_cut_off_the_cache_is_never_seen_again(nano_bundle: Callable[[str, str], Path], kind: str) -> None:
     """Not after a truncation to any length, not at any distance, not by one position or a chunk."""
 
-    def opened() -> MovingEngine:
+    def opened() -> Alone:
         if kind == "eager":
-            return EagerEngine(Checkpoint.open("nano", note=lambda line: None).load(), max_seq_len=512)
-        engine = open_engine(Bundle.read(nano_bundle(*kind.split())), threads=1)
-        assert isinstance(engine, MovingEngine)
-        return engine
+            return Alone(EagerEngine(Checkpoint.open("nano", note=lambda line: None).load(), max_seq_len=512))
+        return Alone(open_engine(Bundle.read(nano_bundle(*kind.split())), threads=1))
 
     clean, engine = opened(), opened()
     ids = np.random.default_rng(0).integers(0, 4000, 100)
@@ -219,7 +218,7 @@ def test_what_was_cut_off_the_cache_is_never_seen_again(nano_bundle: Callable[[s
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_numbers_that_are_none_come_out_as_such(nano_bundle: Callable[[str, str], Path], kind: str) -> None:
     """Whatever the graph rounds on the way: no engine makes a likely token of them."""
-    engine = open_engine(Bundle.read(nano_bundle(*kind.split())), threads=1)
+    engine = Alone(open_engine(Bundle.read(nano_bundle(*kind.split())), threads=1))
     embeds = engine.embed(np.arange(100, 130))
     for bad in BAD:
         for count in (1, 30):
@@ -234,8 +233,7 @@ def test_numbers_that_are_none_come_out_as_such(nano_bundle: Callable[[str, str]
 def test_what_is_moved_is_kept_and_what_was_bad_is_not(nano_bundle: Callable[[str, str], Path], kind: str) -> None:
     """Positions above the end of the cache may be moved down: they are not to be cleared with what is bad."""
     bundle = Bundle.read(nano_bundle(*kind.split()))
-    engine, clean = open_engine(bundle, threads=1), open_engine(bundle, threads=1)
-    assert isinstance(engine, MovingEngine) and isinstance(clean, MovingEngine)
+    engine, clean = (Alone(open_engine(bundle, threads=1)) for _ in range(2))
     embeds = engine.embed(np.random.default_rng(1).integers(0, 4000, 60))
     found = []
     for one in (clean, engine):
@@ -264,12 +262,12 @@ def test_a_program_that_does_not_name_its_buffers_is_loaded_again(
 ) -> None:
     """As earlier exports left it: nothing can be cleared in it."""
     monkeypatch.setattr(ExecutorchEngine, "can_move", False)
-    engine = open_engine(Bundle.read(nano_bundle("executorch", "fp32")), threads=1)
+    engine = Alone(open_engine(Bundle.read(nano_bundle("executorch", "fp32")), threads=1))
     embeds = engine.embed(np.arange(20))
     want = engine.forward(embeds, LAST)
     with pytest.raises(PenguinError, match="its cache was emptied"):
         engine.forward(embeds * np.nan, LAST)
-    assert engine.kv_len == 0 and np.array_equal(engine.forward(embeds, LAST), want)
+    assert engine.length == 0 and np.array_equal(engine.forward(embeds, LAST), want)
 
 
 def test_the_command_ends_with_one_line(tmp_path: Path) -> None:

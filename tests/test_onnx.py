@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Alone
 from numpy.testing import assert_array_equal
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -132,18 +133,17 @@ class Cached:
 
     def __init__(self, engine: OnnxRuntimeEngine, model: PenguinModel) -> None:
         assert model.decoder is not None
-        self.engine = engine
+        self.engine = Alone(engine)
         self.embeds = np.random.default_rng(1).standard_normal((MAX_SEQ_LEN, 96), dtype=np.float32)
         with torch.no_grad():
             hidden = model.decoder(torch.from_numpy(self.embeds)[None], torch.arange(MAX_SEQ_LEN))
             self.logits = model.decoder.lm_head(hidden)[0]
-        engine.truncate(0)
 
     def chunk(self, count: int, *index: int) -> None:
-        begin = self.engine.kv_len
+        begin = self.engine.length
         got = self.engine.forward(self.embeds[begin : begin + count], np.array(index, dtype=np.int64))
         near(got, self.logits[[begin + (count + i if i < 0 else i) for i in index]])
-        assert self.engine.kv_len == begin + count
+        assert self.engine.length == begin + count
 
 
 def prefill_decode_truncate(run: Cached) -> None:
@@ -180,20 +180,23 @@ def test_decoder_matches_a_forward_without_cache(
 
 def test_a_chunk_may_ask_for_no_logits(engine: OnnxRuntimeEngine, models: dict[str, PenguinModel]) -> None:
     run = Cached(engine, models["fp32"])
-    assert engine.forward(run.embeds[:9], np.zeros(0, dtype=np.int64)).shape == (0, VOCAB)
+    assert run.engine.forward(run.embeds[:9], np.zeros(0, dtype=np.int64)).shape == (0, VOCAB)
     run.chunk(3, -1)
 
 
 def test_results_of_earlier_calls_stay(engine: OnnxRuntimeEngine) -> None:
     embeds = np.random.default_rng(2).standard_normal((2, 96), dtype=np.float32)
-    first = engine.forward(embeds[:1], np.array([-1]))
+    one = Alone(engine)
+    first = one.forward(embeds[:1], np.array([-1]))
     kept = first.copy()
-    engine.forward(embeds[1:], np.array([-1]))
+    one.forward(embeds[1:], np.array([-1]))
     assert_array_equal(first, kept)
 
 
-def test_two_engines_share_no_cache(bundles: dict[str, Bundle], models: dict[str, PenguinModel]) -> None:
-    one, two = (Cached(OnnxRuntimeEngine.open(bundles["fp32"], threads=1), models["fp32"]) for _ in range(2))
+@pytest.mark.parametrize("engines", [1, 2])
+def test_two_caches_are_two(bundles: dict[str, Bundle], models: dict[str, PenguinModel], engines: int) -> None:
+    opened = [OnnxRuntimeEngine.open(bundles["fp32"], threads=1) for _ in range(engines)]
+    one, two = (Cached(engine, models["fp32"]) for engine in (opened[0], opened[-1]))
     one.chunk(20, -1)
     two.chunk(3, -1)
     one.chunk(5, 0, -1)
@@ -206,29 +209,30 @@ def test_more_than_the_capacity_is_refused_and_changes_nothing(
     run = Cached(engine, models["fp32"])
     run.chunk(MAX_SEQ_LEN - 1, -1)
     with pytest.raises(BudgetError, match=f"{MAX_SEQ_LEN + 1} tokens"):
-        engine.forward(np.zeros((2, 96), np.float32), np.array([-1]))
+        run.engine.forward(np.zeros((2, 96), np.float32), np.array([-1]))
     run.chunk(1, -1)
 
 
 def test_what_lies_outside_the_bounds_is_refused(engine: OnnxRuntimeEngine) -> None:
-    one = np.zeros((1, 96), np.float32)
+    one, cached = np.zeros((1, 96), np.float32), Alone(engine)
     for index in (np.array([1]), np.array([-2]), np.zeros(9, np.int64)):
         with pytest.raises(InputError):
-            engine.forward(one, index)
+            cached.forward(one, index)
     with pytest.raises(InputError, match="17 frames"):
         engine.encode(*grid(17, 1, 1))
     with pytest.raises(InputError, match="17 frames"):
         engine.project(np.zeros((17, 1, 4, 64), np.float32))
     with pytest.raises(InputError, match="cache holds 0"):
-        engine.truncate(1)
+        cached.truncate(1)
 
 
 def test_wrong_widths_give_our_error(engine: OnnxRuntimeEngine) -> None:
+    cached = Alone(engine)
     with pytest.raises(InputError, match=r"embeds: float32 \[1, 95\], wanted an array of floats of shape \[any, 96\]"):
-        engine.forward(np.zeros((1, 95), np.float32), np.array([-1]))
+        cached.forward(np.zeros((1, 95), np.float32), np.array([-1]))
     with pytest.raises(InputError, match=r"pixels: float32 \[1, 4, 587\], wanted"):
         engine.encode(np.zeros((1, 4, 587), np.float32), np.arange(4), np.arange(4))
-    assert engine.kv_len == 0
+    assert cached.length == 0
 
 
 def test_embed_reads_the_stored_rows(bundles: dict[str, Bundle], models: dict[str, PenguinModel]) -> None:

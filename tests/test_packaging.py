@@ -113,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     "foreign": BASE | {"tensorfile"},
     "weights": BASE | {"foreign", "tensorfile"},
     "checkpoint": BASE | STORED | {"model", "prompt"},
-    "generate": DEVICE | NETWORK | {"model"},
+    "generate": DEVICE | NETWORK | {"model", "runtime"},  # an engine like the others
     "eager": MODEL,
     "data": MODEL,
     "packing": MODEL | {"samples"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from penguin_edge.config import PRESETS, ImageConfig, PenguinConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.prompt import END, IMAGE, START, Message, render
 from penguin_edge.records import ANNOTATIONS, Record, read_records
+from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 from penguin_edge.samples import (
@@ -51,11 +52,10 @@ class EchoEngine:
         self.bounds = Bounds(max_seq_len=8192, max_chunk=512, max_batch=16, patch_buckets=(65_536,))
         self.frames: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self.rows = np.zeros((0, 2), int)
-        self.kv_version = 0
+        self.capacity, self.can_move = None, False
 
-    @property
-    def kv_len(self) -> int:
-        return len(self.rows)
+    def new_cache(self) -> Cache:
+        return Caches(None, object).new()
 
     def _wide(self, values: Any, is_frame: bool) -> NDArray[np.float32]:
         out = np.zeros((*np.shape(values), self.config.text.hidden_size), np.float32)
@@ -74,14 +74,12 @@ class EchoEngine:
     def embed(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         return self._wide(ids, False)
 
-    def forward(self, embeds: NDArray[Any], logit_index: NDArray[Any]) -> NDArray[np.float32]:
-        self.kv_version += 1
-        self.rows = np.concatenate([self.rows, embeds[:, :2].astype(int)])
-        return np.zeros((len(logit_index), self.config.text.vocab_size), np.float32)
-
-    def truncate(self, length: int) -> None:
-        self.kv_version += 1
-        self.rows = self.rows[:length]
+    def forward(
+        self, cache: Cache, embeds: NDArray[Any], logit_index: NDArray[Any], keys: Sequence[Key] = ()
+    ) -> NDArray[np.float32]:
+        self.rows = np.concatenate([self.rows[: cache.length], embeds[:, :2].astype(int)])
+        with cache.writing(len(embeds), keys):
+            return np.zeros((len(logit_index), self.config.text.vocab_size), np.float32)
 
 
 def write_clip(path: Path, frames: int = 8, size: tuple[int, int] = (84, 112), moving: bool = True) -> None:

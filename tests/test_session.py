@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CLIP, CountingEngine, picture, tiny_model, tiny_tokenizer
+from helpers import CLIP, Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.frames import read_video
@@ -228,7 +228,7 @@ def test_old_frames_give_way() -> None:
 
 
 def test_eager_engine_truncates_to_any_prefix() -> None:
-    engine = EagerEngine(tiny_model(), max_seq_len=64)
+    engine = Alone(EagerEngine(tiny_model(), max_seq_len=64))
     embeds = engine.embed(np.arange(40))
     last = np.array([-1])
     whole = engine.forward(embeds, last)

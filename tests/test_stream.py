@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CountingEngine, picture, tiny_model, tiny_tokenizer
+from helpers import Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -32,10 +32,10 @@ def answer(of: Session, question: str, **options: Any) -> list[int]:
     return [token.id for token in of.ask(question, options=SHORT, **options)]
 
 
-def from_nothing(of: StreamSession) -> tuple[np.ndarray, EagerEngine]:
+def from_nothing(of: StreamSession) -> tuple[np.ndarray, Alone]:
     """Logits after the window, by an engine that has not seen it before, and this engine."""
     keys = of.prompt_keys()
-    engine = EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len)
+    engine = Alone(EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len))
     embeds = of._embeds(keys)
     for begin in range(0, len(keys), 100):
         piece = embeds[begin : begin + 100]
@@ -47,7 +47,7 @@ def test_frames_are_prefilled_as_they_come_and_a_question_pays_for_itself() -> N
     run, engine = stream()
     for i in range(5):
         run.push(picture(i), float(i))
-    assert engine.encoded_frames == 5 and engine.kv_len == len(run.prompt_keys())
+    assert engine.encoded_frames == 5 and run.cache.length == len(run.prompt_keys())
     engine.reset()
     asked = answer(run, "What is it?")
     assert engine.encoded_frames == 0 and run.report.reused_tokens == len(run.prompt_keys())
@@ -65,11 +65,11 @@ def test_a_question_is_rolled_back_when_the_next_frame_comes_unless_it_is_kept()
     run.push(picture(0), 0.0)
     answer(run, "What is it?")
     run.push(picture(1), 1.0)
-    assert engine.kv_len == len(run.prompt_keys())
+    assert run.cache.length == len(run.prompt_keys())
     again, _ = stream()
     for i in range(2):
         again.push(picture(i), float(i))
-    assert run.prompt_keys() == again.prompt_keys() == run._held
+    assert run.prompt_keys() == again.prompt_keys() == run.cache.keys
     before = run.planner.limits.room
     answer(run, "And now?", keep=True)
     assert run.planner.limits.room is not None and before is not None and run.planner.limits.room < before
@@ -85,7 +85,7 @@ def test_a_full_budget_shrinks_old_frames_and_the_cache_follows(shrink: Any) -> 
     for i in range(14):
         run.push(picture(i, 140, 168), i / 2)
         assert run.visual_tokens <= 90
-        assert engine.kv_len == len(run._held) and run._held == run.prompt_keys()
+        assert run.cache.keys == run.prompt_keys()
     assert run.stats.reencoded > 0 and run.stats.reprefilled_tokens > 0 and run.stats.max_visual_tokens <= 90
     assert (engine.encoded_frames == run.stats.encoded) and (shrink == "encode" or engine.encoded_frames == 14)
     assert sum(visual.tokens for visual in run._features) == run.visual_tokens
@@ -137,17 +137,17 @@ def test_an_engine_that_fails_in_the_middle_is_asked_for_everything_again() -> N
     again, _ = stream(budget=60, cache="rebase", window_s=3.0)
     for i in range(4, 8):
         again.push(picture(i), float(i))
-    assert run.prompt_keys() == again.prompt_keys() == run._held
+    assert run.prompt_keys() == again.prompt_keys() == run.cache.keys
     assert answer(run, "What is it?") == answer(again, "What is it?")
 
 
 def test_the_window_moves_on() -> None:
-    run, engine = stream(window_s=3.0)
+    run, _ = stream(window_s=3.0)
     for i in range(12):
         run.push(picture(i % 5), float(i))
     assert run._stream.times == [8.0, 9.0, 10.0, 11.0] and run.stats.given_up == {"window": 8}
     assert len(run._frames) == len(run._stream.digests) == 4 and len(run._features) == 4
-    assert engine.kv_len == len(run.prompt_keys())
+    assert run.cache.length == len(run.prompt_keys())
 
 
 def test_another_size_or_a_time_before_begins_anew() -> None:
@@ -163,13 +163,13 @@ def test_another_size_or_a_time_before_begins_anew() -> None:
 
 
 def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
-    run, engine = stream(capacity=400, question_tokens=16, answer_tokens=16)
+    run, _ = stream(capacity=400, question_tokens=16, answer_tokens=16)
     for i in range(20):
         run.push(picture(i), float(i))
-    held, frames = engine.kv_len, len(run._frames)
+    held, frames = run.cache.length, len(run._frames)
     with pytest.raises(BudgetError, match="shorten the question"):
         answer(run, "word " * 200)
-    assert (engine.kv_len, len(run._frames)) == (held, frames)
+    assert (run.cache.length, len(run._frames)) == (held, frames)
     assert answer(run, "What?")
     for wrong, word in (
         ((picture(0).astype(np.float32), 30.0), "uint8"),
@@ -198,7 +198,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
 
 
 def test_the_stream_waits_while_an_answer_is_read() -> None:
-    run, engine = stream()
+    run, _ = stream()
     run.push(picture(0), 0.0)
     asked = run.ask("What is it?", options=SHORT)
     first = next(asked)
@@ -209,7 +209,7 @@ def test_the_stream_waits_while_an_answer_is_read() -> None:
     run.push(picture(1), 1.0)
     again, _ = stream()
     again.push(picture(0), 0.0)
-    assert [first.id, *rest] == answer(again, "What is it?") and engine.kv_len == len(run.prompt_keys())
+    assert [first.id, *rest] == answer(again, "What is it?") and run.cache.length == len(run.prompt_keys())
 
 
 def test_what_is_kept_leaves_room_for_frames() -> None:
@@ -299,10 +299,10 @@ class Streaming(RuleBasedStateMachine):
         count = len(run._frames)
         assert count == len(run._numbers) == len(run.planner.numbers) == len(run._stream.times)
         assert run._numbers == list(run.planner.numbers)
-        assert run.visual_tokens <= (run.budget or 10**9) and self.engine.kv_len == len(run._held) <= 420
+        assert run.visual_tokens <= (run.budget or 10**9) and run.cache.length <= 420
         assert run._stream.times == sorted(run._stream.times)
         keys = run.prompt_keys()
-        assert run._held[: len(keys)] == keys
+        assert run.cache.keys[: len(keys)] == keys
         assert sum(len(rows) for rows in run._features.values()) == run._feature_rows
 
     def teardown(self) -> None:
@@ -312,13 +312,14 @@ class Streaming(RuleBasedStateMachine):
         keys = self.run.prompt_keys()
         inner = self.engine.inner
         assert isinstance(inner, EagerEngine)
+        state = inner._caches.state(self.run.cache)
         # The first layer sees nothing of what stands before: its keys and values always are those from nothing.
         for name in ("keys", "values"):
-            found, first = (getattr(one._cache, name)[0][:, :, : len(keys)] for one in (inner, fresh))
+            found, first = (getattr(one, name)[0][:, :, : len(keys)] for one in (state, fresh.state))
             assert (found - first).abs().max() <= 2e-5 * first.abs().max()
         if self.cache == "recompute":
-            self.engine.truncate(len(keys) - 1)
-            got = self.engine.forward(self.run._embeds(keys[-1:]), np.array([-1]))[0]
+            self.run.cache.truncate(len(keys) - 1)
+            got = self.engine.forward(self.run.cache, self.run._embeds(keys[-1:]), np.array([-1]))[0]
             # Chunks of other lengths: sums in another order.
             assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 

@@ -198,7 +198,7 @@ def test_a_page_shows_the_stream_and_asks(page: Any) -> None:
         budget = page.locator("#budget")
         assert budget.get_attribute("viewBox") == "0 0 60 1" and budget.get_attribute("aria-valuenow") == str(x)
         assert page.locator("#used").inner_text() == str(x) and page.locator("#limit").inner_text() == "60"
-        assert page.locator("#held").inner_text() == f"{session.engine.kv_len:,}"
+        assert page.locator("#held").inner_text() == f"{session.cache.length:,}"
         assert page.locator("#phase").inner_text() == "live" and "street.mp4" in page.title()
         assert page.locator("#zoom rect").count() == 0
         wanted = words(live, "What is it?")

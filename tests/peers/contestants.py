@@ -70,6 +70,7 @@ class Bundled(Contestant):
 
         bundle = Bundle.read(path)
         self.engine, self.chunks = open_engine(bundle, threads=threads), chunks
+        self.cache = self.engine.new_cache()
         if self.engine.bounds.max_seq_len < capacity:
             raise SystemExit(f"{path}: holds {self.engine.bounds.max_seq_len} positions, wanted {capacity}")
         for graph, entry in bundle.manifest.graphs.items():
@@ -82,12 +83,13 @@ class Bundled(Contestant):
         self.system = f"{self.engine.name}, cache {bundle.manifest.kv_dtype}"
 
     def rewind(self, length: int) -> None:
-        self.engine.truncate(length)
+        self.cache.truncate(length)
 
     def prompt(self, ids: list[int]) -> None:
         embeds = self.engine.embed(np.array(ids, np.int64))
         for rows in self.chunks(len(ids), self.engine.bounds):
-            self.last = self.engine.forward(embeds[rows], np.full(int(rows.stop == len(ids)), -1, np.int64))
+            last = np.full(int(rows.stop == len(ids)), -1, np.int64)
+            self.last = self.engine.forward(self.cache, embeds[rows], last)
         self.next = int(self.last[0].argmax())
 
     def logits(self) -> np.ndarray:

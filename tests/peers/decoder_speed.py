@@ -23,6 +23,7 @@ from shapes import SHAPES, VOCAB
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.machine import describe, peak_mb
+from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.engine import Engine, chunks
 from penguin_edge.runtime.engines import open_engine
 
@@ -43,22 +44,22 @@ def make(folder: Path, name: str) -> None:
     save(source.load(("embedding", "decoder"), dtype=torch.bfloat16), folder, DEFAULT_TOKENIZER)
 
 
-def prefill(engine: Engine, embeds: np.ndarray) -> float:
+def prefill(engine: Engine, cache: Cache, embeds: np.ndarray) -> float:
     """Seconds for a whole prompt from an empty cache, with logits of its last position."""
-    engine.truncate(0)
+    cache.truncate(0)
     begin = time.perf_counter()
     for rows in chunks(len(embeds), engine.bounds):
-        engine.forward(embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
+        engine.forward(cache, embeds[rows], np.full(int(rows.stop == len(embeds)), -1, np.int64))
     return time.perf_counter() - begin
 
 
-def decode(engine: Engine, embeds: np.ndarray, past: int, count: int) -> list[float]:
+def decode(engine: Engine, cache: Cache, embeds: np.ndarray, past: int, count: int) -> list[float]:
     """Seconds of single tokens after `past` positions; the cache must hold at least so many."""
-    engine.truncate(past)
+    cache.truncate(past)
     times = []
     for i in range(count):
         begin = time.perf_counter()
-        engine.forward(embeds[i : i + 1], np.array([-1]))
+        engine.forward(cache, embeds[i : i + 1], np.array([-1]))
         times.append(time.perf_counter() - begin)
     return times
 
@@ -76,6 +77,7 @@ def main() -> int:
         make(args.make, args.shape)
         return 0
     engines = {path: open_engine(Bundle.read(path), threads=args.threads) for path in args.bundle}
+    caches = {path: engine.new_cache() for path, engine in engines.items()}
     samples: dict[str, dict[str, list[float]]] = {path: {} for path in engines}
     random = np.random.default_rng(0)
     for round_ in range(-1, args.repeat):  # round -1 warms up: graphs load, kernels pack their weights
@@ -83,8 +85,8 @@ def main() -> int:
             hidden = engine.config.text.hidden_size
             for positions in POSITIONS:
                 embeds = (0.02 * random.standard_normal((positions, hidden))).astype(np.float32)
-                seconds = prefill(engine, embeds)
-                steps = decode(engine, embeds, positions, args.tokens)
+                seconds = prefill(engine, caches[path], embeds)
+                steps = decode(engine, caches[path], embeds, positions, args.tokens)
                 if round_ >= 0:
                     samples[path].setdefault(f"prefill {positions}", []).append(positions / seconds)
                     samples[path].setdefault(f"decode {positions}", []).extend(1 / step for step in steps)

@@ -35,6 +35,7 @@ from penguin_edge.layout import media_source
 from penguin_edge.prompt import Tokenizer, part_kind
 from penguin_edge.records import read_records
 from penguin_edge.runtime.answer import Turn
+from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.kv_shift import turn
 from penguin_edge.runtime.stream import StreamSession
 
@@ -75,13 +76,15 @@ def clips(questions: list[Question], config: Any, frames: int) -> list[tuple[lis
     return out
 
 
-def probabilities(engine: EagerEngine, start: int, asked: Any, chosen: list[int]) -> tuple[Tensor, list[int]]:
+def probabilities(
+    engine: EagerEngine, cache: Cache, start: int, asked: Any, chosen: list[int]
+) -> tuple[Tensor, list[int]]:
     """Log-probabilities [ANSWER, V] after a question; `chosen` tokens are fed, or the most likely ones if none."""
-    engine._cache.length = start
+    cache.truncate(start)
     rows, fed = [], []
     embeds = asked
     for index in range(ANSWER):
-        rows.append(engine.forward(embeds, np.array([-1]))[0])
+        rows.append(engine.forward(cache, embeds, np.array([-1]))[0])
         fed.append(chosen[index] if chosen else int(rows[-1].argmax()))
         embeds = engine.embed(np.array(fed[-1:]))
     return torch.from_numpy(np.stack(rows)).double().log_softmax(-1), fed
@@ -101,10 +104,10 @@ def measure(
 ) -> dict[int, dict[str, float]]:
     """Errors and divergences for one stream, by the number of moves; none of a stream that is too short."""
     frames, texts = clip
-    text, cache = engine.config.text, engine._cache
-    form = cache.form
+    text, cache = engine.config.text, engine.new_cache()
+    kv = engine._caches.state(cache)
+    form = kv.form
     assert form is not None
-    engine._cache.length = 0
     run = StreamSession(engine, tokenizer, window_s=1e9, max_frames=10_000, budget=10**6)
     for index, frame in enumerate(frames):
         run.push(Frame(frame.pixels, float(index), index))
@@ -117,18 +120,17 @@ def measure(
     )
     asked = run._embeds(run._keys(layout)[len(run.prompt_keys()) :])
     embeds = run._embeds(keys)
-    engine._cache.length = 0
     seen.clear()
     for at in range(0, len(keys), 256):
-        engine.forward(embeds[at : at + 256], np.empty(0, np.int64))
+        engine.forward(cache, embeds[at : at + 256], np.empty(0, np.int64))
     exact = [torch.cat(seen[layer], 2)[:, :, begin:end] for layer in range(text.num_hidden_layers)]
-    held = [buffer.clone() for buffer in cache.keys + cache.values]
+    held = [buffer.clone() for buffer in kv.keys + kv.values]
     found: dict[int, dict[str, float]] = {}
     for count in moves:
-        for buffer, before in zip(cache.keys + cache.values, held, strict=True):
+        for buffer, before in zip(kv.keys + kv.values, held, strict=True):
             buffer.copy_(before)
         for index in range(count):
-            engine.move(begin - index * step, end - index * step, begin - (index + 1) * step)
+            engine.move(cache, begin - index * step, end - index * step, begin - (index + 1) * step)
         to = begin - count * step
         there = slice(to, to + KEPT)
         cos, sin = (torch.from_numpy(np.tile(x, 2)) for x in turn(to - begin, text.head_dim, text.rope_theta))
@@ -136,15 +138,15 @@ def measure(
         ways = {
             "exact": wanted,
             "computed": [form.stored(layer, one) for layer, one in enumerate(wanted)],
-            "moved": [buffer[:, :, there].clone() for buffer in cache.keys],
+            "moved": [buffer[:, :, there].clone() for buffer in kv.keys],
         }
         row = {"to": float(to)}
         total = math.sqrt(sum(float(one.square().sum()) for one in wanted))
         logs, fed = {}, []
         for name, put in ways.items():
-            for buffer, one in zip(cache.keys, put, strict=True):
+            for buffer, one in zip(kv.keys, put, strict=True):
                 buffer[:, :, there] = one
-            logs[name], fed = probabilities(engine, there.stop, asked, fed)
+            logs[name], fed = probabilities(engine, cache, there.stop, asked, fed)
             lost = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(put, wanted, strict=True)))
             row |= {f"{name}_error": lost / total, f"{name}_kl": kl(logs["exact"], logs[name])}
         row["moved_from_computed_kl"] = kl(logs["computed"], logs["moved"])

@@ -76,16 +76,19 @@ def main() -> int:
             native = len(frames) * math.prod(size_ladder(*frames[0].pixels.shape[:2], factor)[-1])
             budget = max(1, int(share * native))
             choice = SamplingOptions(tokens[question.task])
-            runs: dict[str, Session] = {"offline": Session(engine, tokenizer, budget=budget)}
-            runs |= {name: StreamSession(engine, tokenizer, budget=budget, **way) for name, way in WAYS.items()}
-            for name, run in runs.items():
-                engine.truncate(0)
+            for name in ("offline", *WAYS):
+                run: Session
+                if name == "offline":
+                    run = Session(engine, tokenizer, budget=budget)
+                else:
+                    run = StreamSession(engine, tokenizer, budget=budget, **WAYS[name])
                 for frame in frames:
                     run.push(frame)
                 answers.setdefault(name, []).append("".join(token.text for token in run.ask(text, options=choice)))
                 if isinstance(run, StreamSession):
                     spent = run.stats.frames, run.stats.reencoded, run.stats.reprefilled_tokens
                     costs[name] = [a + b for a, b in zip(costs[name], spent, strict=True)]
+                run.close()
         base = answers["encode, recompute"]
         print(f"{share:g} of the native tokens, {len(asked)} questions")
         for name, given in answers.items():
