@@ -30,7 +30,6 @@ from penguin_edge import bundle_schema as rules
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError, CheckpointError
 from penguin_edge.files import file_hash, manifest_hash, read_json, write_json
-from penguin_edge.places import shown
 from penguin_edge.schema import SchemaError
 from penguin_edge.stamps import Stamp
 
@@ -343,7 +342,7 @@ class Bundle:
             BundleError: not a bundle, another schema, changed by hand, or a file missing or of another size.
         """
         if not isinstance(folder, str | Path):
-            raise BundleError(f"got {shown(repr(folder))} for a bundle, wanted the path of its folder")
+            raise BundleError(f"got {type(folder).__name__} for a bundle, wanted the path of its folder")
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():

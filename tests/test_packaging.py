@@ -144,7 +144,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": EVERYTHING,
     "cli": EVERYTHING | {"stopping"},
     "__main__": {"cli"},
-    "": set(),
+    "": {"bundle", "frames", "prompt", "runtime"},  # the public names, each at its first use
 }
 
 # These bring torch along.
@@ -320,6 +320,22 @@ def test_every_package_is_listed() -> None:
         rest = package.removeprefix(base).strip(".").replace(".", "/")
         folders[Path(PACKAGE_DIRS[base]) / rest] = package
     assert set(folders) == found, "packages in pyproject.toml and folders with an __init__.py differ"
+
+
+def test_the_public_names_are_loaded_at_their_first_use() -> None:
+    code = (
+        "import sys, penguin_edge\n"
+        "heavy = {'numpy', 'torch', 'PIL', 'av', 'onnxruntime', 'executorch'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "names = 'Session Stream Live Bundle Tokenizer open_engine read_video read_image'.split()\n"
+        "assert set(names) == set(penguin_edge.__all__) <= set(dir(penguin_edge))\n"
+        "assert [getattr(penguin_edge, name).__module__.split('.')[0] for name in names] == ['penguin_edge'] * 8\n"
+        "assert not {'torch', 'onnxruntime', 'executorch'} & set(sys.modules)\n"
+        "from penguin_edge import Session, read_video\n"
+        "assert not hasattr(penguin_edge, 'Sesion')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_requirement_is_pinned_within_its_bounds() -> None:
