@@ -161,7 +161,7 @@ def bench_stream(
     progress: Callable[[float, Live], None],
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """Run a stream and measure it; see the interface in docs/benchmarking.md.
+    """Run a stream and measure it; see the interface in docs/benchmarks/schema.md.
 
     Args:
         frames: of a source that goes on for long enough.
