@@ -45,11 +45,11 @@ from penguin_edge.quantize.sensitivity import (
 )
 
 PROMPT = 96
-"""Most tokens of the check data's prompt."""
+"""Largest number of tokens in the check data's prompt."""
 
 
 def layer_bytes(target: str, shape: tuple[int, int], scheme: Scheme | None) -> int:
-    """What the weights of a layer [N, K] take in a bundle; its bias is not counted."""
+    """Bytes that the weights of a layer [N, K] take in a bundle, without its bias."""
     outputs, inputs = shape
     if scheme is None:
         return 4 * outputs * inputs
@@ -94,7 +94,7 @@ def fixed_bytes(
 
 
 def bundle_bytes(folder: Path) -> int:
-    """All files of a bundle."""
+    """Bytes of all files of a bundle."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -219,7 +219,8 @@ def _takes(target: Target, layer: str, scheme: Scheme) -> bool:
 
 
 def _read(path: Path, made_for: str) -> Measured:
-    """What was measured of these very weights, data and candidates; nothing where it was not, or is damaged."""
+    """Read what was measured of exactly these weights, data and candidates; nothing if there is no file, or a damaged
+    one."""
     try:
         kept = read_json(path)
         if kept["made_for"] == made_for and kept["sha256"] == manifest_hash(kept):

@@ -220,7 +220,7 @@ class DecoderMethod(nn.Module):
 
 
 def operators(graph: torch.fx.Graph) -> Counter[str]:
-    """How often each aten operator is called, by its plain name."""
+    """Count the calls of each aten operator, by its plain name."""
     calls = (node.target for node in graph.nodes if node.op == "call_function")
     names = (str(getattr(target, "_name", "")) for target in calls)
     return Counter(name.removeprefix("aten::").split(".")[0] for name in names if name.startswith("aten::"))
@@ -298,7 +298,7 @@ class ExecutorchTarget:
     kv_dtypes: tuple[str, ...] = ()
 
     def kv_dtype(self, precision: str) -> str:
-        """As the graph: XNNPACK's matrix products want one dtype, and conversions run outside it."""
+        """The graph's own dtype: XNNPACK's matrix products want one dtype, and conversions run outside XNNPACK."""
         return precision
 
     def check_installed(self) -> None:

@@ -22,7 +22,7 @@ from penguin_edge.folders import MayReplace, clear, place_of, whole
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})
 """What our verbs write into a bundle's folder; the manifest does not name it."""
 HALF_WRITTEN = re.compile(r"\.(bundle|verify|profile)\.json\.[0-9a-f]{8}")
-"""What a killed verb leaves of these."""
+"""Names of what a killed verb leaves of these files."""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_place(out: str | Path, *, overwrite: bool) -> Path:
-    """Say before hours of work whether `writing` will refuse; the absolute path that `out` means.
+    """Refuse before hours of work what `writing` would refuse; return the absolute path that `out` means.
 
     Raises:
         BundleError: as `writing`.

@@ -133,7 +133,7 @@ class PenguinConfig:
         """Refuse numbers that do not go together.
 
         Raises:
-            CheckpointError: which two, and what they have to fulfil.
+            CheckpointError: two numbers do not go together; the message names them and what they have to fulfil.
         """
         for name, part in (("text", self.text), ("vision", self.vision)):
             if part is None:

@@ -47,9 +47,9 @@ DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "F8_E8M0": (torch.float8_e8m0fnu, 8),
     "F4": (torch.float4_e2m1fn_x2, 4),
 }
-"""What the format knows, and bits per number. Most cannot be weights of ours; they are known to be refused by name."""
+"""Dtypes of the format, with bits per number. Most cannot be weights of ours; they are listed to be refused by name."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Weights as numbers of their own, without scales beside them."""
+"""Dtypes of weights that need no scales beside them."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAME = Text(pattern=r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]+", called="a name without control characters", longest=512)
@@ -114,7 +114,7 @@ class StoredTensor:
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        """The file at the tensor's first byte.
+        """Open the file at the tensor's first byte.
 
         Raises:
             CheckpointError: it is another file now, or was written again.

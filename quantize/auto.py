@@ -25,12 +25,12 @@ from penguin_edge.quantize.recipe import INT8, INT8_ROWS, PRESETS, Recipe
 
 SMALL = (Scheme(4, 64), Scheme(4, 64, symmetric=False), Scheme(4, 32))
 SMALLEST_GROUP = Scheme(4, 16)
-"""For layers that no other group divides."""
+"""Scheme for layers that no other group divides."""
 ROUNDS = 6
 """Whole recipes that are measured for a limit of KL, beyond the first."""
 VISION = ("encoder", "projector")
 STAND_IN = replace(PRESETS["int8"], name="auto")
-"""What memory and disk are checked with before anything is chosen: no layer will be larger."""
+"""Recipe that memory and disk are checked with before anything is chosen: no layer will be larger."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def steps(options: Sequence[Sequence[Option]]) -> list[Step]:
             if not larger:
                 break
             here = row[at]
-            # Of equal slopes the largest step, so that slopes of a layer fall strictly.
+            # Take the largest step among equal slopes, so that slopes of a layer fall strictly.
             at = max(larger, key=lambda i: ((here.kl - row[i].kl) / (row[i].bytes - here.bytes), row[i].bytes, -i))
             found.append(Step(layer, at, row[at].bytes - here.bytes, here.kl - row[at].kl))
-    # Python's sort is stable: of equal slopes the first layer comes first, and a layer's steps stay in order.
+    # Python's sort is stable: among equal slopes the first layer comes first, and a layer's steps stay in order.
     return sorted(found, key=lambda step: -step.saved / step.bytes)
 
 
@@ -214,7 +214,7 @@ def tightest(
 
 
 def recipe_of(layers: Sequence[str], options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> Recipe:
-    """Every layer by its name."""
+    """Recipe of a choice, with every layer by its name."""
     schemes = {layer: row[i].scheme for layer, row, i in zip(layers, options, chosen, strict=True)}
     return Recipe("auto", embedding="int8", layers=schemes)
 

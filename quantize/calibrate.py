@@ -57,9 +57,9 @@ class CalibrationOptions:
 
     source: str
     samples: int = 64
-    """At most so many, drawn with `seed`."""
+    """Most samples, drawn with `seed`."""
     length: int = 512
-    """Tokens of a piece of text; of a record the most tokens."""
+    """Tokens of a piece of text, or the most tokens of a record."""
     seed: int = 0
     allow_outside: bool = False
     """Whether records may name media outside their own folder."""
@@ -129,7 +129,7 @@ def needed_bytes(checkpoint: Checkpoint, samples: Sequence[Sample]) -> int:
 
 
 def stage_count(checkpoint: Checkpoint, images: bool) -> int:
-    """How often `calibrate` reports: patch embedding, blocks, projector, head."""
+    """Number of times that `calibrate` reports: patch embedding, blocks, projector, head."""
     vision = checkpoint.config.vision
     seeing = vision.num_hidden_layers + 2 if images and vision is not None else 0
     return seeing + checkpoint.config.text.num_hidden_layers + 1

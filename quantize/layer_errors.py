@@ -170,7 +170,7 @@ class _Walk:
 
 
 def _channel_factors(factors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """By layer: what its inputs were divided by, and what its outputs were."""
+    """Divisors by layer: what its inputs were divided by, and what its outputs were divided by."""
     before = {name: factors[readers[0]] for _, readers in GROUPS for name in readers}
     after = {source: factors[readers[0]] for source, readers in GROUPS}
     return {name: (before.get(name), after.get(name)) for name in {*before, *after}}

@@ -85,10 +85,10 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def slow_down(text: str | None) -> tuple[float, float] | None:
-    """FACTOR@SECOND.
+    """Parse FACTOR@SECOND.
 
     Raises:
-        InputError: of another form, or a machine that gets faster.
+        InputError: another form, or a factor below 1.
     """
     if text is None:
         return None
@@ -176,7 +176,7 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:
-    """What a step reads: of a bundle the decoder's files, of a checkpoint its parameters; None for anything else."""
+    """Bytes that a step reads: a bundle's decoder files, or a checkpoint's parameters; None for anything else."""
     values = engine.config.text.kv_values
     if bundle is not None:
         manifest = bundle.manifest
@@ -194,7 +194,7 @@ def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:
 def _model(
     args: argparse.Namespace, result: dict[str, Any], engine: Engine, tokenizer: Tokenizer, bundle: Bundle | None
 ) -> None:
-    """Every stage alone, and the clip."""
+    """Measure every stage alone, and the clip."""
     choice = BenchOptions(args.prompts, args.tokens, args.depths, args.repeat, args.warmup)
     check_room(engine, choice)
     video = None

@@ -102,7 +102,7 @@ def add_max_pixels(parser: argparse._ActionsContainer) -> None:
 
 
 def checked_max_pixels(args: argparse.Namespace) -> int | None:
-    """The flag's value, which the whole process then follows: Pillow has a limit of its own."""
+    """Apply the flag's value to the whole process, since Pillow has a limit of its own, and return it."""
     if args.max_pixels is not None:
         from PIL import Image
 
@@ -112,9 +112,9 @@ def checked_max_pixels(args: argparse.Namespace) -> int | None:
 
 
 WHOLE_FOLDERS = ("model", "against", "clip", "video", "stream", "source")
-"""Arguments that may name a folder of which every file is read."""
+"""Arguments that may name a folder whose every file is read."""
 DATA_FILES = ("annotations.jsonl", "training_answers.json")
-"""What is read of a folder of data beside its media, among which a result may lie."""
+"""Files that are read from a data folder beside its media; a result may lie among the media."""
 
 
 def check_outputs(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequence[str]) -> None:

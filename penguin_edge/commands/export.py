@@ -88,7 +88,7 @@ class Lines:
 
 
 def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Layers by scheme, and by name those that did not get the scheme of their part."""
+    """Print the layers by scheme, and name those that did not get the scheme of their part."""
     from penguin_edge.quantize.apply import KEPT
     from penguin_edge.quantize.linear import Scheme
 
@@ -106,7 +106,8 @@ def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def auto_summary(report: dict[str, Any]) -> list[str]:
-    """What was decided, and from what: of each measured layer the KL of every candidate and the one that was chosen."""
+    """Print what was decided and why: for each measured layer the KL of every candidate, and the one that was
+    chosen."""
 
     def short(label: str) -> str:
         return label.replace(" mse", "").replace("asymmetric", "asym").replace(", activations per ", "/")

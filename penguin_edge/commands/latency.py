@@ -38,7 +38,7 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
     """The target that was asked for.
 
     Raises:
-        InputError: a part of one without --target-first-token, or a trace that has no place.
+        InputError: a flag of a target without --target-first-token, or a trace that cannot be written.
     """
     if args.target_first_token is None:
         if args.target_frame or args.target_tokens_per_s or args.trace:
@@ -46,14 +46,14 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
         return None
     if args.trace and (args.trace.is_dir() or not args.trace.parent.is_dir()):
         raise InputError(f"{args.trace}: cannot be written; name a file in a folder that is there")
-    # A frame that is late makes the answer late that waits for it.
+    # A late frame delays the answer that waits for it.
     return LatencyTarget(
         args.target_first_token, args.target_frame or args.target_first_token, args.target_tokens_per_s
     )
 
 
 def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
-    """What was kept beside the bundle, or is measured now.
+    """Cost model that is kept beside the bundle, or is measured now.
 
     Raises:
         BundleError: what is kept cannot be read.
@@ -69,7 +69,7 @@ def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
 
 
 def trace(args: argparse.Namespace, opened: ExitStack) -> Callable[[Decision], None]:
-    """What writes decisions down, each at once; `opened` closes its file.
+    """Function that writes each decision down at once; `opened` closes its file.
 
     Raises:
         InputError: the file cannot be written.

@@ -36,9 +36,9 @@ from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
 
 ANSWERS = 1000
-"""The last ones, for `--json`."""
+"""Most answers kept for `--json`: the last ones."""
 EVERY_SECONDS = 0.5
-"""Between status lines on a terminal; elsewhere ten times as long."""
+"""Seconds between status lines on a terminal; elsewhere ten times as long."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -213,7 +213,7 @@ def _named(source: str) -> str:
 
 
 def _note(text: str) -> None:
-    """A line that does not end up behind the status line."""
+    """Print a line that does not end up behind the status line."""
     _clear()
     say(text)
 

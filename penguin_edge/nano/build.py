@@ -49,7 +49,7 @@ FF_QP2LAMBDA = 118
 
 
 class Blank(Painter):
-    """Draws nothing: for questions without their pictures."""
+    """A painter that draws nothing, for questions without their pictures."""
 
     def __init__(self) -> None:
         super().__init__(Assets({}, ()))
