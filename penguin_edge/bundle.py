@@ -215,9 +215,9 @@ class Manifest:
         needed = [TOKENIZER, *(graph.file for graph in self.graphs.values())]
         missing = sorted(set(needed) - set(self.files))
         if missing:
-            raise SchemaError(f"files does not list {missing[0]}, which the bundle is run with")
+            raise SchemaError(f"files does not list {missing[0]}, which the bundle needs to run")
         if MANIFEST in self.files:
-            raise SchemaError(f"files lists {MANIFEST} itself, whose hash it cannot hold")
+            raise SchemaError(f"files lists {MANIFEST} itself, which cannot hold its own hash")
 
     def _check_graphs(self) -> None:
         wanted = {"decoder"} | ({"encoder", "projector"} if self.model.vision else set())

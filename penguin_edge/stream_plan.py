@@ -53,9 +53,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.budget < 1:
-            raise BudgetError(f"a budget of {self.budget} visual tokens holds nothing; wanted at least 1")
+            raise BudgetError(f"got a budget of {self.budget} visual tokens, wanted at least 1")
         if self.room is not None and self.room < 1:
-            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten what stands around them")
+            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten the text around them")
         if not self.window_s > 0 or self.max_frames < 1:
             raise InputError(f"a window of {self.window_s} s and {self.max_frames} frames, wanted more than nothing")
 

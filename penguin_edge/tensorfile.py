@@ -169,7 +169,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin != end or stop - begin != wanted:
             raise CheckpointError(
                 f"{path}: tensor {name} {list(shape)} of {row['dtype']} lies at bytes {begin} to {stop}, wanted {end} "
-                f"to {end + wanted}: tensors lie one behind another; {advice}"
+                f"to {end + wanted}: tensors lie one after another; {advice}"
             )
         end = stop
         if start + stop > size:

@@ -129,7 +129,9 @@ def within_size(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
     start, order = smallest(options), steps(options)
     used, _ = totals(options, start)
     if used > budget:
-        raise InputError(f"{budget} bytes for layers that take at least {used}; wanted more")
+        raise InputError(
+            f"got a budget of {budget} bytes for layers, wanted at least {used}, which their smallest schemes take"
+        )
     best = _filled(start, used, order, budget, None)
     kl = totals(options, best)[1]
     # A large layer that comes late finds its room taken: each option is tried as the one that is settled first.

@@ -133,12 +133,14 @@ def check_outputs(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequ
             continue
         place = Path(os.path.realpath(value))
         if place in written and not str(place).startswith("/dev/"):
-            raise InputError(f"{value}: named by two of the options for results; give each a file of its own")
+            raise InputError(f"{value}: two of the options for results name this file; give each a file of its own")
         written[place] = name
         for role, other in read.items():
             inside = other in place.parents and (role in WHOLE_FOLDERS or place.name in DATA_FILES)
             if place == other or (place.is_file() and (inside or (other.is_file() and place.samefile(other)))):
-                raise InputError(f"{value}: would be written over, and it is read; name another file for the result")
+                raise InputError(
+                    f"{value}: it is read here, and the result would replace it; name another file for the result"
+                )
 
 
 def is_bundle(source: str) -> bool:

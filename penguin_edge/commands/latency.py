@@ -23,14 +23,19 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--target-first-token",
         type=above_zero,
         metavar="MS",
-        help="adapt sizes, budget and rate so that answers begin within this",
+        help="adapt sizes, budget and rate so that answers begin within MS",
     )
     parser.add_argument(
-        "--target-frame", type=above_zero, metavar="MS", help="and frames are ready within this (default: as answers)"
+        "--target-frame", type=above_zero, metavar="MS", help="and frames are ready within MS (default: as for answers)"
     )
-    parser.add_argument("--target-tokens-per-s", type=above_zero, metavar="N", help="and answers come at this speed")
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE.jsonl", help="write every change that this makes there, a line each"
+        "--target-tokens-per-s", type=above_zero, metavar="N", help="and answers come at N tokens per second"
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write every change of the controller to this file, one per line",
     )
 
 
@@ -42,7 +47,7 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
     """
     if args.target_first_token is None:
         if args.target_frame or args.target_tokens_per_s or args.trace:
-            raise InputError("--target-frame, --target-tokens-per-s and --trace go with --target-first-token MS")
+            raise InputError("--target-frame, --target-tokens-per-s and --trace need --target-first-token MS; add it")
         return None
     if args.trace and (args.trace.is_dir() or not args.trace.parent.is_dir()):
         raise InputError(f"{args.trace}: cannot be written; name a file in a folder that is there")
