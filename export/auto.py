@@ -67,8 +67,8 @@ def layer_bytes(target: str, shape: tuple[int, int], scheme: Scheme | None) -> i
 def fixed_bytes(
     checkpoint: Checkpoint, target: str, offered: Mapping[str, Sequence[Scheme | None]], max_seq_len: int
 ) -> int:
-    """At most what everything but the linear layers' weights takes: the table in 8 bits, norms and biases, graphs,
-    tokenizer, check data, manifest and `verify.json`."""
+    """Upper bound of the bytes of everything but the linear layers' weights: the table in 8 bits, norms and biases,
+    graphs, tokenizer, check data, manifest and `verify.json`."""
     config = checkpoint.config
     text, vision = config.text, config.vision
     total = text.vocab_size * (text.hidden_size + 4) + checkpoint.tokenizer.stat().st_size
@@ -219,8 +219,7 @@ def _takes(target: Target, layer: str, scheme: Scheme) -> bool:
 
 
 def _read(path: Path, made_for: str) -> Measured:
-    """Read what was measured of exactly these weights, data and candidates; nothing if there is no file, or a damaged
-    one."""
+    """Measurements of exactly these weights, data and candidates; none if the file is missing or damaged."""
     try:
         kept = read_json(path)
         if kept["made_for"] == made_for and kept["sha256"] == manifest_hash(kept):

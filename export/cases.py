@@ -27,8 +27,7 @@ QUESTION = "What is in this picture, and what happens in this clip?"
 
 
 def distance(got: NDArray, wanted: NDArray) -> tuple[float, float, float]:
-    """Compare two arrays of one shape in f64: largest difference, the same over the largest wanted value, and
-    cosine."""
+    """Compare two arrays of one shape in f64: largest difference, that over the largest wanted value, cosine."""
     a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     max_abs = float(np.abs(a - b).max(initial=0.0))
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))

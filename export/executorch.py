@@ -12,9 +12,10 @@ tensors, so that a caller who wants no logits asks for one and drops it. KV stat
 names them `keys_i` and `values_i`: a runtime finds their memory by `Method::get_attribute`, and moves positions there.
 
 XNNPACK takes a chain of operators as one subgraph and plans its memory at run time for the shapes it sees, while what
-lies between subgraphs is planned at export for the largest shapes. The modules here say the same sums as
-`penguin_edge.layers` in operators that XNNPACK takes with dynamic shapes: a mean and a half-rotation as small linears,
-attention as matrix products over folded heads. Hence the encoder is one method for all P, not one per patch bucket.
+lies between subgraphs is planned at export for the largest shapes. The modules here compute the same sums as
+`penguin_edge.layers` with operators that XNNPACK takes with dynamic shapes: a mean and a half-rotation as small
+linears, attention as matrix products over folded heads. Hence the encoder is one method for all P, not one per patch
+bucket.
 """
 
 from __future__ import annotations

@@ -293,8 +293,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     _place: Path = field(init=False, repr=False, compare=False)
-    """Path of the folder with links followed: neither a link that is set anew nor another working directory moves
-    it."""
+    """Path of the folder, links followed: neither a link set anew nor another working directory moves it."""
     _noted: dict[str, Stamp | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -28,8 +28,7 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def environment(defaults: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment for a child: this process's own, over `defaults`. Python processes that the child starts inherit its
-    safety."""
+    """Environment for a child: this process's own, over `defaults`. Python processes that it starts are as safe."""
     return {**(defaults or {}), **os.environ, "PYTHONSAFEPATH": "1"}
 
 

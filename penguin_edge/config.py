@@ -167,7 +167,7 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_VOCABULARY = 1 << 24
 MAX_POSITIONS = 1 << 24
-"""Limits of what is taken for a model at all; the largest published model of this kind stays a tenth below each."""
+"""Limits of the models that are accepted at all; the largest published model of this kind stays a tenth below each."""
 TOKEN = Whole(0, MAX_VOCABULARY)
 STACK_RULES: dict[str, Rule] = {
     "hidden_size": Whole(1, MAX_WIDTH),

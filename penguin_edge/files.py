@@ -29,8 +29,7 @@ MAX_DEPTH = 48
 MAX_DIGITS = 64
 """Characters of one number."""
 LONGEST_NAME = 48
-"""Characters of a file's name that the temporary file beside it repeats: a file system that takes one name takes the
-other."""
+"""Characters of a name that its temporary file repeats: a file system that takes one name takes the other."""
 STREAMS = ("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/")
 """Names of what a process has open already: a file that stdout goes to is written to, not replaced."""
 

@@ -10,8 +10,7 @@ the next writer of the same name brings it back. A leftover is cleared only if i
 and this machine, and its lock is free: then the process that made it is gone, whatever its number is used for now.
 Where a file system has no locks, the mark's process tells: its number and the time of its start, on the same boot and
 in the same container. Where even that tells nothing, a leftover stays, and is named when it has the only copy of a
-folder.
-Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
+folder. Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
 """
 
 from __future__ import annotations
@@ -325,8 +324,7 @@ def _lives(mark: Any) -> bool | None:
 
 
 def _unsure(rest: Path, name: str) -> bool:
-    """Whether a leftover carries our mark and nothing tells if its process lives: neither a lock nor the process
-    list."""
+    """Whether a leftover carries our mark, but neither a lock nor the process list tells if its process lives."""
     try:
         descriptor = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:

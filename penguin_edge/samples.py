@@ -50,7 +50,7 @@ from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan
 
 NO_TARGET = -100
 KEPT_BYTES = 64 << 20
-"""A clip whose frames take no more than this is decoded once; a larger one again for its pixels, frame by frame."""
+"""Bytes up to which a clip is decoded once; a larger one is decoded again, frame by frame, for its pixels."""
 THINK = "<think>"
 
 Ids = NDArray[np.int64]

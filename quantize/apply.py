@@ -247,7 +247,7 @@ def embedding_scheme(recipe: Recipe, width: int) -> Scheme:
 
 
 def shareable(head: Scheme) -> bool:
-    """Whether a head's levels can be an embedding table's, too."""
+    """Whether an embedding table can share the levels of a head."""
     return (head.bits, head.symmetric, head.calibrated) == (4, True, False) and head.group is not None
 
 

@@ -70,7 +70,7 @@ class Step:
 def candidates(
     layers: Mapping[str, tuple[int, int]], takes: Callable[[str, Scheme], bool], images: bool
 ) -> dict[str, tuple[Scheme | None, ...]]:
-    """What each layer may become.
+    """Candidate schemes of each layer.
 
     Args:
         layers: shape [N, K] of every linear layer.
@@ -93,7 +93,7 @@ def candidates(
 
 
 def smallest(options: Sequence[Sequence[Option]]) -> list[int]:
-    """The index of each layer's smallest option; of equally small ones that with the least KL."""
+    """Index of each layer's smallest option; among equally small ones the one with the least KL."""
     return [min(range(len(row)), key=lambda i, row=row: (row[i].bytes, row[i].kl, i)) for row in options]  # type: ignore[misc]
 
 
@@ -147,7 +147,7 @@ def within_size(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
 
 
 def _filled(start: list[int], used: int, order: Sequence[Step], budget: int, settled: int | None) -> list[int]:
-    """`start` and every step that fits; one that does not is in the way of the later steps of its layer."""
+    """`start` and every step that fits; a step that does not fit blocks the later steps of its layer."""
     chosen, stuck = list(start), {settled}
     for step in order:
         if step.layer in stuck or used + step.bytes > budget:

@@ -159,8 +159,7 @@ def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bounds_of(scheme: Scheme) -> tuple[int, int]:
-    """Lowest and highest level. Symmetric schemes use the lowest level with 4 bits only, where one level of 16
-    counts."""
+    """Lowest and highest level. Symmetric schemes use the lowest with 4 bits only, where one of 16 counts."""
     return int(scheme.symmetric and scheme.bits == 8), 2**scheme.bits - 1
 
 
