@@ -188,7 +188,7 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
             if args.calibration and not again[0].calibrated:
                 raise InputError(f"{args.model}: none of its schemes reads calibration data; leave out --calibration")
             if checkpoint.fingerprint() != bundle.manifest.source.get("sha256"):
-                say(f"note: the weights of {checkpoint.source} are other files than those of the bundle")
+                say(f"note: the weights of {checkpoint.source} differ from the files that the bundle was made from")
             yield again
         return
     recipe, target = find_recipe(args.quant), find_target("onnx")

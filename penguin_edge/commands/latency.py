@@ -67,7 +67,10 @@ def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
     kept = load(bundle) if bundle else None
     if kept is not None and bundle is not None:
         if other := differences(bundle, threads):
-            say(f"the profile beside the model is of {other}: decisions begin wrong; run `penguin-edge profile` here")
+            say(
+                f"the profile beside the model was measured with {other}: the first decisions will be off; "
+                "run `penguin-edge profile` here"
+            )
         return kept
     say("no profile of this machine is kept with the model: measuring one (`penguin-edge profile` would keep it)")
     return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])
