@@ -45,11 +45,11 @@ from penguin_edge.quantize.sensitivity import (
 )
 
 PROMPT = 96
-"""Most tokens of the check data's prompt."""
+"""Largest number of tokens in the check data's prompt."""
 
 
 def layer_bytes(target: str, shape: tuple[int, int], scheme: Scheme | None) -> int:
-    """What the weights of a layer [N, K] take in a bundle; its bias is not counted."""
+    """Bytes that the weights of a layer [N, K] take in a bundle, without its bias."""
     outputs, inputs = shape
     if scheme is None:
         return 4 * outputs * inputs
@@ -67,8 +67,8 @@ def layer_bytes(target: str, shape: tuple[int, int], scheme: Scheme | None) -> i
 def fixed_bytes(
     checkpoint: Checkpoint, target: str, offered: Mapping[str, Sequence[Scheme | None]], max_seq_len: int
 ) -> int:
-    """At most what everything but the linear layers' weights takes: the table in 8 bits, norms and biases, graphs,
-    tokenizer, check data, manifest and `verify.json`."""
+    """Upper bound of the bytes of everything but the linear layers' weights: the table in 8 bits, norms and biases,
+    graphs, tokenizer, check data, manifest and `verify.json`."""
     config = checkpoint.config
     text, vision = config.text, config.vision
     total = text.vocab_size * (text.hidden_size + 4) + checkpoint.tokenizer.stat().st_size
@@ -94,7 +94,7 @@ def fixed_bytes(
 
 
 def bundle_bytes(folder: Path) -> int:
-    """All files of a bundle."""
+    """Bytes of all files of a bundle."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -219,7 +219,7 @@ def _takes(target: Target, layer: str, scheme: Scheme) -> bool:
 
 
 def _read(path: Path, made_for: str) -> Measured:
-    """What was measured of these very weights, data and candidates; nothing where it was not, or is damaged."""
+    """Measurements of exactly these weights, data and candidates; none if the file is missing or damaged."""
     try:
         kept = read_json(path)
         if kept["made_for"] == made_for and kept["sha256"] == manifest_hash(kept):

@@ -21,12 +21,13 @@ STORED_LOGITS = 8
 CASES = ((90, 118, 84, 112, 2), (61, 75, 56, 70, 1))
 """Native height and width, target height and width, merge size."""
 MOVED = 1e-6
-"""Standard deviation, relative, of what inputs are moved by to see what rounding makes of it: sums in another order."""
+"""Relative standard deviation of the noise that is added to inputs to see what rounding makes of it; it is as large as
+the effect of sums in another order."""
 QUESTION = "What is in this picture, and what happens in this clip?"
 
 
 def distance(got: NDArray, wanted: NDArray) -> tuple[float, float, float]:
-    """Largest difference, that over the largest wanted value, and cosine, of two arrays of one shape, in f64."""
+    """Compare two arrays of one shape in f64: largest difference, that over the largest wanted value, cosine."""
     a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     max_abs = float(np.abs(a - b).max(initial=0.0))
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))

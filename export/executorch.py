@@ -12,9 +12,10 @@ tensors, so that a caller who wants no logits asks for one and drops it. KV stat
 names them `keys_i` and `values_i`: a runtime finds their memory by `Method::get_attribute`, and moves positions there.
 
 XNNPACK takes a chain of operators as one subgraph and plans its memory at run time for the shapes it sees, while what
-lies between subgraphs is planned at export for the largest shapes. The modules here say the same sums as
-`penguin_edge.layers` in operators that XNNPACK takes with dynamic shapes: a mean and a half-rotation as small linears,
-attention as matrix products over folded heads. Hence the encoder is one method for all P, not one per patch bucket.
+lies between subgraphs is planned at export for the largest shapes. The modules here compute the same sums as
+`penguin_edge.layers` with operators that XNNPACK takes with dynamic shapes: a mean and a half-rotation as small
+linears, attention as matrix products over folded heads. Hence the encoder is one method for all P, not one per patch
+bucket.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ class DecoderMethod(nn.Module):
 
 
 def operators(graph: torch.fx.Graph) -> Counter[str]:
-    """How often each aten operator is called, by its plain name."""
+    """Count the calls of each aten operator, by its plain name."""
     calls = (node.target for node in graph.nodes if node.op == "call_function")
     names = (str(getattr(target, "_name", "")) for target in calls)
     return Counter(name.removeprefix("aten::").split(".")[0] for name in names if name.startswith("aten::"))
@@ -298,7 +299,7 @@ class ExecutorchTarget:
     kv_dtypes: tuple[str, ...] = ()
 
     def kv_dtype(self, precision: str) -> str:
-        """As the graph: XNNPACK's matrix products want one dtype, and conversions run outside it."""
+        """The graph's own dtype: XNNPACK's matrix products want one dtype, and conversions run outside XNNPACK."""
         return precision
 
     def check_installed(self) -> None:

@@ -57,7 +57,7 @@ OPSET = 23
 ACCURACY = 4
 """MatMulNBits with activations in int8: about twice as fast in decoding as with fp32 ones."""
 HEAD_STEP = 16
-"""What the head_dim of GroupQueryAttention must be a multiple of, since it turns keys and queries, too."""
+"""GroupQueryAttention takes a head_dim that is a multiple of this, since it also applies the rotary step."""
 MAX_MERGED = 4
 """Largest M: two by two patches for one visual token."""
 TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
@@ -147,7 +147,7 @@ def contrib(name: str, inputs: str, outputs: str, attributes: str) -> Any:
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For each custom operator the onnxscript function that puts its node into the graph."""
+    """The onnxscript function of each custom operator, which puts its node into the graph."""
     import onnx
     from onnxscript import opset23 as plain
 
@@ -284,7 +284,7 @@ NODES = {
     RowProduct: ["MatMulIntegerToFloat"],
     StaticProduct: ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"],
 }
-"""What makes a quantized product fast."""
+"""The nodes that make a quantized product fast."""
 
 
 def packed_bits(levels: Tensor, bits: int) -> Tensor:
@@ -374,11 +374,11 @@ class OnnxTarget:
     kv_dtypes: tuple[str, ...] = ("fp16", "int8")
 
     def bounds(self, max_seq_len: int) -> Bounds:
-        """ONNX Runtime plans nothing from them; they keep one call's time and memory in hand."""
+        """Bounds from which ONNX Runtime plans nothing; they limit the time and memory of one call."""
         return Bounds(max_seq_len=max_seq_len, max_chunk=256)
 
     def kv_dtype(self, precision: str) -> str:
-        """fp32 for all: nothing is rounded that a recipe does not name."""
+        """fp32 for all precisions: nothing is rounded that a recipe does not name."""
         return "fp32"
 
     def check_model(self, config: PenguinConfig) -> None:

@@ -82,7 +82,7 @@ TENSORS = ("levels", "scales", "zeros")
 
 
 class Joined(nn.Module):
-    """Layers that read the same input: one product for those that are quantized alike, one each for others."""
+    """Layers that read the same input, as one product where they are quantized alike, or one each."""
 
     def __init__(self, layers: Sequence[nn.Module], product: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def join(module: nn.Module, product: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def outputs(module: nn.Module, joined: str, n: Tensor) -> Sequence[Tensor]:
-    """What the layers that `join` put together make of the same input."""
+    """Outputs of the layers that `join` put together, for one input."""
     found: Sequence[Tensor] = module.get_submodule(joined)(n)
     return found
 
@@ -161,7 +161,7 @@ class DecoderMethod(nn.Module):
         self.decoder = decoder
         form = decoder.kv_form
         self.dtype = torch.float16 if form is not None and form.dtype == "fp16" else torch.float32
-        """Of what goes into the attention: it wants that of its cache, int8 apart."""
+        """The dtype of what goes into the attention, which wants its cache's own, or fp32 beside an int8 cache."""
         scales = form.scales if form is not None else None
         self.kv_scales = nn.ParameterList([] if scales is None else [nn.Parameter(x, False) for x in scales[:, None]])
         angles = rotary_angles(torch.arange(max_seq_len), decoder.config.head_dim, decoder.config.rope_theta)

@@ -1,7 +1,6 @@
 """Stage by stage: does a bundle compute what the eager model computes?
 
-Every stage but the last is fed the reference's own inputs, so that an error is reported where it arises and not
-where it
+Every stage but the last is fed the reference's own inputs, so that an error is reported where it arises, not where it
 arrives. `tokens` is judged with the reference's tokens fed back, so that one near-tie does not hide all that follows.
 """
 
@@ -57,15 +56,16 @@ QUANTIZED = Tolerance(
 
 
 NOISE = 2
-"""Times that an engine may differ from a model as this differs from itself: both are draws of one noise."""
+"""Factor by which an engine may differ more from a model than the model differs from itself: both differences are draws
+of one noise."""
 LEAST = Tolerance(0.2, 0.99, 0.99, "what is looser tells nothing")
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
-    """What a bundle's arithmetic may differ from the eager model's, which has the same integers.
+    """Tolerance of a bundle's arithmetic against the eager model's, which has the same integers.
 
     Raises:
-        BundleError: nothing says what it computes in.
+        BundleError: the manifest does not say in which numbers the bundle computes.
     """
     if manifest.quantization:
         return QUANTIZED
@@ -81,8 +81,9 @@ def beyond_noise(tolerance: Tolerance, reference: Arrays, name: str) -> tuple[To
     """The tolerance of one stage, and what it was widened for.
 
     Where activations are rounded, a difference in the last digit of an input can become one of a whole level, and a
-    deep model of weights that were never trained passes it on undamped. How far is measured when the check data are
-    made, by the eager model itself; what it does to its own results an engine cannot do better.
+    deep model of weights that were never trained passes it on undamped. How far it carries is measured when the check
+    data are made, on the eager model itself: an engine cannot agree with the model better than the model agrees with
+    itself.
     """
     if f"noise_{name}" not in reference:
         return tolerance, ""

@@ -57,8 +57,7 @@ Draw = Callable[[bool], Sheet]
 
 
 def require_matplotlib() -> None:
-    """Raises:
-    TargetUnavailable: it is not installed."""
+    """Raises: TargetUnavailable: it is not installed."""
     try:
         import matplotlib.backends.backend_svg
         import matplotlib.figure  # noqa: F401
@@ -184,8 +183,8 @@ def bandwidth(rows: Sequence[Mapping[str, Any]], limit: float) -> Draw:
 
 
 def stacked(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Draw:
-    """Phases one after another, in milliseconds; a bar has an axis of its own, for a warm answer is a hundredth of a
-    cold one."""
+    """Phases one after another, in milliseconds; each bar has an axis of its own, because a warm answer takes a
+    hundredth of a cold one."""
     shown = [(name, _merged(phases)) for name, phases in bars]
     used = dict.fromkeys(phase for _, phases in shown for phase in phases)
     order = [phase for phase in (*PHASE_ROLES, LOST) if phase in used]
@@ -224,7 +223,7 @@ def _phase(name: str) -> str:
 
 
 def _merged(phases: Mapping[str, float]) -> dict[str, float]:
-    """Without what could not be seen; `other` and that together."""
+    """Merge `other` and the phases that are too small to be seen."""
     least = 0.01 * sum(phases.values())
     seen = {name: ms for name, ms in phases.items() if ms >= least and name != "other"}
     rest = sum(phases.values()) - sum(seen.values())
@@ -232,7 +231,7 @@ def _merged(phases: Mapping[str, float]) -> dict[str, float]:
 
 
 def ecdf(series: Sequence[tuple[str, Sequence[float], float | None]]) -> Draw:
-    """For each time the share of samples that took no longer; each series has its target, or None."""
+    """Share of samples that took no longer than each time; each series has its target, or None."""
 
     def draw(narrow: bool) -> Sheet:
         sheet = _sheet(narrow, [290])
@@ -337,7 +336,7 @@ def _log_y(axes: Any, values: Sequence[float]) -> bool:
 
 
 def _clusters(times: Sequence[float], span: float) -> list[tuple[str, float]]:
-    """Numbers from 1, those nearer than `span` under one label."""
+    """Number the decisions from 1; those nearer than `span` share one label."""
     groups: list[list[int]] = []
     for index, at in enumerate(times):
         if groups and at - times[groups[-1][0]] < span:
@@ -373,7 +372,7 @@ def over_time(lines: Sequence[tuple[str, Sequence[Sequence[float]]]], least: flo
 
 
 def number(value: float | None) -> str:
-    """About three digits that mean something."""
+    """Format a number with about three significant digits."""
     if value is None:
         return "–"
     if not value:

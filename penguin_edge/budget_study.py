@@ -36,7 +36,7 @@ from penguin_edge.prompt import Message, part_kind
 from penguin_edge.tra import DROPPED, KEY, FramePlan, Plan, Policy, plan_clip, size_ladder
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
-"""Of a clip's native tokens."""
+"""Shares of a clip's native tokens."""
 COLOURS = {"tra": "#d9622b", "drop": "#4f81b0", "shrink": "#5a9367"}
 LABELS = {"tra": "TRA", "drop": "drop frames", "shrink": "shrink all frames"}
 

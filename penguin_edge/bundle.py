@@ -38,7 +38,7 @@ MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding.bin"
 KV_SCALES = "kv_scales.bin"
-"""Beside int8 buffers: f32 [2L, kv, D], the scales of all keys' channels, then of all values'."""
+"""Scales of int8 KV buffers, f32 [2L, kv, D]: of all keys' channels, then of all values'."""
 CHECK = "check.safetensors"
 VERIFY = "verify.json"
 PROFILE = "profile.json"
@@ -158,9 +158,9 @@ class Manifest:
     quantization: dict[str, Any] = field(default_factory=dict)
     """The recipe, and what became of each linear layer; empty when nothing is quantized."""
     embedding: TablePlace | None = None
-    """Of an int4 table; every other one is all of `embedding.bin`."""
+    """Place of an int4 table; any other table is the whole of `embedding.bin`."""
     verified: bool = False
-    """Whether the export ended with a comparison to its check data, which then had passed."""
+    """Whether the export ended with a comparison to its check data, and passed it."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
@@ -177,7 +177,7 @@ class Manifest:
 
         Raises:
             SchemaError: a field that breaks its rule, or two that do not go together.
-            CheckpointError: the same of the model's configuration.
+            CheckpointError: the same in the model's configuration.
         """
         rules.MANIFEST.check(data, "")
 
@@ -214,9 +214,9 @@ class Manifest:
         needed = [TOKENIZER, *(graph.file for graph in self.graphs.values())]
         missing = sorted(set(needed) - set(self.files))
         if missing:
-            raise SchemaError(f"files does not list {missing[0]}, which the bundle is run with")
+            raise SchemaError(f"files does not list {missing[0]}, which the bundle needs to run")
         if MANIFEST in self.files:
-            raise SchemaError(f"files lists {MANIFEST} itself, whose hash it cannot hold")
+            raise SchemaError(f"files lists {MANIFEST} itself, which cannot hold its own hash")
 
     def _check_graphs(self) -> None:
         wanted = {"decoder"} | ({"encoder", "projector"} if self.model.vision else set())
@@ -292,7 +292,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     _place: Path = field(init=False, repr=False, compare=False)
-    """Where the folder was, links followed: neither a link that is set anew nor another working directory moves it."""
+    """Path of the folder, links followed: neither a link set anew nor another working directory moves it."""
     _noted: dict[str, Stamp | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -313,7 +313,7 @@ class Bundle:
         self._check_unchanged()
         try:
             yield
-        finally:  # Also says why what happened in the block went wrong.
+        finally:  # The message also tells why the block failed.
             self._check_unchanged()
 
     def _check_unchanged(self) -> None:
@@ -322,7 +322,7 @@ class Bundle:
             if now == noted:
                 continue
             if now is not None and now.same_file(noted):
-                # Another mode or name, or a time stamp set back: its content tells which.
+                # It may be another mode or name, or a time stamp set back: the content tells.
                 entry = self.manifest.files.get(name)
                 if entry is None or file_hash(self.path(name)) == entry.sha256:
                     self._noted[name] = now

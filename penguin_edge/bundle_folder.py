@@ -22,7 +22,7 @@ from penguin_edge.folders import MayReplace, clear, place_of, whole
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})
 """What our verbs write into a bundle's folder; the manifest does not name it."""
 HALF_WRITTEN = re.compile(r"\.(bundle|verify|profile)\.json\.[0-9a-f]{8}")
-"""What a killed verb leaves of these."""
+"""Names of what a killed verb leaves of these files."""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def writing(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_place(out: str | Path, *, overwrite: bool) -> Path:
-    """Say before hours of work whether `writing` will refuse; the absolute path that `out` means.
+    """Refuse before hours of work what `writing` would refuse; return the absolute path that `out` means.
 
     Raises:
         BundleError: as `writing`.
@@ -65,7 +65,9 @@ def _rule(out: str | Path, overwrite: bool) -> MayReplace:
                 f"{out} exists and is not a bundle (it holds {names[0]}); it is left as it is, choose another folder"
             )
         if strange := next(_strangers(found, _named(found, out)), None):
-            raise BundleError(f"{out} holds {strange}, which is not of the bundle; move it away before you overwrite")
+            raise BundleError(
+                f"{out} holds {strange}, which is not part of the bundle; move it away before you overwrite"
+            )
 
     return may_replace
 
@@ -79,11 +81,11 @@ def _named(folder: Path, out: str | Path) -> frozenset[str]:
     advice = f"{out} is left as it is: if nothing in it is of use, remove it yourself, or choose another folder"
     manifest = folder / MANIFEST
     if not stat.S_ISREG(manifest.lstat().st_mode):
-        raise BundleError(f"{out}: its {MANIFEST} is no plain file, so this is not a bundle; {advice}")
+        raise BundleError(f"{out}: its {MANIFEST} is not a plain file, so this is not a bundle; {advice}")
     data = read_json(manifest, what=f"{out}/{MANIFEST}", error=BundleError, advice=advice)
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict) or "schema" not in data or "sha256" not in data:
-        raise BundleError(f"{out}: its {MANIFEST} is not of penguin-edge; {advice}")
+        raise BundleError(f"{out}: its {MANIFEST} was not written by penguin-edge; {advice}")
     if data["sha256"] != manifest_hash(data):
         raise BundleError(f"{out}: its {MANIFEST} is damaged, or was changed by hand; {advice}")
     return frozenset(files)

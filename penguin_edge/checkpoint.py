@@ -33,9 +33,9 @@ DEFAULT_TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 EMBEDDED = {"nano": Path(__file__).parent / "data" / "nano"}
 """Presets whose trained weights come with the package, and where."""
 PUBLISHED_IN = {"2b": torch.bfloat16, "8b": torch.bfloat16}
-"""The dtype of published weights; a preset of their shape has random ones in the same."""
+"""Dtype of the published weights, and of a preset's random weights in the same shape."""
 DEFAULT_IDS: dict[str, Any] = {"image_token_id": 603, "eos_token_ids": (600,), "pad_token_id": 601}
-"""The ids of its special tokens, which are not those of the published vocabulary."""
+"""Ids of the special tokens of `DEFAULT_TOKENIZER`, which are not those of the published vocabulary."""
 
 
 def random_tensor(name: str, shape: Sequence[int], seed: int, dtype: torch.dtype) -> Tensor:
@@ -145,7 +145,8 @@ class Checkpoint:
         return checkpoint
 
     def _settle_head(self) -> None:
-        """Decide where a head lies that is said to be the table: as transformers 5, where both or just one is there."""
+        """Decide whether a head that is declared tied is read from the table or from a tensor of its own, as
+        transformers 5 does."""
         assert self.stored is not None
         if not self.config.text.tie_word_embeddings or HEAD not in self.stored:
             return
@@ -178,7 +179,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds what is stored; of a preset that in which its shape is published, else fp32.
+        """Dtype that holds the stored weights; for a preset the one in which its shape is published, else fp32.
 
         Matrices decide: the widest of them, at most fp32. Norms in fp32 beside matrices in bf16 are kept in bf16.
         """
@@ -228,7 +229,7 @@ class Checkpoint:
         return count * (dtype or self.dtype).itemsize
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights' files; of a preset over its name, configuration and seed."""
+        """SHA-256 over the weights' files, or over a preset's name, configuration and seed."""
         if self.stored is None:
             text = json.dumps([self.source, self.config.to_json(), self.seed], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()

@@ -23,12 +23,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """What runs a module in a child. Its stdin has to be a pipe that this process keeps open."""
+    """Command that runs a module in a child, whose stdin has to be a pipe that this process keeps open."""
     return [sys.executable, "-P", "-m", __name__, str(os.getpid()), module, *arguments]
 
 
 def environment(defaults: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for a child, over `defaults`; what the child starts with Python is as safe as it."""
+    """Environment for a child: this process's own, over `defaults`. Python processes that it starts are as safe."""
     return {**(defaults or {}), **os.environ, "PYTHONSAFEPATH": "1"}
 
 
@@ -55,7 +55,7 @@ def quiet_worker() -> None:
 
 
 def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Tell of an error in the thread that hands tensors out, except that the parent stopped while it took one."""
+    """Report an error of the thread that hands tensors out, unless the parent stopped while it took one."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; every failure is one sentence on stderr.
 
     Args:
-        argv: the arguments after the program's name; without them this is the program itself, and what the process
-            does on a signal is decided here.
+        argv: the arguments after the program's name; without them this is the program itself, and its reaction to
+            signals is decided here.
     """
     from penguin_edge import stopping
 
@@ -119,7 +119,7 @@ def _flush() -> None:
 
 
 def _printable(text: str) -> str:
-    """One line for a terminal: what a file or an address brought along into a message writes nothing else there."""
+    """One line for a terminal: control characters that a file or an address brought into a message are escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode() for c in text)
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
 

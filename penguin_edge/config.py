@@ -133,7 +133,7 @@ class PenguinConfig:
         """Refuse numbers that do not go together.
 
         Raises:
-            CheckpointError: which two, and what they have to fulfil.
+            CheckpointError: two numbers do not go together; the message names them and what they have to fulfil.
         """
         for name, part in (("text", self.text), ("vision", self.vision)):
             if part is None:
@@ -167,7 +167,7 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_VOCABULARY = 1 << 24
 MAX_POSITIONS = 1 << 24
-"""Limits of what is taken for a model at all; the largest published model of this kind stays a tenth below each."""
+"""Limits of the models that are accepted at all; the largest published model of this kind stays a tenth below each."""
 TOKEN = Whole(0, MAX_VOCABULARY)
 STACK_RULES: dict[str, Rule] = {
     "hidden_size": Whole(1, MAX_WIDTH),

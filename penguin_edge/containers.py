@@ -48,9 +48,9 @@ _OUTWARD = {
 _BOX = re.compile(rb"(?s)....[a-zA-Z0-9 ]{4}")
 """How a box of an ISO file begins."""
 _TABLES = re.compile(rb"(?s)(stsz|stz2|trun)(?<=\0\0[\0-\3].....)")
-"""Short tables whose count of samples no data bear out: all samples may be of one size."""
+"""Short tables whose count of samples cannot be checked against their length: all samples may have one size."""
 _PIECE, _LAP = 2**20, 32
-"""Bytes of tables that are looked at at once, and those looked at twice, so that no table is cut in two."""
+"""Bytes of tables that are read at a time, and the overlap of two reads, so that no table is cut in two."""
 _LISTED = re.compile(r"(file)\s+(?:'([\w./-]+)'|([\w./-]+))|(duration|inpoint|outpoint)\s+[\d.:]+", re.ASCII)
 """Directives of an ffconcat list that are understood."""
 
@@ -159,7 +159,7 @@ def _self_contained() -> frozenset[str]:
 
 
 class _Folder:
-    """The folder of a playlist: opens what lies in it, on behalf of the demuxer; `refusal` is why it did not."""
+    """The folder of a playlist: opens what lies in it for the demuxer; `refusal` says why it did not."""
 
     def __init__(self, playlist: Path) -> None:
         self.playlist = playlist
@@ -254,7 +254,7 @@ def _check_concat(path: Path) -> None:
 
 
 def _check_boxes(path: Path) -> None:
-    """Look at an ISO file (MP4, MOV, HEIF) as far as the demuxer would take its word.
+    """Check in an ISO file (MP4, MOV, HEIF) what the demuxer would take on trust.
 
     A file that is cut short meanwhile ends there.
 

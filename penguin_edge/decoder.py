@@ -23,11 +23,11 @@ from penguin_edge.layers import Attend, Block, RMSNorm, full_attention, rotary_a
 
 @dataclass(frozen=True)
 class KVForm:
-    """What a cache holds instead of the model's own dtype."""
+    """Form of a KV cache that holds another dtype than the model's own."""
 
     dtype: Literal["fp16", "int8"]
     scales: Tensor | None = None
-    """int8: [2L, kv, 1, D] f32, of every channel of all keys, then of all values."""
+    """Scales of an int8 cache, [2L, kv, 1, D] f32: of every channel of all keys, then of all values."""
 
     def stored(self, index: int, x: Tensor) -> Tensor:
         """Keys (`index` is the layer) or values (layer + L), [1, kv, S, D], as they come back out of the cache."""
@@ -99,7 +99,7 @@ class KVCache:
         return out.transpose(1, 2).flatten(2)
 
     def move(self, begin: int, end: int, to: int, theta: float) -> None:
-        """Positions [begin, end) stand at `to` <= begin from now on, keys turned by the difference of their angles."""
+        """Move positions [begin, end) to `to` <= begin; keys are turned by the difference of the angles."""
         size = self.keys[0].shape[-1]
         angles = (to - begin) * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
         both = torch.cat((angles, angles)).to(self.keys[0].device)

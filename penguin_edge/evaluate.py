@@ -271,7 +271,7 @@ def answer_tokens(questions: Sequence[Question]) -> dict[str, int]:
 
 
 def by_media(questions: Sequence[Question]) -> list[int]:
-    """The questions' places, those that begin with the same media together, otherwise in order."""
+    """Order of asking: questions that begin with the same media together, otherwise as they come."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, question in enumerate(questions):
         media = [part for m in question.messages if not isinstance(m["content"], str) for part in m["content"]]
@@ -353,7 +353,7 @@ def _best_number(spans: Sequence[tuple[float, float, float]]) -> tuple[float, fl
 
 
 def _majority(asked: Sequence[Question]) -> float:
-    """Weight that the best constant answer gets; of each kind of question where a task has both."""
+    """Weight that the best constant answers get: one text, and one number for questions with a tolerance."""
     texts: dict[Any, float] = defaultdict(float)
     for question in asked:
         if question.tolerance is None:

@@ -186,7 +186,7 @@ def measured_lengths(
 
 
 class _Countdown:
-    """Says every ten seconds how far a count has come."""
+    """Report every ten seconds how far a count has come."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self.total, self.say = total, say
@@ -201,7 +201,7 @@ class _Countdown:
 
 
 def _loaded(dataset: Dataset, sampler: Sampler | None, workers: int, prefetch: int) -> Iterator[Any]:
-    """What the dataset makes of each index, in order, by worker processes.
+    """Yield what worker processes make of each index, in order.
 
     Raises:
         MemoryLimitError: a worker was killed; it is raised here and nowhere else, so that no step is half taken.
@@ -223,7 +223,7 @@ def _loaded(dataset: Dataset, sampler: Sampler | None, workers: int, prefetch: i
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # torch notices it itself, or fails to fetch a tensor from the worker; a failure inside of a worker comes
+            # torch notices a dead worker itself, or fails to fetch a tensor from it; a failure inside a worker comes
             # with its traceback.
             lost = workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error))
             if not lost or "Traceback" in str(error):

@@ -29,9 +29,9 @@ MAX_DEPTH = 48
 MAX_DIGITS = 64
 """Characters of one number."""
 LONGEST_NAME = 48
-"""Characters of a name that a file beside it repeats: a file system that takes the name takes the other one, too."""
+"""Characters of a name that its temporary file repeats: a file system that takes one name takes the other."""
 STREAMS = ("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/")
-"""What a process has open already, by name: a file that stdout goes to is written to as well, not replaced."""
+"""Names of what a process has open already: a file that stdout goes to is written to, not replaced."""
 
 
 def parse_json(
@@ -132,7 +132,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A file to write beside `path`, which it becomes when the block ends well; otherwise `path` stays as it was.
 
     A link stays a link: what it points to is replaced. What is no file, such as a pipe or `/dev/stdout`, is written to.
-    Nobody but its owner can read the new content of a file that was there until it has that file's mode.
+    The new content of an existing file is readable by its owner alone until it has that file's mode.
     """
     path = Path(path)
     if os.path.abspath(path).startswith(STREAMS) or (path.exists() and not path.is_file()):
@@ -197,7 +197,7 @@ def _not_a_number(text: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse depth, and characters that no file or terminal can be given again.
+    """Refuse deep nesting, and characters that cannot be written to a file or a terminal.
 
     Raises:
         ValueError: either.

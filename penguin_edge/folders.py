@@ -6,11 +6,11 @@
         old/                         what stood there, from the moment before `new` takes its place
 
 Whenever the writer is killed, the old folder or the new one is there, whole: in its place, or as `old` here, from where
-the next writer of the same name brings it back. A rest is cleared only if it carries our mark, is of this user and of
-this machine, and its lock is free: the process that made it is gone then, whatever its number is used for now.
+the next writer of the same name brings it back. A leftover is cleared only if it carries our mark, belongs to this user
+and this machine, and its lock is free: then the process that made it is gone, whatever its number is used for now.
 Where a file system has no locks, the mark's process tells: its number and the time of its start, on the same boot and
-in the same container. Where even that tells nothing, a rest stays, and is named when it has the only copy of a folder.
-Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
+in the same container. Where even that tells nothing, a leftover stays, and is named when it has the only copy of a
+folder. Folders for work in the system's temporary folder are marked, locked and cleared in the same way.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
 
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What fsync says where the file system has no such thing: it writes when it likes, and nothing is lost by that."""
+"""Errors of fsync where the file system has none: it writes when it likes, and nothing is lost by that."""
 
 MayReplace = Callable[[Path, bool], None]
-"""Given what stands in a place, and whether it appeared while the new folder was written: raises if it has to stay."""
+"""Takes what stands in a place, and whether it appeared while the new folder was written; raises if it has to stay."""
 
 
 def refuse_any(out: str | Path, error: type[PenguinError], *, but_empty: bool = True) -> MayReplace:
-    """For what never replaces anything, except perhaps an empty folder."""
+    """Make a check for a writer that never replaces anything, except perhaps an empty folder."""
 
     def may_replace(found: Path, appeared: bool) -> None:
         if not (but_empty and found.is_dir()):
@@ -121,7 +121,7 @@ def whole(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -
 
 
 def clear(place: Path, error: type[PenguinError]) -> None:
-    """Bring back what a killed writer had moved out of `place`, and remove its rests.
+    """Bring back what a killed writer had moved out of `place`, and remove its leftovers.
 
     Raises:
         PenguinError: something else stands in `place` now; neither of the two is touched.
@@ -138,7 +138,7 @@ def clear(place: Path, error: type[PenguinError]) -> None:
 
 
 def _settle(rest: Path, place: Path, error: type[PenguinError]) -> None:
-    """Bring back what was moved out of `place` unless `new` has taken it, and remove the rest.
+    """Bring back what was moved out of `place` unless `new` has taken the place, and remove the leftover.
 
     Raises:
         PenguinError: something else stands in `place` now; neither of the two is touched.
@@ -146,7 +146,7 @@ def _settle(rest: Path, place: Path, error: type[PenguinError]) -> None:
     old = rest / "old"
     if os.path.lexists(old) and (os.path.lexists(rest / "new") or not os.path.lexists(place)):
         try:
-            if os.path.lexists(place):  # a file would be replaced without a word
+            if os.path.lexists(place):  # a file would be replaced silently
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             old.replace(place)
         except OSError as found:
@@ -161,7 +161,7 @@ def _settle(rest: Path, place: Path, error: type[PenguinError]) -> None:
 
 @contextlib.contextmanager
 def _told(what: str, error: type[PenguinError]) -> Iterator[None]:
-    """What the system refuses, as one sentence."""
+    """Turn what the system refuses into one sentence."""
     try:
         yield
     except OSError as found:
@@ -225,7 +225,7 @@ def _alone(folder: Path, error: type[PenguinError]) -> Iterator[None]:
 
 
 def clear_all(parent: Path, error: type[PenguinError]) -> None:
-    """`clear` for every place in a folder that a killed process was about to fill."""
+    """Call `clear` for every place in a folder that a killed process was about to fill."""
     for rest in _rests(parent, ".", SUFFIX):
         with _taken(rest) as name:
             pass
@@ -286,7 +286,7 @@ def _check(place: Path, appeared: bool, may_replace: MayReplace, error: type[Pen
 
 
 def _here() -> dict[str, str]:
-    """What tells this machine from another that sees the same files: locks are not shared by all file systems."""
+    """Identify this machine among those that see the same files: not all file systems share locks."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -304,7 +304,7 @@ def _start(pid: int) -> str:
 
 
 def _process() -> dict[str, Any]:
-    """What tells this process from any other on this boot: numbers count in their own name space only."""
+    """Identify this process among all on this boot: process numbers count only in their own name space."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -324,7 +324,7 @@ def _lives(mark: Any) -> bool | None:
 
 
 def _unsure(rest: Path, name: str) -> bool:
-    """Whether a rest carries our mark and nothing tells if its process lives: neither a lock nor the process list."""
+    """Whether a leftover carries our mark, but neither a lock nor the process list tells if its process lives."""
     try:
         descriptor = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -351,7 +351,7 @@ def _claim(parent: Path, prefix: str, suffix: str, name: str) -> tuple[Path, int
             _lock(lock)
             (folder / MARK).write_text(json.dumps({"name": name, **_here(), **_process()}), encoding="utf-8")
             return folder, lock
-        except (FileNotFoundError, BlockingIOError):  # taken for a rest in the moment before it was locked
+        except (FileNotFoundError, BlockingIOError):  # taken for a leftover in the moment before it was locked
             if lock >= 0:
                 os.close(lock)
         except BaseException:
@@ -388,7 +388,7 @@ def _rests(parent: Path, prefix: str, suffix: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _taken(rest: Path) -> Iterator[str | None]:
-    """The name in the mark of a rest that nobody uses any more, locked meanwhile; None for any other folder."""
+    """The name in the mark of a leftover that nobody uses any more, locked meanwhile; None for any other folder."""
     with contextlib.ExitStack() as stack:
         try:
             lock = os.open(rest, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -406,7 +406,7 @@ def _taken(rest: Path) -> Iterator[str | None]:
                 if ours if locked else _lives(mark) is False:
                     name = str(mark["name"])
             except (PenguinError, KeyError, TypeError):
-                with contextlib.suppress(OSError):  # killed before it was marked; a rest with anything in it stays
+                with contextlib.suppress(OSError):  # killed before it was marked; a leftover with anything in it stays
                     if locked and (rest / MARK).is_file() and not (rest / MARK).stat().st_size:
                         (rest / MARK).unlink()
                     if locked:
@@ -422,7 +422,7 @@ def _remove(aside: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have everything in a folder on the disk: what it replaces is removed then.
+    """Flush everything in a folder to the disk, before what it replaces is removed.
 
     Raises:
         OSError: the disk is full or damaged.
@@ -434,7 +434,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder on the disk; one that may be written but not read is left to the system.
+    """Flush the names in a folder to the disk; a folder that may be written but not read is left to the system.
 
     Raises:
         OSError: the disk is full or damaged.

@@ -1,4 +1,4 @@
-"""Folders that hold something else than a model's own weights: adapters, and weights that somebody quantized.
+"""Folders that hold something other than a model's own weights: adapters, and weights that somebody quantized.
 
 Both load, in part, as if they were plain checkpoints, and then compute something else. They are told by their files,
 their configuration and the names and dtypes of their tensors, before any tensor is read.

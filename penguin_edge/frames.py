@@ -28,7 +28,7 @@ from penguin_edge.places import existing, local_path, named, regular_file, shown
 MAX_ASPECT = 1000
 """Longest side over shortest side of an image that is still accepted."""
 MAX_FPS, MAX_SECONDS = 1000, 10**9
-"""Beyond these a request is a slip of the keyboard."""
+"""Limits beyond which a request is taken for a typing error."""
 FOLDER_FPS = 3
 """Rate that a folder of pictures is taken to have."""
 ANIMATION_FPS = 25
@@ -286,7 +286,7 @@ def _thin(numbers: Sequence[int], most: int | None) -> list[int]:
 
 
 def _fitted(converter: video.RgbConverter, frames: Iterator[video.Timed]) -> Iterator[video.Timed]:
-    """The frames, all of them to be converted to the size of the first one."""
+    """Convert all frames to the size of the first one."""
     for timed in frames:
         converter.fit(timed[2])
         yield timed

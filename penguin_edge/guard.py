@@ -17,9 +17,9 @@ class Guard:
     def __init__(self, what: str, inner: Guard | None = None) -> None:
         """
         Args:
-            what: is guarded, by a name for the reader: "engine", "session".
-            inner: guards what this one's state is about, and is entered along with it: what a session believes of an
-                engine's cache stays true until the session leaves.
+            what: the name of what is guarded, for the reader: "engine", "session".
+            inner: the guard of what this state describes, entered along with it: what a session believes of an engine's
+                cache stays true until the session leaves.
         """
         self._what, self._lock, self._inner = what, threading.RLock(), inner
 

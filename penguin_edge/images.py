@@ -54,14 +54,14 @@ class NotAnImage(InputError):
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow reads."""
+    """Members of `FORMATS` that this Pillow reads."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow's warnings about sizes and damaged metadata are not for the user: both are judged here."""
+    """Silence Pillow's warnings about sizes and damaged metadata: both are judged here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -122,7 +122,7 @@ def _too_large(name: str, pixels: int, limit: int) -> InputError:
 
 
 def _beyond_pillow(name: str, error: Image.DecompressionBombError) -> InputError:
-    """Pillow has a limit of its own, up to twice of which it only warns."""
+    """Error for a picture beyond Pillow's own limit, which is twice the size from which Pillow warns."""
     counted = re.search(r"\d+", str(error))
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     return _too_large(name, int(counted[0]) if counted else limit + 1, limit)
@@ -183,7 +183,7 @@ def _as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _reader(image: Image.Image, name: str) -> Callable[[Image.Image], np.ndarray]:
-    """What makes RGB, or grey `[H, W, 1]`, of a strip of this picture.
+    """Function that makes RGB, or grey `[H, W, 1]`, of a strip of this picture.
 
     Wide grey is scaled by the range that its format fixes, because Pillow's own conversion clips at 255, which leaves
     most such pictures white. Where nothing fixes the range, only values that are 8-bit already are taken.

@@ -53,7 +53,7 @@ MAX_ASPECT = 1000
 FAST_DOUBT = 0.65
 """Fast mode looks closer when less than this times the root of the number of patches separates a frame from a label."""
 FAST_REACH = 0.85
-"""Over the root of the number of patches: distance of a cosine from its limit over which doubt falls e-fold. A wrong
+"""Distance of a cosine from its limit over which doubt falls e-fold, times the root of the number of patches. A wrong
 patch weighs more in a small frame, and a closer look costs less there."""
 DARK_LEVEL, DARK_SHARE, DARK_DOUBT = 3, 0.25, 0.1
 """A patch is dark when over `DARK_SHARE` of its samples have a V of 1 to `DARK_LEVEL`, where a single level of noise

@@ -69,7 +69,7 @@ class LabelledClip:
     ) -> Plan:
         """Sizes under `budget`; in strict mode no frame above `max_tokens`, which is what graphs are compiled for.
 
-        A `policy` is asked instead of TRA.
+        A `policy` plans instead of TRA.
         """
         size = self.size
         if mode == "strict" and max_tokens is not None:

@@ -36,7 +36,7 @@ BETA = 0.001
 
 
 def count_items(batch: Batch, scope: Scope) -> int:
-    """What this batch adds to `items`: its targets, or its samples. No device is asked.
+    """Number that this batch adds to `items`: its targets, or its samples, counted on the host.
 
     Sum it over the micro-batches and the processes that share one optimiser step.
     """
@@ -54,7 +54,7 @@ def cross_entropy(
 
     Args:
         scope: `batch`: sum over the targets / items. `sequence`: sum over the targets of 1 / (targets in the same
-            sample) / items. What `items` counts says `count_items`.
+            sample) / items. `count_items` says what `items` counts.
         items: for the whole optimiser step; None gives the mean over this batch's targets in either scope. Where
             gradients are averaged over processes, multiply the loss by their number.
     Returns:
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         self.vision_distill_layer = nn.Linear(student_size, teacher.config.hidden_size)
 
     def train(self, mode: bool = True) -> Distiller:
-        """As of any module, except that the teacher stays in evaluation mode."""
+        """Set the mode as any module does, except that the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self

@@ -38,9 +38,9 @@ PACKAGES = (
 
 
 MADV_PAGEOUT = 21
-"""Of Linux from 5.4 on: write what is dirty, forget what is not."""
+"""Advice number of `madvise` (Linux 5.4 and newer): write dirty pages, drop clean ones."""
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 18
-"""Of glibc's mallopt; bytes of a block that does not come from the heap."""
+"""Parameter number of glibc's `mallopt`, and bytes of a block that does not come from the heap."""
 
 
 def human_bytes(count: float) -> str:
@@ -97,7 +97,7 @@ def available_memory() -> int | None:
 def page_out(path: Path) -> None:
     """Give back the memory in which this process has `path` mapped; what is read again comes from the file.
 
-    For a runtime that has copied what it needs and keeps the file mapped. Linux and Android only: elsewhere nothing.
+    Meant for a runtime that has copied what it needs and keeps the file mapped. Does nothing but on Linux and Android.
     """
     name = str(path.resolve())
     with contextlib.suppress(OSError, AttributeError):
@@ -117,7 +117,7 @@ def trim_heap() -> None:
 
 
 def keep_heap_compact() -> None:
-    """Have large blocks come from the system and go back to it, for a program that runs for days. glibc only.
+    """Take large blocks from the system and give them back to it, for a program that runs for days. glibc only.
 
     Left alone, glibc raises that limit to the largest block that was ever freed: pictures then lie in the heap between
     small arrays that stay, and leave holes that the next, larger one does not fit into.

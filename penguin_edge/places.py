@@ -72,7 +72,7 @@ def data_bytes(source: str) -> bytes:
 
 
 def local_path(source: str | Path) -> Path:
-    """The path that a source names: of a `file:` address its path, of anything else the source itself.
+    """The path that a source names: a `file:` address gives its path, anything else is a path itself.
 
     Raises:
         InputError: an address of another kind, or on another machine; nothing that names a place.
@@ -106,7 +106,7 @@ def _file_path(source: str) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is there; nothing has a name that cannot be one."""
+    """Whether anything is there; a name that cannot be one has nothing."""
     try:
         path.stat()
     except (OSError, ValueError):

@@ -94,7 +94,7 @@ class Progress:
     first: int
     total: int
     peak_flops: float
-    """Of all processes together."""
+    """Peak arithmetic of all processes together, in operations per second."""
     began: float = field(default_factory=time.monotonic)
     tokens: int = 0
     flops: float = 0.0

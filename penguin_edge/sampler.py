@@ -1,7 +1,7 @@
 """Which samples make which step: the length index, and an order that any step can be resumed from.
 
 The order is a function of (seed, epoch) alone, so a run stopped in the middle of an epoch goes on with the very next
-batch, and loader workers and processes need no talk to agree on it.
+batch, and loader workers and processes agree on it without communicating.
 
 One epoch: files (with their weights) -> indices -> order -> steps of `batch_size * world_size * accumulate` samples ->
 micro-batches. With a length index the order is grouped: samples sorted by length, cut into steps, the steps shuffled;
@@ -95,7 +95,7 @@ def build_index(lengths: Iterable[int | str]) -> LengthIndex:
 
 
 def cut(order: Sequence[int], step_size: int, least: int = 1) -> list[list[int]]:
-    """Steps of `step_size` samples. A rest of fewer than `least` joins the step before it: nothing is dropped."""
+    """Steps of `step_size` samples. A remainder of fewer than `least` joins the step before it: nothing is dropped."""
     steps = [list(order[start : start + step_size]) for start in range(0, len(order), step_size)]
     if len(steps) > 1 and len(steps[-1]) < least:
         rest = steps.pop()

@@ -50,7 +50,7 @@ from penguin_edge.tra import DROPPED, KEY, KeyFrameDetector, Mode, Plan
 
 NO_TARGET = -100
 KEPT_BYTES = 64 << 20
-"""A clip whose frames take no more than this is decoded once; a larger one again for its pixels, frame by frame."""
+"""Bytes up to which a clip is decoded once; a larger one is decoded again, frame by frame, for its pixels."""
 THINK = "<think>"
 
 Ids = NDArray[np.int64]
@@ -213,7 +213,10 @@ class SampleBuilder:
             raise InputError("the model reads text only; leave out records with images and clips")
         budget = min(options.mm_max_length, self.config.image.max_tokens)
         if budget < len(media):
-            raise BudgetError(f"{len(media)} images and clips for {budget} visual tokens; raise mm_max_length")
+            raise BudgetError(
+                f"{len(media)} images and clips for {budget} visual tokens, wanted at least one token each; "
+                "raise mm_max_length"
+            )
         shapes = [item.shape for item in media]
         fit_to = partial(
             fit_media, shapes, config=self.config, tra=options.tra, shared_image_size=options.shared_image_size

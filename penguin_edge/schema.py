@@ -40,7 +40,7 @@ class Rule(Protocol):
     """What a value must be."""
 
     def check(self, value: Any, where: str) -> None:
-        """Refuse a value that is not so.
+        """Refuse a value that breaks the rule.
 
         Args:
             where: the place of the value, such as `model.text`; empty for the whole file.
@@ -78,7 +78,7 @@ class Real:
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf
-    """A limit that itself is refused."""
+    """Lower limit that is itself refused."""
 
     def check(self, value: Any, where: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -99,7 +99,7 @@ class Flag:
 @dataclass(frozen=True)
 class Text:
     words: tuple[str, ...] = ()
-    """The only ones that are taken, where any are named."""
+    """Words that alone are taken, where any are named."""
     pattern: str = ""
     """A regular expression for the whole string, and what to call it in a message."""
     called: str = ""

@@ -1,7 +1,7 @@
 """What ends the program from outside: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
 
 Until a verb runs, nothing has begun and the process ends at once. Then the first signal raises KeyboardInterrupt in the
-main thread, so that files, children and threads are put away. While that goes on a second one is ignored, for people
+main thread, so that files, children and threads are put away. Meanwhile a second signal is ignored, because people
 press twice; a third ends the process where it is, and the next run clears what is left. A signal that was ignored when
 the program started, as under `nohup`, stays so.
 """
@@ -22,7 +22,7 @@ PATIENCE = 1
 
 
 class _State:
-    """What this process has been told."""
+    """The signals that this process has received, and what it does with them."""
 
     ours: tuple[signal.Signals, ...] = ()
     """The signals that are answered here."""
@@ -36,7 +36,7 @@ class _State:
 def begin() -> None:
     """Answer signals from here on, and have three streams to write to."""
     for descriptor in (0, 1, 2):
-        # One that was closed would be the number of the next file that is opened: warnings would land in it.
+        # The number of a closed stream goes to the next file that is opened: warnings would land in it.
         try:
             os.fstat(descriptor)
         except OSError:
@@ -54,7 +54,7 @@ def begin() -> None:
 
 
 def let_finish() -> None:
-    """From here on something has begun that has to be put away."""
+    """From here on a stop is an exception: something has begun that has to be put away."""
     _State.finishing = True
 
 

@@ -37,9 +37,9 @@ from penguin_edge.tra import INTERMEDIATE, KEY, FramePlan, Plan, size_ladder
 STEP = 4
 """Area of a level over that of the next."""
 LOW = 0.85
-"""Share of the limit that a step down leaves filled."""
+"""Share of the limit down to which frames step."""
 COARSE = 0.75
-"""What would leave less than this share filled is not done beyond what has to be."""
+"""Share of the limit below which the last frame to step down takes a larger size that still fits `LOW`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.budget < 1:
-            raise BudgetError(f"a budget of {self.budget} visual tokens holds nothing; wanted at least 1")
+            raise BudgetError(f"got a budget of {self.budget} visual tokens, wanted at least 1")
         if self.room is not None and self.room < 1:
-            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten what stands around them")
+            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten the text around them")
         if not self.window_s > 0 or self.max_frames < 1:
             raise InputError(f"a window of {self.window_s} s and {self.max_frames} frames, wanted more than nothing")
 
@@ -133,7 +133,7 @@ class StreamPlanner:
 
     @property
     def level(self) -> int:
-        """Of new frames."""
+        """Level of new frames."""
         return self._level
 
     @property
@@ -143,7 +143,7 @@ class StreamPlanner:
 
     @property
     def saved_share(self) -> float:
-        """Of the tokens that the window would have if all its frames were key frames of their level; 0 when empty."""
+        """Share of tokens saved, against a window whose frames are all key frames of their level; 0 when empty."""
         wanted = 0
         for held in self._held:
             levels = self._levels(held)
@@ -154,7 +154,7 @@ class StreamPlanner:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the frames that are kept, in order; the first frame pushed was 0."""
+        """Numbers of the kept frames, in order; the first frame pushed was 0."""
         return tuple(held.number for held in self._held)
 
     def plan(self) -> Plan:
@@ -167,8 +167,8 @@ class StreamPlanner:
         return Plan(tuple(frames), self.limits.budget, self.factor, "stream", stage)
 
     def push(self, kind: str, size: tuple[int, int], time: float) -> list[Change]:
-        """Add a frame of `size` (height, width) at `time` seconds; returns what became of others. Where the window has
-        no key frame, this one becomes key.
+        """Add a frame of `size` (height, width) at `time` seconds, and return what became of others. The frame becomes
+        key where the window has no key frame.
 
         Raises:
             InputError: an unknown label, an empty size, or a time before the last frame's.
@@ -253,7 +253,7 @@ class StreamPlanner:
         return {held.number: self._tokens(held) for held in self._held}
 
     def _changes(self, before: dict[int, int]) -> list[Change]:
-        """What differs now."""
+        """Frames whose tokens differ from `before`."""
         after = self._sizes()
         found = []
         for number, tokens in before.items():
@@ -263,7 +263,7 @@ class StreamPlanner:
         return found
 
     def _share(self, tokens: int, frames: int) -> float:
-        """Of the tighter limit, that so many visual tokens and frames fill."""
+        """Share of the tighter limit that so many visual tokens and frames fill."""
         share = tokens / self.limits.budget
         if self.limits.room is not None:
             share = max(share, (tokens + frames * self.tag_tokens) / self.limits.room)
@@ -285,7 +285,7 @@ class StreamPlanner:
             self._level -= 1
 
     def _settle(self) -> None:
-        """Step down, the oldest first, when the limits are exceeded; at the floor thin."""
+        """Step frames down, the oldest first, when the limits are exceeded; thin them at the floor."""
         if self._filled() <= 1:
             return
         while self._filled() > LOW:
@@ -312,8 +312,8 @@ class StreamPlanner:
                     self._widen(held, before)
 
     def _thinnest(self) -> _Held:
-        """Of all but the newest, the one that leaves the smallest gap, the oldest of several; intermediate if there is
-        one."""
+        """The frame whose loss leaves the smallest gap, never the newest; an intermediate frame if there is one, the
+        oldest of several."""
         frames = list(self._held)
         kind = KEY if all(held.kind == KEY for held in frames[:-1]) else INTERMEDIATE
         gaps = [

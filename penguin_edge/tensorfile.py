@@ -47,9 +47,9 @@ DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "F8_E8M0": (torch.float8_e8m0fnu, 8),
     "F4": (torch.float4_e2m1fn_x2, 4),
 }
-"""What the format knows, and bits per number. Most cannot be weights of ours; they are known to be refused by name."""
+"""Dtypes of the format, with bits per number. Most cannot be weights of ours; they are listed to be refused by name."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Weights as numbers of their own, without scales beside them."""
+"""Dtypes of weights that need no scales beside them."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAME = Text(pattern=r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]+", called="a name without control characters", longest=512)
@@ -114,7 +114,7 @@ class StoredTensor:
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        """The file at the tensor's first byte.
+        """Open the file at the tensor's first byte.
 
         Raises:
             CheckpointError: it is another file now, or was written again.
@@ -169,7 +169,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin != end or stop - begin != wanted:
             raise CheckpointError(
                 f"{path}: tensor {name} {list(shape)} of {row['dtype']} lies at bytes {begin} to {stop}, wanted {end} "
-                f"to {end + wanted}: tensors lie one behind another; {advice}"
+                f"to {end + wanted}: tensors lie one after another; {advice}"
             )
         end = stop
         if start + stop > size:

@@ -51,7 +51,7 @@ def piece_logits(engine: Engine, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Over the last axis, in fp64.
+    """Logarithm of the softmax over the last axis, in fp64.
 
     Raises:
         InputError: a logit is NaN or infinite.
@@ -80,7 +80,7 @@ def compare_piece(got: NDArray[np.float32], wanted: NDArray[np.float32], ids: ND
 
 
 def continuation(engine: Engine, ids: NDArray[np.int64], count: int) -> list[int]:
-    """Greedy tokens after a piece, whatever they are."""
+    """Greedy tokens after a piece; a token that ends an answer does not stop them."""
     embeds = engine.embed(ids)
     out: list[int] = []
     with engine.new_cache() as cache:

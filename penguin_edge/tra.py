@@ -130,7 +130,7 @@ class Plan:
 
 
 Policy = Callable[[Sequence[str], tuple[int, int], int, int], Plan]
-"""(labels, native (height, width), budget in tokens, merge size) -> a plan within the budget: in the place of TRA."""
+"""(labels, native (height, width), budget in tokens, merge size) -> a plan within the budget, in the place of TRA's."""
 
 
 @lru_cache(maxsize=64)

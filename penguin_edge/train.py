@@ -438,7 +438,7 @@ class Trainer:
         if seen >= min(100, self.order.samples_per_epoch) and left_out > share * seen:
             raise InputError(
                 f"{left_out} of {seen} samples cannot be used ({counts['bad']} unreadable, {counts['too_long']} too "
-                f"long), more than a share of {share}; mend the data, or raise --max-bad-share"
+                f"long), more than a share of {share}; repair the data, or raise --max-bad-share"
             )
 
     def _ids_hash(self, step: Sequence[int]) -> str:

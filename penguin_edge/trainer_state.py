@@ -2,9 +2,9 @@
 
     OUT/
       log.jsonl            one line per optimiser step
-      step-00001000/       a checkpoint like any published one …
+      step-00001000/       a checkpoint like any published one, and
         config.json  model.safetensors  tokenizer.json  …
-        training.pt        … and the optimiser, the position in the data and the identity of the run
+        training.pt        the optimiser, the position in the data and the identity of the run
         step.json          SHA-256 of every file of the step, checked before a run goes on from it
       model/               the result, without training.pt
 

@@ -304,7 +304,7 @@ def _check_gap(slot: int, index: int, at: Fraction) -> None:
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """From the display matrix: whether to transpose, then whether to mirror left-right and top-bottom."""
+    """Read from the display matrix whether to transpose, then whether to mirror left-right and top-bottom."""
     side_data = cast("Mapping[str, Buffer]", frame.side_data)
     if "DISPLAYMATRIX" not in side_data:
         return False, False, False
@@ -323,7 +323,7 @@ def form(frame: VideoFrame) -> tuple[int, int, str]:
 
 @dataclass
 class RgbConverter:
-    """What `to_rgb` converts with: one per clip, since its tables serve all frames, and per thread.
+    """Converter of `to_rgb`: one per clip, since its tables serve all frames, and one per thread.
 
     `size` is that of the first frame, `(height, width)` upright; a clip whose size changes is scaled to it.
     """
@@ -361,7 +361,7 @@ def to_rgb(frame: VideoFrame, converter: RgbConverter) -> np.ndarray:
 
 
 def _scaled(frame: VideoFrame, width: int, height: int) -> np.ndarray:
-    """What ffmpeg's own scale filter gives: it places chroma by its rules, and takes interlaced frames as whole."""
+    """Scale as ffmpeg's own filter does: it places chroma by its rules, and takes interlaced frames as whole."""
     from av.filter import Graph
 
     base = frame.time_base or Fraction(1, MICROSECONDS)
@@ -400,7 +400,7 @@ def packets(container: InputContainer, stream: VideoStream | None = None) -> Ite
 
 
 def _packets(path: Path, container: InputContainer, stream: VideoStream | None = None) -> Iterator[Packet | None]:
-    """What `packets` gives of a file.
+    """Packets of a file, as `packets` gives them.
 
     Raises:
         InputError: damage that the container cannot get past.
@@ -424,7 +424,7 @@ def _usual(stream: VideoStream) -> Fraction:
 
 
 def _end(packet: Packet | None) -> Fraction:
-    """When what is in the packet ends, in seconds of the container's clock."""
+    """End of a packet's content, in seconds of the container's clock."""
     if packet is None:
         return Fraction(0)
     stamp = packet.dts if packet.pts is None else packet.pts

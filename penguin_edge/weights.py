@@ -44,7 +44,7 @@ def canonical_name(name: str) -> str | None:
     """Our name of a published key, or None when it has no part in inference."""
     if name.startswith(IGNORED) or name.endswith("rotary_emb.inv_freq"):
         return None
-    # As transformers, which loads the weights of a base model, too, and a prefix that a wrapper left.
+    # Like transformers, which also loads weights of a base model, and names with a prefix that a wrapper left.
     if name.startswith("model.model.") or name == "model.lm_head.weight":
         name = name.removeprefix("model.")
     elif name.startswith(("layers.", "norm.", "vision_projector.")) or name == "embed_tokens.weight":

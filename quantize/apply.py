@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 DECODERS = {"prefill": "decoder"}
 """Graphs that are one module of the model under other schemes."""
 KEPT = "kept by the recipe"
-"""Why a layer is not quantized: its user, or a preset, wants so."""
+"""Reason why a layer is not quantized: a recipe file or a preset says so."""
 SLAB = 8192
 SMALLER = (32, 16)
 """Groups that a lenient recipe tries where its own does not divide a layer."""
@@ -30,16 +30,16 @@ SMALLER = (32, 16)
 
 @dataclass(frozen=True)
 class Ready:
-    """What calibration left."""
+    """Results of a calibration."""
 
     integers: Callable[[str, Scheme], Integers | None]
-    """Of a layer; None where its scheme asks for none."""
+    """Integers of a layer; None where its scheme asks for none."""
     factors: Callable[[str], Mapping[str, torch.Tensor]]
-    """Of a block, such as `prefill.layers.0`; see `quantize/smooth.py`."""
+    """Smoothing factors of a block, such as `prefill.layers.0`; see `quantize/smooth.py`."""
     kv_scales: Callable[[int], torch.Tensor]
-    """Of so many layers' int8 caches; see `KVForm`."""
+    """Scales of the int8 caches of so many layers; see `KVForm`."""
     input_scale: Callable[[str], torch.Tensor | None] = lambda layer: None
-    """Of a layer with static activations; see `quantize/static.py`."""
+    """Scale of a layer with static activations; see `quantize/static.py`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _sample(layers: dict[str, tuple[int, int]]) -> list[str]:
 
 
 def rounding(activations: Activations, scheme: Scheme) -> Activations:
-    """What an engine does to the inputs of a layer, from its own way and the scheme's wish."""
+    """Rounding of a layer's inputs: the engine's own, or what the scheme asks for where the engine has the choice."""
     if activations != "block":
         return activations
     return {"token": "row", "static": "static"}.get(scheme.activations or "", activations)  # type: ignore[return-value]
@@ -169,14 +169,14 @@ def quantize_part(
 
 
 def _smooth(model: PenguinModel, part: str, block: str, ready: Ready | None) -> None:
-    """In fp32, one block at a time: in bf16 what a norm is divided by and a weight multiplied by would not be equal."""
+    """Smooth one block in fp32: in bf16 the divisor of a norm and the factor of a weight would not be equal."""
     if ready is None:
         raise InputError(f"{block}: smoothing needs calibration data; name some with --calibration")
     apply_factors(module_of(model, part).get_submodule(block.removeprefix(f"{part}.")).float(), ready.factors(block))
 
 
 def _relative_error(weight: torch.Tensor, integers: Integers) -> float:
-    """In slabs of rows: a head of 150,000 rows is not to be in memory twice more."""
+    """Relative error by slabs of rows, so that a head of 150,000 rows is not in memory twice more."""
     missed = whole = 0.0
     for begin in range(0, len(weight), SLAB):
         wanted = weight[begin : begin + SLAB].float()
@@ -232,7 +232,7 @@ def load_quantized(
 
 
 def embedding_scheme(recipe: Recipe, width: int) -> Scheme:
-    """Of an int4 table: that of a 4-bit head, whose numbers a tied table then shares, else groups of 64.
+    """Scheme of an int4 table: that of a 4-bit head, whose numbers a tied table then shares, else groups of 64.
 
     Raises:
         InputError: no group divides a row.
@@ -247,7 +247,7 @@ def embedding_scheme(recipe: Recipe, width: int) -> Scheme:
 
 
 def shareable(head: Scheme) -> bool:
-    """Whether a head's levels can be an embedding table's, too."""
+    """Whether an embedding table can share the levels of a head."""
     return (head.bits, head.symmetric, head.calibrated) == (4, True, False) and head.group is not None
 
 

@@ -25,12 +25,12 @@ from penguin_edge.quantize.recipe import INT8, INT8_ROWS, PRESETS, Recipe
 
 SMALL = (Scheme(4, 64), Scheme(4, 64, symmetric=False), Scheme(4, 32))
 SMALLEST_GROUP = Scheme(4, 16)
-"""For layers that no other group divides."""
+"""Scheme for layers that no other group divides."""
 ROUNDS = 6
 """Whole recipes that are measured for a limit of KL, beyond the first."""
 VISION = ("encoder", "projector")
 STAND_IN = replace(PRESETS["int8"], name="auto")
-"""What memory and disk are checked with before anything is chosen: no layer will be larger."""
+"""Recipe that memory and disk are checked with before anything is chosen: no layer will be larger."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Step:
 def candidates(
     layers: Mapping[str, tuple[int, int]], takes: Callable[[str, Scheme], bool], images: bool
 ) -> dict[str, tuple[Scheme | None, ...]]:
-    """What each layer may become.
+    """Candidate schemes of each layer.
 
     Args:
         layers: shape [N, K] of every linear layer.
@@ -93,7 +93,7 @@ def candidates(
 
 
 def smallest(options: Sequence[Sequence[Option]]) -> list[int]:
-    """The index of each layer's smallest option; of equally small ones that with the least KL."""
+    """Index of each layer's smallest option; among equally small ones the one with the least KL."""
     return [min(range(len(row)), key=lambda i, row=row: (row[i].bytes, row[i].kl, i)) for row in options]  # type: ignore[misc]
 
 
@@ -107,10 +107,10 @@ def steps(options: Sequence[Sequence[Option]]) -> list[Step]:
             if not larger:
                 break
             here = row[at]
-            # Of equal slopes the largest step, so that slopes of a layer fall strictly.
+            # Take the largest step among equal slopes, so that slopes of a layer fall strictly.
             at = max(larger, key=lambda i: ((here.kl - row[i].kl) / (row[i].bytes - here.bytes), row[i].bytes, -i))
             found.append(Step(layer, at, row[at].bytes - here.bytes, here.kl - row[at].kl))
-    # Python's sort is stable: of equal slopes the first layer comes first, and a layer's steps stay in order.
+    # Python's sort is stable: among equal slopes the first layer comes first, and a layer's steps stay in order.
     return sorted(found, key=lambda step: -step.saved / step.bytes)
 
 
@@ -129,7 +129,9 @@ def within_size(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
     start, order = smallest(options), steps(options)
     used, _ = totals(options, start)
     if used > budget:
-        raise InputError(f"{budget} bytes for layers that take at least {used}; wanted more")
+        raise InputError(
+            f"got a budget of {budget} bytes for layers, wanted at least {used}, which their smallest schemes take"
+        )
     best = _filled(start, used, order, budget, None)
     kl = totals(options, best)[1]
     # A large layer that comes late finds its room taken: each option is tried as the one that is settled first.
@@ -145,7 +147,7 @@ def within_size(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
 
 
 def _filled(start: list[int], used: int, order: Sequence[Step], budget: int, settled: int | None) -> list[int]:
-    """`start` and every step that fits; one that does not is in the way of the later steps of its layer."""
+    """`start` and every step that fits; a step that does not fit blocks the later steps of its layer."""
     chosen, stuck = list(start), {settled}
     for step in order:
         if step.layer in stuck or used + step.bytes > budget:
@@ -214,7 +216,7 @@ def tightest(
 
 
 def recipe_of(layers: Sequence[str], options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> Recipe:
-    """Every layer by its name."""
+    """Recipe of a choice, with every layer by its name."""
     schemes = {layer: row[i].scheme for layer, row, i in zip(layers, options, chosen, strict=True)}
     return Recipe("auto", embedding="int8", layers=schemes)
 

@@ -1,8 +1,8 @@
 """What a calibration reads when nothing is named: a text that every Python brings, and photographs of this package.
 
-The text are the topics of Python's help; other versions of Python have other ones. The photographs (their origin:
-`data/pictures/README.md`) are six: a sample is a crop of one at some size, with a question and a true answer, so that
-an encoder meets many sizes and places but few motifs. Data of the task itself are better.
+The text consists of the topics of Python's help, which differ between versions of Python. The photographs (their
+origin: `data/pictures/README.md`) are six: a sample is a crop of one at some size, with a question and a true answer,
+so that an encoder meets many sizes and places but few motifs. Data of the task itself are better.
 
 | name   | shape     | dtype | what                              |
 |--------|-----------|-------|-----------------------------------|
@@ -33,10 +33,10 @@ PHOTOS = {
     "rocket": "A white rocket on its launch pad at dusk, between four towers.",
     "text": "Formulas, handwritten on ruled paper.",
 }
-"""Name of the file, and what is to be seen."""
+"""File name of each photograph, and what it shows."""
 QUESTIONS = ("What is in the picture?", "Describe the picture.", "What does this photograph show?")
 LEAST_SHARE = 0.6
-"""Of each side of a photograph that a crop keeps, so that the answer stays true."""
+"""Smallest share of each side of a photograph that a crop keeps, so that the answer stays true."""
 LEAST_TOKENS = 64
 """Visual tokens of the smallest picture, where the length leaves as many."""
 LEAST_ROOM = 16

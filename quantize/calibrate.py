@@ -57,9 +57,9 @@ class CalibrationOptions:
 
     source: str
     samples: int = 64
-    """At most so many, drawn with `seed`."""
+    """Most samples, drawn with `seed`."""
     length: int = 512
-    """Tokens of a piece of text; of a record the most tokens."""
+    """Tokens of a piece of text, or the most tokens of a record."""
     seed: int = 0
     allow_outside: bool = False
     """Whether records may name media outside their own folder."""
@@ -129,7 +129,7 @@ def needed_bytes(checkpoint: Checkpoint, samples: Sequence[Sample]) -> int:
 
 
 def stage_count(checkpoint: Checkpoint, images: bool) -> int:
-    """How often `calibrate` reports: patch embedding, blocks, projector, head."""
+    """Number of times that `calibrate` reports: patch embedding, blocks, projector, head."""
     vision = checkpoint.config.vision
     seeing = vision.num_hidden_layers + 2 if images and vision is not None else 0
     return seeing + checkpoint.config.text.num_hidden_layers + 1
@@ -197,7 +197,7 @@ class _Walk:
         """Whether any layer's inputs get a constant scale: that of what the smoothed block computes."""
 
     def through(self, prefix: str, run: Callable[[int], Tensor], count: int) -> list[Tensor]:
-        """Quantize the linear layers under `prefix`; what the stage then computes for each of `count` inputs."""
+        """Quantize the linear layers under `prefix`; return what the stage then computes for each of `count` inputs."""
         self.progress(prefix)
         module = self.model.get_submodule(prefix).float()
         schemes: dict[str, Scheme] = {}
@@ -227,7 +227,8 @@ class _Walk:
         return [run(index) for index in range(count)]
 
     def _measure(self, schemes: dict[str, Scheme], run: Callable[[int], Tensor], count: int) -> list[Tensor]:
-        """Write the constant scale of each layer that asks for one; what was computed meanwhile, nothing if not run."""
+        """Write the constant scale of each layer that asks for one; return what the stage computed, nothing if not
+        run."""
         static = [name for name, scheme in schemes.items() if scheme.activations == "static"]
         missing = [name for name in static if not self.path(f"{name}.input").is_file()]
         if not missing:

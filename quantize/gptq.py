@@ -21,13 +21,13 @@ from penguin_edge.quantize.linear import Integers, Scheme, bounds_of, quantize_w
 DAMP = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it, as in the paper."""
 BLOCK = 128
-"""Columns that are rounded before the columns behind them hear of it."""
+"""Columns that are rounded before the columns behind them are corrected."""
 SLAB_WEIGHTS = 1 << 24
 """Weights that are rounded at a time."""
 
 
 def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, name: str = "the layer") -> Integers:
-    """Integers of a weight [N, K], whose products with inputs like the calibration data are off the least.
+    """Integers of a weight [N, K], chosen for the smallest error of products with inputs like the calibration data.
 
     Scales and zeros are those of the method `mse`.
 
@@ -39,7 +39,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, name: str = "the layer
         raise InputError(f"{name}: an activation of the calibration data is NaN or infinite; check model and data")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian, order)
-    # Rows do not hear of each other; a head of 150,000 is not to be in memory several times in fp32.
+    # Rows are independent; a head of 150,000 must not be in memory several times in fp32.
     slab = max(1, SLAB_WEIGHTS // weight.shape[1])
     parts = [
         _levels(weight[begin : begin + slab].detach().float(), plain.rows(begin, begin + slab), order, upper)

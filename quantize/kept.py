@@ -19,11 +19,12 @@ from penguin_edge.errors import InputError
 from penguin_edge.files import ASIDE, replacing
 
 DIGEST = "digest.txt"
-"""Names what decides the tensors: weights, recipe, data. Our mark, too: without it nothing in a folder is ours."""
+"""File that names what decides the tensors: weights, recipe, data. It is our mark, too: without it nothing in a folder
+is ours."""
 
 
 def prepare(work: Path, made_for: str) -> None:
-    """Have in `work` only whole files that were made for the same.
+    """Leave in `work` only whole files that were made for the same weights, recipe and data.
 
     Raises:
         InputError: a folder of something else is in the way.

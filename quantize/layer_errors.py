@@ -108,7 +108,7 @@ class _Walk:
         *,
         smoothed: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Both sides of a stage, compared layer by layer; what they compute. `leaf` names it inside its part."""
+        """Compare both sides of a stage layer by layer; return what they compute. `leaf` names it inside its part."""
         right = module_of(self.reference, self.part).get_submodule(leaf).float()
         left = module_of(self.quantized, self.part).get_submodule(leaf)
         names = [name for name, module in right.named_modules() if isinstance(module, nn.Linear)]
@@ -170,7 +170,7 @@ class _Walk:
 
 
 def _channel_factors(factors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """By layer: what its inputs were divided by, and what its outputs were."""
+    """Divisors by layer: what its inputs were divided by, and what its outputs were divided by."""
     before = {name: factors[readers[0]] for _, readers in GROUPS for name in readers}
     after = {source: factors[readers[0]] for source, readers in GROUPS}
     return {name: (before.get(name), after.get(name)) for name in {*before, *after}}
@@ -178,7 +178,7 @@ def _channel_factors(factors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor | 
 
 @contextmanager
 def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of the named layers, once they have run."""
+    """Record input and output of the named layers, once they have run."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -98,7 +98,7 @@ class Integers:
     scheme: Scheme
 
     def rows(self, begin: int, end: int) -> Integers:
-        """Some of the N outputs."""
+        """Integers of some of the N outputs."""
         return Integers(self.levels[begin:end], self.scales[begin:end], self.zeros[begin:end], self.scheme)
 
     def weight(self) -> Tensor:
@@ -159,12 +159,12 @@ def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bounds_of(scheme: Scheme) -> tuple[int, int]:
-    """Lowest and highest level. Of symmetric ones the lowest is used by 4 bits only, where one of 16 counts."""
+    """Lowest and highest level. Symmetric schemes use the lowest with 4 bits only, where one of 16 counts."""
     return int(scheme.symmetric and scheme.bits == 8), 2**scheme.bits - 1
 
 
 def _reach(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each group, zero included; of symmetric schemes the largest magnitude either way."""
+    """Lowest and highest value of each group, zero included; for symmetric schemes the largest magnitude either way."""
     if scheme.symmetric:
         largest = values.abs().amax(-1)
         return -largest, largest

@@ -105,7 +105,9 @@ class Recipe:
             raise InputError(f"{name}: got {type(data).__name__}, wanted an object with a scheme per part")
         version = data.get("version", VERSION)
         if type(version) is not int or version != VERSION:
-            raise InputError(f"{name}: recipe version {version!r}, this penguin-edge knows {VERSION}; update it")
+            raise InputError(
+                f"{name}: got recipe version {version!r}, this penguin-edge reads {VERSION}; update penguin-edge"
+            )
         known = {f.name for f in fields(cls)} - {"name"}
         unknown = sorted(set(data) - known - {"version", "name"})
         if unknown:

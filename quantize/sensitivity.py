@@ -71,12 +71,12 @@ def needed_bytes(checkpoint: Checkpoint, samples: Sequence[Sample], candidates: 
 
 
 def parts_read(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """What these samples go through."""
+    """Parts that these samples go through."""
     return PARTS if any(sample.visuals for sample in samples) else ("embedding", "decoder")
 
 
 class Walk:
-    """A model, what it reads, and what it says of it unquantized.
+    """A model, the samples that it reads, and its logits before quantization.
 
     Args:
         model: with the parts that `parts_read` names, in any dtype; it is left as it was.
@@ -187,7 +187,7 @@ class Walk:
 
     @contextlib.contextmanager
     def _changed(self, stage: Stage, module: nn.Module, schemes: Mapping[str, Scheme], table: bool) -> Iterator[None]:
-        """Quantized layers in the place of some of the stage's, or rows of the table in 8 bits."""
+        """Put quantized layers in the place of some of the stage's, or rows of the table in 8 bits."""
         with contextlib.ExitStack() as undo:
             if table:
                 undo.enter_context(contextlib.closing(_Hook(module)))

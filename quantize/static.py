@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from penguin_edge.errors import InputError
 
 BINS = 1 << 14
-"""At least 64 to a step of the widest scale, four of the narrowest."""
+"""Bins of the histogram: at least 64 to a step of the widest scale, four to a step of the narrowest."""
 STEPS, OCTAVE = 33, 8
 """Scales that are tried, from the one of the largest value down to a 16th of it, eight to a halving."""
 SLAB = 1 << 22

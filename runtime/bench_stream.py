@@ -49,7 +49,7 @@ class StreamOptions:
     answer_tokens: int = 16
     target: LatencyTarget | None = None
     cost: CostModel | None = None
-    """Of this machine; a target needs it."""
+    """Cost model of this machine; a target needs it."""
     trace: Callable[[Decision], None] = lambda decision: None
     rate: float | None = None
     """Frames per second that the controller expects."""
@@ -160,7 +160,7 @@ def bench_stream(
     progress: Callable[[float, Live], None],
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """Run a stream and measure it; see the interface in docs/benchmarking.md.
+    """Run a stream and measure it; see the interface in docs/benchmarks/schema.md.
 
     Args:
         frames: of a source that goes on for long enough.

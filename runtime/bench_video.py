@@ -45,7 +45,7 @@ class VideoOptions:
 def bench_video(
     session: Callable[[], Session], options: VideoOptions, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Ask cold and warm, in turn; see the interface in docs/benchmarking.md.
+    """Ask cold and warm, in turn; see the interface in docs/benchmarks/schema.md.
 
     Args:
         session: makes a new one over the engine that is measured.

@@ -216,7 +216,7 @@ class LatencyControl:
 
     @property
     def slower(self) -> float:
-        """How many times as long as was predicted the engine takes for frames now."""
+        """Measured time of recent frames over the predicted time; 1 is as predicted, 2 twice as slow."""
         return self._slower["frame"]
 
     def engine_ms(self, work: Work) -> float:
@@ -249,8 +249,10 @@ class LatencyControl:
         return max(0, min(room, setting.budget + frames * device.tag_tokens))
 
     def costliest(self, setting: Setting) -> Work:
-        """Of a frame that makes others step down: what that frees was tokens of frames that are encoded again at a
-        quarter, or go when they are at the floor."""
+        """Work for a frame that makes older ones step down.
+
+        What they free is tokens: they are encoded again at a quarter of the area, or go when they are at the floor.
+        """
         device, window = self.device, self.window(setting)
         piece = max(device.floor_tokens, setting.frame_tokens // STEP)
         again = 0

@@ -187,7 +187,7 @@ def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64, wi
 
 
 def check_move(max_seq_len: int, begin: int, end: int, to: int) -> None:
-    """Refuse a move upwards, or of positions that there are not.
+    """Refuse a move upwards, or one of positions beyond the cache.
 
     Raises:
         InputError: anything but 0 <= to <= begin < end <= max_seq_len.

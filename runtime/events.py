@@ -38,7 +38,7 @@ class Said:
     number: int
     prompt: str
     time: float | None
-    """Of the newest frame that the answer is about, in seconds."""
+    """Time stamp of the newest frame that the answer is about, in seconds."""
     text: str = ""
     done: bool = False
     error: str = ""

@@ -331,7 +331,7 @@ class Live:
         return False
 
     def _stand(self) -> dict[str, Any]:
-        """Of the session, which only the worker may look at."""
+        """State of the session, which only the worker may look at."""
         session = self.session
         return {
             "frames_kept": len(session.times),

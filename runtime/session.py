@@ -104,7 +104,7 @@ class Session:
         self.report = Report()
         self.library = Library(self.config.image, tra, max_pixels)
         self.new_clock: Callable[[], Clock] = Clock
-        """Of an answer."""
+        """Makes the clock of each answer."""
         self._frames: list[Frame] = []
         self._stream = self.library.new_clip(lambda: self._frames)
         self._turns: list[Turn] = []

@@ -16,7 +16,8 @@ from penguin_edge.runtime.report import Report
 from penguin_edge.runtime.stream import StreamSession
 
 LONGEST_MS = 10_000.0
-"""Of pauses between frames that are no end of the stream, and of the time over which answers are counted."""
+"""Longest pause between frames that does not count as the end of the stream; also the time over which answers are
+counted."""
 ENGINE = ("encode", "project", "prefill")
 """Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
 
@@ -38,7 +39,7 @@ class Steering:
         """
         self.control: LatencyControl | None = None
         self.stride = 1
-        """Of how many frames that come one is taken."""
+        """One of so many frames that come is taken."""
         self._session, self._target, self._cost, self._trace = session, target, cost, trace
         self._budget = session.planner.limits.budget
         self._size: tuple[int, int] | None = None

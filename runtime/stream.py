@@ -173,12 +173,12 @@ class StreamSession(Session):
 
     @property
     def visual_tokens(self) -> int:
-        """Of the window."""
+        """Visual tokens of the window."""
         return self.planner.total_tokens
 
     @property
     def times(self) -> list[float]:
-        """Of the kept frames, in seconds."""
+        """Time stamps of the kept frames, in seconds."""
         return [at or 0.0 for at in self._stream.times]
 
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:  # type: ignore[override]

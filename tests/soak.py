@@ -40,7 +40,7 @@ MB_PER_HOUR = 1.0
 
 
 def items(root: Any) -> int:
-    """Of all containers that can be reached from an object without leaving the project's own."""
+    """Items in all containers that can be reached from an object without leaving the project's own."""
     seen: set[int] = set()
     left, count = [root], 0
     while left:

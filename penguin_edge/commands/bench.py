@@ -49,30 +49,38 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     defaults = BenchOptions()
     parser = verbs.add_parser("bench", help="measure every stage of a model, or a stream with questions")
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT")
-    parser.add_argument("-p", "--prompts", type=_counts, default=defaults.prompts, metavar="64,256", help="prompts")
+    parser.add_argument(
+        "-p", "--prompts", type=_counts, default=defaults.prompts, metavar="64,256", help="lengths of the prompts"
+    )
     parser.add_argument("-n", "--tokens", type=positive, default=defaults.tokens, help="steps (default: %(default)s)")
     parser.add_argument(
-        "-d", "--depths", type=_counts, default=defaults.depths, metavar="0,1024", help="depths of them"
+        "-d", "--depths", type=_counts, default=defaults.depths, metavar="0,1024", help="KV cache depths of the steps"
     )
     parser.add_argument("--repeat", type=positive, default=defaults.repeat, help="rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="rounds before them (default: %(default)s)")
-    parser.add_argument("--video", metavar="F", help="and ask about this clip from end to end, cold and warm")
-    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="of --video (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=defaults.warmup, help="rounds that are not counted (default: %(default)s)"
+    )
+    parser.add_argument("--video", metavar="F", help="also ask about this clip from end to end, cold and warm")
+    parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="the question (default: %(default)s)")
     parser.add_argument("--stream", metavar="CLIP", help="stream this clip, again and again, and ask every 2 s instead")
-    parser.add_argument("--fps", type=above_zero, help="frames per second (default: the model's; of a stream 1)")
+    parser.add_argument("--fps", type=above_zero, help="frames per second (default: the model's; 1 for a stream)")
     parser.add_argument("--duration", type=above_zero, default=30.0, metavar="S", help="default: %(default)s s")
-    parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens, of a stream at any time")
+    parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens; for a stream, at any time")
     parser.add_argument("--window", type=above_zero, default=60.0, metavar="S", help="default: %(default)s s")
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
     latency.add(parser)
-    parser.add_argument("--slow-down", metavar="FACTOR@SECOND", help="make every stage so much slower from then on")
+    parser.add_argument(
+        "--slow-down", metavar="FACTOR@SECOND", help="make every stage FACTOR times slower from SECOND on"
+    )
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE.json", help="write it there, too; for `compare`")
-    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="every sample on a line of its own")
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help="a report with pictures, in one file")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE.json", help="also write the result to this file, for `compare`"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write every sample on a line of its own")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a report with pictures, in one file")
     parser.set_defaults(run=run)
 
 
@@ -81,14 +89,14 @@ def _counts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 64,256") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 64,256") from None
 
 
 def slow_down(text: str | None) -> tuple[float, float] | None:
-    """FACTOR@SECOND.
+    """Parse FACTOR@SECOND.
 
     Raises:
-        InputError: of another form, or a machine that gets faster.
+        InputError: another form, or a factor below 1.
     """
     if text is None:
         return None
@@ -176,7 +184,7 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:
-    """What a step reads: of a bundle the decoder's files, of a checkpoint its parameters; None for anything else."""
+    """Bytes that a step reads: a bundle's decoder files, or a checkpoint's parameters; None for anything else."""
     values = engine.config.text.kv_values
     if bundle is not None:
         manifest = bundle.manifest
@@ -194,7 +202,7 @@ def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:
 def _model(
     args: argparse.Namespace, result: dict[str, Any], engine: Engine, tokenizer: Tokenizer, bundle: Bundle | None
 ) -> None:
-    """Every stage alone, and the clip."""
+    """Measure every stage alone, and the clip."""
     choice = BenchOptions(args.prompts, args.tokens, args.depths, args.repeat, args.warmup)
     check_room(engine, choice)
     video = None

@@ -102,7 +102,7 @@ def add_max_pixels(parser: argparse._ActionsContainer) -> None:
 
 
 def checked_max_pixels(args: argparse.Namespace) -> int | None:
-    """The flag's value, which the whole process then follows: Pillow has a limit of its own."""
+    """Apply the flag's value to the whole process, since Pillow has a limit of its own, and return it."""
     if args.max_pixels is not None:
         from PIL import Image
 
@@ -112,9 +112,9 @@ def checked_max_pixels(args: argparse.Namespace) -> int | None:
 
 
 WHOLE_FOLDERS = ("model", "against", "clip", "video", "stream", "source")
-"""Arguments that may name a folder of which every file is read."""
+"""Arguments that may name a folder whose every file is read."""
 DATA_FILES = ("annotations.jsonl", "training_answers.json")
-"""What is read of a folder of data beside its media, among which a result may lie."""
+"""Files that are read from a data folder beside its media; a result may lie among the media."""
 
 
 def check_outputs(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequence[str]) -> None:
@@ -133,12 +133,14 @@ def check_outputs(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequ
             continue
         place = Path(os.path.realpath(value))
         if place in written and not str(place).startswith("/dev/"):
-            raise InputError(f"{value}: named by two of the options for results; give each a file of its own")
+            raise InputError(f"{value}: two of the options for results name this file; give each a file of its own")
         written[place] = name
         for role, other in read.items():
             inside = other in place.parents and (role in WHOLE_FOLDERS or place.name in DATA_FILES)
             if place == other or (place.is_file() and (inside or (other.is_file() and place.samefile(other)))):
-                raise InputError(f"{value}: would be written over, and it is read; name another file for the result")
+                raise InputError(
+                    f"{value}: it is read here, and the result would replace it; name another file for the result"
+                )
 
 
 def is_bundle(source: str) -> bool:

@@ -16,7 +16,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--fail-above",
         type=_share,
         metavar="5%",
-        help="end with 1 when a test is so much slower, or none can be judged",
+        help="end with exit code 1 when a test is slower by this share, or none can be judged",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -29,7 +29,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share, such as 5%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, such as 5%")
     return value
 
 

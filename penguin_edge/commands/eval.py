@@ -40,10 +40,10 @@ LENGTH = 256
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = verbs.add_parser("eval", help="how many questions are answered right, or what is made of a text")
+    parser = verbs.add_parser("eval", help="accuracy on questions, perplexity and KL on a text, or errors of layers")
     parser.add_argument("model", metavar="BUNDLE|CHECKPOINT|PRESET")
     parser.add_argument("--data", metavar="DIR", help="folder with annotations.jsonl, or such a file")
-    parser.add_argument("--text", metavar="FILE", help="plain text: perplexity, and with --against what was lost")
+    parser.add_argument("--text", metavar="FILE", help="plain text: perplexity, and with --against KL and agreement")
     parser.add_argument(
         "--layers",
         action="store_true",
@@ -53,10 +53,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--quant", metavar="NAME|FILE", help="with --layers: try a recipe on a checkpoint")
     parser.add_argument("--calibration", metavar="DIR|FILE", help="with --layers: the data for a calibrated recipe")
     parser.add_argument(
-        "--pieces", type=positive, default=4, help="with --text or --layers: how many (default: %(default)s)"
+        "--pieces", type=positive, default=4, help="with --text or --layers: number of pieces (default: %(default)s)"
     )
-    parser.add_argument("--length", type=positive, help="tokens of each (default: 256 with --text, 512 with --layers)")
-    parser.add_argument("--seed", type=int, default=0, help="with --layers: of what is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=positive, help="tokens of a piece (default: 256 with --text, 512 with --layers)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --layers: seed of the samples (default: %(default)s)")
     add_allow_outside(parser)
     parser.add_argument("--answers", metavar="FILE", help="write every answer, one JSON object per line")
     parser.add_argument("--over", metavar="FILE", help="compare with the --answers of another model")
@@ -209,7 +211,9 @@ def run_text(args: argparse.Namespace) -> int:
     if args.against:
         reference, other = open_model(args.against, threads=args.threads, max_seq_len=args.max_seq_len)
         if other.encode(text) != ids:
-            raise InputError(f"{args.model} and {args.against} read this text as different tokens; name its own model")
+            raise InputError(
+                f"{args.model} and {args.against} split this text differently; name the model that was quantized"
+            )
     begin = time.monotonic()
     result = measure_text(engine, pieces, reference, Progress("pieces"))
     seconds = time.monotonic() - begin

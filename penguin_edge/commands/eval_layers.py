@@ -111,7 +111,7 @@ def feature_table(features: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def read_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sample]:
-    """What both models read: records of --data, text of --text with the built-in pictures, or the built-in set.
+    """Samples for both models: records of --data, text of --text with the built-in pictures, or the built-in set.
 
     Raises:
         InputError: as `read_calibration`.
@@ -175,7 +175,7 @@ def read_pictures(args: argparse.Namespace, checkpoint: Checkpoint) -> list[NDAr
 
 @contextlib.contextmanager
 def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]:
-    """Recipe, rounding of activations and what calibration leaves, of the bundle or of --quant."""
+    """Recipe, rounding of activations and results of calibration, from the bundle or from --quant."""
     from penguin_edge.export.pipeline import MIN_SEQ_LEN, ExportOptions, check_options
     from penguin_edge.export.targets import find_target
     from penguin_edge.export.verify import integers_again
@@ -188,7 +188,7 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
             if args.calibration and not again[0].calibrated:
                 raise InputError(f"{args.model}: none of its schemes reads calibration data; leave out --calibration")
             if checkpoint.fingerprint() != bundle.manifest.source.get("sha256"):
-                say(f"note: the weights of {checkpoint.source} are other files than those of the bundle")
+                say(f"note: the weights of {checkpoint.source} differ from the files that the bundle was made from")
             yield again
         return
     recipe, target = find_recipe(args.quant), find_target("onnx")
@@ -218,7 +218,7 @@ def _eager(model: Any) -> Engine:
 
 
 def _check_memory(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) -> None:
-    """The largest part twice, and what calibration needs beside one."""
+    """Refuse the work if memory cannot hold the largest part twice and what calibration needs beside one."""
     from penguin_edge.quantize.apply import DTYPES
     from penguin_edge.quantize.calibrate import needed_bytes
 
@@ -230,7 +230,7 @@ def _check_memory(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Samp
 
 
 def _check_writable(path: Path) -> None:
-    """Before the work begins.
+    """Refuse a picture that cannot be written, before the work begins.
 
     Raises:
         InputError: the picture's folder is not there.

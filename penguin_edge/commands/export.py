@@ -20,7 +20,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR|ID|PRESET", help="checkpoint folder, hub id, or preset name"
     )
-    parser.add_argument("--random-weights", action="store_true", help="agree that a preset has random weights")
+    parser.add_argument("--random-weights", action="store_true", help="accept that a preset has random weights")
     parser.add_argument("--target", default="onnx", help="onnx or executorch (default: %(default)s)")
     parser.add_argument(
         "--quant",
@@ -35,7 +35,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--max-kl", type=nats, metavar="KL", help="for auto: most nats per position to the unquantized model"
     )
     parser.add_argument(
-        "--kv-cache-dtype", choices=["fp16", "int8"], help="store keys and values in less (default: the target's own)"
+        "--kv-cache-dtype",
+        choices=["fp16", "int8"],
+        help="store keys and values in fewer bits (default: the target's own)",
     )
     parser.add_argument(
         "--calibration",
@@ -46,10 +48,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_allow_outside(parser)
     parser.add_argument("--calibration-samples", type=positive, metavar="N", help="default: 64; for auto 4")
     parser.add_argument(
-        "--calibration-length", type=positive, metavar="N", help="most tokens of each (default: 512; for auto 128)"
+        "--calibration-length", type=positive, metavar="N", help="most tokens of a sample (default: 512; for auto 128)"
     )
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="KV positions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and calibration (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights and calibration (default: 0)")
     parser.add_argument(
         "--max-ram", type=byte_count, help="refuse an export that needs more, such as 16GB (default: all)"
     )
@@ -88,7 +90,7 @@ class Lines:
 
 
 def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Layers by scheme, and by name those that did not get the scheme of their part."""
+    """Print the layers by scheme, and name those that did not get the scheme of their part."""
     from penguin_edge.quantize.apply import KEPT
     from penguin_edge.quantize.linear import Scheme
 
@@ -106,7 +108,8 @@ def layer_summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def auto_summary(report: dict[str, Any]) -> list[str]:
-    """What was decided, and from what: of each measured layer the KL of every candidate and the one that was chosen."""
+    """Print what was decided and why: for each measured layer the KL of every candidate, and the one that was
+    chosen."""
 
     def short(label: str) -> str:
         return label.replace(" mse", "").replace("asymmetric", "asym").replace(", activations per ", "/")

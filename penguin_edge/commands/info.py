@@ -16,7 +16,7 @@ _word = Text()
 VERIFIED = Record(
     {"passed": Flag(), "against": _word, "time": _word, "engine": _word, "manifest_sha256": _word}, open=True
 )
-"""What is read of `verify.json`."""
+"""Fields that are read from `verify.json`."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

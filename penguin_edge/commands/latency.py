@@ -23,14 +23,19 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--target-first-token",
         type=above_zero,
         metavar="MS",
-        help="adapt sizes, budget and rate so that answers begin within this",
+        help="adapt sizes, budget and rate so that answers begin within MS",
     )
     parser.add_argument(
-        "--target-frame", type=above_zero, metavar="MS", help="and frames are ready within this (default: as answers)"
+        "--target-frame", type=above_zero, metavar="MS", help="and frames are ready within MS (default: as for answers)"
     )
-    parser.add_argument("--target-tokens-per-s", type=above_zero, metavar="N", help="and answers come at this speed")
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE.jsonl", help="write every change that this makes there, a line each"
+        "--target-tokens-per-s", type=above_zero, metavar="N", help="and answers come at N tokens per second"
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write every change of the controller to this file, one per line",
     )
 
 
@@ -38,22 +43,22 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
     """The target that was asked for.
 
     Raises:
-        InputError: a part of one without --target-first-token, or a trace that has no place.
+        InputError: a flag of a target without --target-first-token, or a trace that cannot be written.
     """
     if args.target_first_token is None:
         if args.target_frame or args.target_tokens_per_s or args.trace:
-            raise InputError("--target-frame, --target-tokens-per-s and --trace go with --target-first-token MS")
+            raise InputError("--target-frame, --target-tokens-per-s and --trace need --target-first-token MS; add it")
         return None
     if args.trace and (args.trace.is_dir() or not args.trace.parent.is_dir()):
         raise InputError(f"{args.trace}: cannot be written; name a file in a folder that is there")
-    # A frame that is late makes the answer late that waits for it.
+    # A late frame delays the answer that waits for it.
     return LatencyTarget(
         args.target_first_token, args.target_frame or args.target_first_token, args.target_tokens_per_s
     )
 
 
 def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
-    """What was kept beside the bundle, or is measured now.
+    """Cost model that is kept beside the bundle, or is measured now.
 
     Raises:
         BundleError: what is kept cannot be read.
@@ -62,14 +67,17 @@ def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
     kept = load(bundle) if bundle else None
     if kept is not None and bundle is not None:
         if other := differences(bundle, threads):
-            say(f"the profile beside the model is of {other}: decisions begin wrong; run `penguin-edge profile` here")
+            say(
+                f"the profile beside the model was measured with {other}: the first decisions will be off; "
+                "run `penguin-edge profile` here"
+            )
         return kept
     say("no profile of this machine is kept with the model: measuring one (`penguin-edge profile` would keep it)")
     return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])
 
 
 def trace(args: argparse.Namespace, opened: ExitStack) -> Callable[[Decision], None]:
-    """What writes decisions down, each at once; `opened` closes its file.
+    """Function that writes each decision down at once; `opened` closes its file.
 
     Raises:
         InputError: the file cannot be written.

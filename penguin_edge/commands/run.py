@@ -30,7 +30,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--top-p", type=float, default=defaults.top_p, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
-    parser.add_argument("--max-ms", type=float, metavar="MS", help="end the answer so long after the question")
+    parser.add_argument("--max-ms", type=float, metavar="MS", help="end the answer MS milliseconds after the question")
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--fps", type=float, help="frames taken per second (default: the model's)")
     parser.add_argument("--max-frames", type=positive, help="most frames taken (default: the model's)")

@@ -36,9 +36,9 @@ from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
 
 ANSWERS = 1000
-"""The last ones, for `--json`."""
+"""Most answers kept for `--json`: the last ones."""
 EVERY_SECONDS = 0.5
-"""Between status lines on a terminal; elsewhere ten times as long."""
+"""Seconds between status lines on a terminal; elsewhere ten times as long."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,10 +47,14 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--source", required=True, metavar="F", help="clip, folder of pictures, /dev/video0, rtsp://…")
     parser.add_argument("--prompt", metavar="TEXT", help="the question; asked at the end unless said otherwise")
     parser.add_argument("--every", type=above_zero, metavar="S", help="ask every S seconds of the stream")
-    parser.add_argument("--on-change", action="store_true", help="ask at key frames, with --every no sooner than that")
+    parser.add_argument(
+        "--on-change", action="store_true", help="ask at key frames, with --every at least S seconds apart"
+    )
     parser.add_argument("--fps", type=above_zero, default=1.0, help="frames taken per second (default: %(default)s)")
     parser.add_argument("--loop", action="store_true", help="begin the clip again when it ends")
-    parser.add_argument("--fast", action="store_true", help="a clip as fast as it can be worked on, dropping nothing")
+    parser.add_argument(
+        "--fast", action="store_true", help="read a clip as fast as it can be processed, dropping nothing"
+    )
     parser.add_argument("--duration", type=above_zero, metavar="S", help="stop after S seconds of the stream")
     parser.add_argument("--budget", type=positive, metavar="N", help="visual tokens at any time (default: the model's)")
     parser.add_argument(
@@ -59,8 +63,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
     add_max_pixels(parser)
-    parser.add_argument("--queue", type=positive, default=QUEUE, help="frames that wait at most (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument("--queue", type=positive, default=QUEUE, help="most frames that wait (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)"
+    )
     latency.add(parser)
     parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
@@ -70,7 +76,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="show the stream on a page of this machine alone, and take questions there; it stays after the source has "
         "ended, until Ctrl-C, unless --duration or --json says when to stop",
     )
-    parser.add_argument("--port", type=port_of, metavar="N", help=f"of the page; 0: any (default: {PORT})")
+    parser.add_argument(
+        "--port", type=port_of, metavar="N", help=f"port of the page; 0: any free one (default: {PORT})"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
 
@@ -90,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if live_source and (args.fast or args.loop):
         raise InputError(f"{args.source}: a live source has its own speed and no end; leave out --fast and --loop")
     if args.port is not None and not args.ui:
-        raise InputError("--port is that of the page; ask for it with --ui")
+        raise InputError("--port names the port of the page; add --ui to show the page")
     target = latency.target(args)
     keep_heap_compact()
     frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say, max_pixels=checked_max_pixels(args))
@@ -213,7 +221,7 @@ def _named(source: str) -> str:
 
 
 def _note(text: str) -> None:
-    """A line that does not end up behind the status line."""
+    """Print a line that does not end up behind the status line."""
     _clear()
     say(text)
 

@@ -24,9 +24,9 @@ def rate(text: str) -> float | str:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no learning rate; wanted a number or {FROZEN!r}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a learning rate; wanted a number or {FROZEN!r}") from None
     if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"{value} is no learning rate; wanted a number above 0, or {FROZEN!r}")
+        raise argparse.ArgumentTypeError(f"{value} is not a learning rate; wanted a number above 0, or {FROZEN!r}")
     return value
 
 

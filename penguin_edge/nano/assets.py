@@ -42,7 +42,7 @@ OBJECTS = {
     "pizza": "pizza", "rocket": "rocket", "rose": "rose", "scissors": "scissors", "shirt": "shirt", "shoe": "shoe",
     "snail": "snail", "star": "star", "sun": "sun_with_face", "turtle": "turtle", "umbrella": "umbrella",
 }  # fmt: skip
-"""What the model can name, and the picture's file in the package."""
+"""Objects that the model can name, and the file of each picture in the package."""
 
 PHOTOS = (
     "astronaut.png", "brick.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",

@@ -49,7 +49,7 @@ FF_QP2LAMBDA = 118
 
 
 class Blank(Painter):
-    """Draws nothing: for questions without their pictures."""
+    """A painter that draws nothing, for questions without their pictures."""
 
     def __init__(self) -> None:
         super().__init__(Assets({}, ()))
@@ -78,7 +78,7 @@ def draw(painter: Painter, tasks: Sequence[str], split: Split, seed: int, index:
 
 
 def training_answers(tasks: Sequence[str], per_task: int = SURVEYED) -> dict[str, dict[str, dict[str, int]]]:
-    """How often the training split gives each answer to the same question text, counted over its first turns."""
+    """Count how often the training split gives each answer to the same question text, over its first turns."""
     counts: dict[str, dict[str, Counter[str]]] = {task: {} for task in tasks}
     painter = Blank()
     for index in range(per_task * len(tasks)):

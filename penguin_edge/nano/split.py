@@ -29,7 +29,7 @@ def share(*parts: object) -> float:
 
 
 def _one_of(kind: str, values: tuple[str, ...] | tuple[int, ...], portion: float) -> frozenset[tuple[str, object]]:
-    """For a portion of the objects one value each."""
+    """One value each for a portion of the objects."""
     chosen = [name for name in OBJECTS if share(kind, name) < portion]
     return frozenset((name, values[int(share(kind, name, "value") * len(values))]) for name in chosen)
 

@@ -90,7 +90,7 @@ def cut_tokenizer(cache: Path | None = None) -> dict[str, Any]:
 
 
 def _merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge gave this one: what encoding it stops at when its own rank is not yet allowed."""
+    """The two tokens whose merge gave this one: encoding stops at them when the merge's rank is not yet allowed."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [(ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1)]

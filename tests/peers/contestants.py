@@ -40,7 +40,7 @@ class Contestant(ABC):
 
     weight_bytes = 0
     prompt_bytes = 0
-    """Of weights that prompts use instead, if they do."""
+    """Bytes of the weights that prompts use instead, if they do."""
     system = ""
     next = 0
 

@@ -50,7 +50,7 @@ from penguin_edge.runtime.bench import read_bandwidth
 RUNS = [("0.6b", 2), ("1.7b", 2), ("0.6b", 1)]
 """Shape and threads, when nothing else is asked for."""
 SIDE = 2048
-"""Of the square matrices whose product gives `int8_gop_s`."""
+"""Side of the square matrices whose product gives `int8_gop_s`."""
 
 
 class Remote:
