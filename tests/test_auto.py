@@ -55,7 +55,7 @@ tables = st.lists(st.lists(option, min_size=1, max_size=4), min_size=1, max_size
 
 
 def least_kl(options: list[list[Option]], budget: int) -> float:
-    """The measured KL of all choices."""
+    """Smallest KL among all choices that fit the budget."""
     fitting = [totals(options, c) for c in itertools.product(*(range(len(row)) for row in options))]
     return min(kl for used, kl in fitting if used <= budget)
 
