@@ -70,7 +70,7 @@ def dataset_builder(settings: dict[str, Any]) -> SampleBuilder:
 
 
 def pixel_tolerance(record: Record) -> float:
-    """Tolerance of the mean: nearly none for exact decoders, a grey level for JPEG, a twentieth of one over a whole clip."""
+    """Tolerance of the mean: nearly none for exact decoders, a grey level for JPEG, a twentieth of one over a clip."""
     if record.kind == "video":
         return GREY_LEVEL / 20
     formats = [Image.open(path).format for path in record.media if is_picture(path)]
