@@ -50,8 +50,8 @@ DEMO := build/demo
 
 demo: demo-onnx demo-executorch $(DEMO)/questions
 	$(BIN)/penguin-edge plan $(CLIP) --budget 1600 -o $(DEMO)/plan.png
-	$(BIN)/python tests/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
-	$(BIN)/python tests/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
+	$(BIN)/python tools/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
+	$(BIN)/python tools/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
 
 demo-onnx demo-executorch: demo-%: $(STAMP)
 	@mkdir -p $(DEMO)
@@ -131,12 +131,12 @@ nano: $(NANO_SETS)
 	    --tight-share 0.15 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3500
 	cp $(NANO)/10/model/* penguin_edge/data/nano/
 
-# PEERS_ARGS: what tests/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
+# PEERS_ARGS: what bench/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
 PEERS := build/peers
 PEERS_ARGS ?=
 
 peers: $(STAMP)
-	@$(BIN)/python tests/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
+	@$(BIN)/python bench/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
