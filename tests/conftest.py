@@ -1,21 +1,23 @@
-"""The shared parts of the golden tests are no test files of their own: let their assertions say what they saw, too."""
+"""What holds for all tests: threads, order, hypothesis, the fixtures that many files use."""
 
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exports import Exports
 from hypothesis import settings
+
+BundleMaker = Callable[[str, str], Path]
 
 # No test asserts how long something takes, nor does hypothesis for it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+# The shared parts of the golden tests are no test files of their own: let their assertions say what they saw, too.
 pytest.register_assert_rewrite(
     "golden_losses", "golden_model", "golden_pixels", "golden_schedule", "golden_tra", "golden_training_data"
 )
@@ -38,19 +40,16 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 
 @pytest.fixture(scope="session")
-def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Exports penguin-nano for a target at a preset, once for all tests. They do the verifying."""
-
-    @cache
-    def export(target: str, quant: str) -> Path:
-        out = tmp_path_factory.mktemp("nano") / f"{target}-{quant}"
-        command = [sys.executable, "-m", "penguin_edge", "export", "--model", "nano", "--target", target]
-        command += ["--quant", quant, "--max-seq-len", "512", "--no-verify", "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return out
-
-    return export
+def nano_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BundleMaker]:
+    """Exports penguin-nano for a target at a preset, once for all tests. They do the verifying, and change copies."""
+    run = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # Each worker of pytest-xdist has a folder in that of the run.
+        run = run.parent
+    root = run / "exports"
+    root.mkdir(exist_ok=True)
+    exports = Exports(root)
+    yield exports.nano
+    exports.check()
 
 
 @pytest.fixture(scope="session")
