@@ -2,6 +2,7 @@
 # make demo        export penguin-nano for two engines, verify both, ask both about clips, draw the plan
 # make nano        train penguin-nano from nothing and put it into the package; continues where it was stopped
 # make test        the test suite without its slow tests; `make test PYTEST_ARGS=` runs them all
+#                  TEST_WORKERS: how many processes share it; 0 runs it in one, as `--pdb` needs
 # make peers       our bundles beside llama.cpp and onnxruntime-genai: makes models and packages once, then measures
 # make lint        ruff, rules and format
 # make typecheck   mypy
@@ -18,6 +19,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?= -m "not slow"
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -139,7 +141,7 @@ peers: $(STAMP)
 	@$(BIN)/python bench/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

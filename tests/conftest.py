@@ -1,5 +1,6 @@
 """What holds for all tests: threads, order, hypothesis, the fixtures that many files use."""
 
+import os
 import shutil
 import signal
 import sys
@@ -22,9 +23,30 @@ pytest.register_assert_rewrite(
     "golden_losses", "golden_model", "golden_pixels", "golden_schedule", "golden_tra", "golden_training_data"
 )
 
+# A second thread of torch saves nothing on models this small, and where another process wants the core as well, as the
+# other worker of pytest-xdist does, threads that wait for each other took twenty times as long. Programs under test
+# inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that starts the tests in the background has them ignore SIGINT, which the programs under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST = (
+    "test_nano_model.py", "test_manifest.py", "test_auto.py", "test_nano.py", "test_calibrate.py", "test_kv_cache.py",
+    "test_processes.py", "test_layer_errors.py", "test_quantize.py", "test_train.py", "test_resume.py",
+    "test_clip_limits.py", "test_cli.py", "test_static.py", "test_bundle_identity.py", "test_convert.py",
+    "test_evaluate.py", "test_not_finite.py", "test_shared_engine.py",
+)  # fmt: skip
+"""Files that take half a minute or more. Where several workers share the tests these come first, so that no worker is
+left with a long one while the others are done."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {name: rank for rank, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.hookimpl(wrapper=True)
