@@ -2,6 +2,7 @@
 # make demo        export penguin-nano for two engines, verify both, ask both about clips, draw the plan
 # make nano        train penguin-nano from nothing and put it into the package; continues where it was stopped
 # make test        the test suite without its slow tests; `make test PYTEST_ARGS=` runs them all
+#                  TEST_WORKERS: how many processes share it; 0 runs it in one, as `--pdb` needs
 # make peers       our bundles beside llama.cpp and onnxruntime-genai: makes models and packages once, then measures
 # make lint        ruff, rules and format
 # make typecheck   mypy
@@ -18,6 +19,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?= -m "not slow"
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,8 +52,8 @@ DEMO := build/demo
 
 demo: demo-onnx demo-executorch $(DEMO)/questions
 	$(BIN)/penguin-edge plan $(CLIP) --budget 1600 -o $(DEMO)/plan.png
-	$(BIN)/python tests/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
-	$(BIN)/python tests/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
+	$(BIN)/python tools/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
+	$(BIN)/python tools/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
 
 demo-onnx demo-executorch: demo-%: $(STAMP)
 	@mkdir -p $(DEMO)
@@ -131,15 +133,15 @@ nano: $(NANO_SETS)
 	    --tight-share 0.15 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3500
 	cp $(NANO)/10/model/* penguin_edge/data/nano/
 
-# PEERS_ARGS: what tests/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
+# PEERS_ARGS: what bench/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
 PEERS := build/peers
 PEERS_ARGS ?=
 
 peers: $(STAMP)
-	@$(BIN)/python tests/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
+	@$(BIN)/python bench/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,10 +75,13 @@ print(mallinfo().hblks - before)
 
 
 def test_an_engine_gives_back_the_weights_that_it_has_copied(
-    nano_bundle: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+    nano_bundle: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = Bundle.read(nano_bundle("onnx", "int4"))
+    # A copy, and on the disk: the system pages nothing out that another process has mapped or that is not written yet.
+    bundle = Bundle.read(shutil.copytree(nano_bundle("onnx", "int4"), tmp_path / "bundle"))
     data = bundle.path("decoder.onnx.data")
+    with data.open("rb+") as stream:
+        os.fsync(stream)
 
     def loaded() -> tuple[int, OnnxRuntimeEngine]:
         engine = OnnxRuntimeEngine.open(bundle, threads=1)

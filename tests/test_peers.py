@@ -13,7 +13,7 @@ import pytest
 from peers.comparison import Run, Speeds, best_peer, bits_per_weight, geomeans, phases, ratio, rows, summary
 from peers.shapes import SHAPES
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).parents[1] / "bench" / "peers"
 LABELS = [("prefill", 64), ("prefill", 256), ("decode", 64), ("decode", 256)]
 
 

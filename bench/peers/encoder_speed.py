@@ -1,8 +1,8 @@
 """Encoder speed of our bundles at the shape of the 2B model's vision encoder with random weights, side by side.
 
-    python tests/peers/encoder_speed.py --make DIR [--layers 28]
+    python bench/peers/encoder_speed.py --make DIR [--layers 28]
     penguin-edge export --model DIR --target onnx --quant int8 --max-seq-len 512 -o out/int8     # and others
-    python tests/peers/encoder_speed.py --bundle out/fp32 --bundle out/int8 [--patches 256 1024 2048] [--repeat 9]
+    python bench/peers/encoder_speed.py --bundle out/fp32 --bundle out/int8 [--patches 256 1024 2048] [--repeat 9]
 
 Rounds go through all bundles in turn, so that a change of the machine's mood meets them all; a ratio is the median
 over the rounds of one round's times, its interval a bootstrap over rounds. Pixels are a real photograph's. The first
@@ -28,7 +28,7 @@ from penguin_edge.machine import describe, peak_mb
 from penguin_edge.preprocess import positions, preprocess_image
 from penguin_edge.runtime.engines import open_engine
 
-PICTURE = Path(__file__).parents[1] / "media"
+PICTURE = Path(__file__).parents[2] / "tests" / "media"
 SIDES = {256: (16, 16), 1024: (32, 32), 2048: (32, 64), 4096: (64, 64)}
 """Patches of a frame, down and across."""
 

@@ -1,7 +1,7 @@
 """What streaming costs in answers: penguin-nano's questions about clips, offline TRA beside a stream's ways to keep up.
 
     penguin-edge data nano --split heldout --count 600 --seed 1 -o DIR
-    python tests/peers/stream_quality.py --data DIR [--model nano] [--share 0.5 0.25 0.125] [--count 240]
+    python bench/peers/stream_quality.py --data DIR [--model nano] [--share 0.5 0.25 0.125] [--count 240]
 
 Every clip gets the same share of its own native tokens. `offline` plans all of its frames at once; a stream gets them
 one after another and is asked after the last one. `same` is the share of answers that are those of a stream that

@@ -1,7 +1,7 @@
 """Prefill and decode speed of our engines on one decoder shape with random weights, side by side in one process each
 round.
 
-    python tests/peers/decoder_speed.py --bundle out/06b-onnx --bundle out/06b-executorch --repeat 5
+    python bench/peers/decoder_speed.py --bundle out/06b-onnx --bundle out/06b-executorch --repeat 5
 
 `--make DIR` writes a text-only checkpoint with random weights, to be exported first: `--shape` 0.6b or 1.7b, those of
 Qwen3 (28 layers, width 1024 or 2048, vocabulary 151936, tied head). Rounds go through all bundles in turn, so that a

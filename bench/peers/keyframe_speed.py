@@ -1,6 +1,6 @@
 """What key-frame detection costs per frame, in milliseconds of one core, frames scaled to 1280x720.
 
-python tests/peers/keyframe_speed.py CLIP … [--frames 150] [--repeat 3]
+python bench/peers/keyframe_speed.py CLIP … [--frames 150] [--repeat 3]
 
 Every pass pushes the same frames through a new detector; a frame costs the least of its passes, which leaves other
 load on the machine out. The last line is JSON.

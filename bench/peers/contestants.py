@@ -1,6 +1,6 @@
 """One decoder in a process of its own: ours, llama.cpp's or onnxruntime-genai's.
 
-    PYTHON tests/peers/contestants.py KIND PATH THREADS CAPACITY
+    PYTHON bench/peers/contestants.py KIND PATH THREADS CAPACITY
 
 PYTHON has what that kind needs, ours `penguin_edge`. The process takes an order from stdin, a line of JSON, and answers
 on stdout in the same way; it first says `null`, when it is loaded.

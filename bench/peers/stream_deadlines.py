@@ -1,7 +1,7 @@
 """Deadlines of a stream on this machine: in steady load, and when every stage takes twice as long from one second on.
 
-    python tests/peers/stream_deadlines.py out/nano --source street.mp4 --first 60 --frame 150
-    python tests/peers/stream_deadlines.py --make build/half --source street.mp4 --fps 1 --first 4000 --frame 3000
+    python bench/peers/stream_deadlines.py out/nano --source street.mp4 --first 60 --frame 150
+    python bench/peers/stream_deadlines.py --make build/half --source street.mp4 --fps 1 --first 4000 --frame 3000
 
 Runs `penguin-edge bench --stream` twice. A deadline is each question's first token (one every two seconds) and each
 frame's being ready. `--make FOLDER` first exports an encoder and a decoder of the 0.6B shape with random weights in

@@ -2,7 +2,7 @@
 
     penguin-edge export --model nano --quant fp32 --kv-cache-dtype int8 --max-seq-len 2048 -o BUNDLE
     penguin-edge data nano --split heldout --count 600 --seed 1 -o DIR
-    python tests/peers/kv_moves.py --bundle BUNDLE --data DIR [--model nano] [--moves 1 10 50] [--streams 8]
+    python bench/peers/kv_moves.py --bundle BUNDLE --data DIR [--model nano] [--moves 1 10 50] [--streams 8]
                                    [--filled 1000] [--step 16]
 
 A stream of held-out clips fills the cache. Its last 200 positions then move down by `step` at a time, as when the

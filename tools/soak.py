@@ -1,6 +1,6 @@
 """Hours of a stream, faster than the clock: does anything grow, and are answers those of a session that just began?
 
-    python tests/soak.py out/nano --source street.mp4 --minutes 20 --json soak.json
+    python tools/soak.py out/nano --source street.mp4 --minutes 20 --json soak.json
 
 A clip is looped as a stream of `--hours` at `--fps`, spread over `--minutes` of real time, with a question every
 `--every` seconds of the stream. At `--checks` moments the same question is asked of a second engine that has never seen

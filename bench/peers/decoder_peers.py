@@ -1,7 +1,7 @@
 """Prefill and decode speed of our bundles beside llama.cpp and onnxruntime-genai, in 4 bits, on two decoder shapes.
 
     make peers
-    python tests/peers/decoder_peers.py --work build/peers [--shape 0.6b 1.7b] [--threads 1 2] [--repeat 5]
+    python bench/peers/decoder_peers.py --work build/peers [--shape 0.6b 1.7b] [--threads 1 2] [--repeat 5]
 
 Contestants: our bundles `int4` and `int8-prefill` for ONNX Runtime and `int4` for ExecuTorch; llama.cpp in Q4_0,
 choosing flash attention itself and without it (`plain`); onnxruntime-genai in int4. All have the same random weights;

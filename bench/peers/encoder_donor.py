@@ -1,6 +1,6 @@
 """A vision encoder that begins as a language model, against the same encoder from other weights, at equal steps.
 
-    python tests/peers/encoder_donor.py --train DIR --eval DIR … --work DIR [--rates 3e-4 1e-3] [--steps 600]
+    python bench/peers/encoder_donor.py --train DIR --eval DIR … --work DIR [--rates 3e-4 1e-3] [--steps 600]
 
 The claim of Penguin-VL in miniature. The donor is SmolLM2-135M-Instruct (`smollm2.py`). Its first blocks become the
 encoder of a model whose projector, embedding and decoder are those of the preset nano in shape and random in weights,

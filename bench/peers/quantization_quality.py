@@ -1,6 +1,6 @@
 """What each scheme costs a language model with real weights: perplexity, KL and agreement on three texts.
 
-    python tests/peers/quantization_quality.py --work DIR [--pieces 3] [--length 512] [--continued 64] [--only NAME …]
+    python bench/peers/quantization_quality.py --work DIR [--pieces 3] [--length 512] [--continued 64] [--only NAME …]
 
 The model is SmolLM2-135M-Instruct (`smollm2.py`). **Mind that it already lies on a 4-bit grid of groups of 32**: an
 asymmetric scheme of that group can repeat it nearly without loss, and says nothing of other models; compare at other

@@ -1,7 +1,7 @@
 """What recipes that are chosen by measurement cost a model with trained weights, at several sizes.
 
-    python tests/peers/auto_quality.py --work DIR --sizes 115MB 125MB 145MB              # SmolLM2, see smollm2.py
-    python tests/peers/auto_quality.py --work DIR --model nano --sizes 3.08MB 3.2MB 3.3MB
+    python bench/peers/auto_quality.py --work DIR --sizes 115MB 125MB 145MB              # SmolLM2, see smollm2.py
+    python bench/peers/auto_quality.py --work DIR --model nano --sizes 3.08MB 3.2MB 3.3MB
 
 ONNX Runtime's schemes. Layers of the decoder are measured on pieces of Debian's fortunes (`apt install fortunes`), of
 nano on the built-in text; the recipes, and plain `int4` and `int8` beside them, on these and on other pieces of the

@@ -1,6 +1,6 @@
 """The demo's last word: the latency of each engine's answer, side by side, from the JSON lines of `penguin-edge run`.
 
-python tests/demo_table.py build/demo/nano-onnx.json build/demo/nano-executorch.json
+python tools/demo_table.py build/demo/nano-onnx.json build/demo/nano-executorch.json
 """
 
 from __future__ import annotations

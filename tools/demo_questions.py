@@ -1,6 +1,6 @@
 """The demo's questions: asks every given bundle about a data set, and prints each answer beside the true one.
 
-python tests/demo_questions.py build/demo/questions build/demo/nano-onnx build/demo/nano-executorch
+python tools/demo_questions.py build/demo/questions build/demo/nano-onnx build/demo/nano-executorch
 """
 
 from __future__ import annotations
