@@ -352,12 +352,16 @@ def test_a_full_disk_behind_stdout_is_one_sentence(arguments: tuple[Any, ...]) -
         assert process.returncode == 1 and err.strip().splitlines()[-1] == "penguin-edge: No space left on device"
 
 
-def test_closed_streams_are_no_files_of_ours(tmp_path: Path) -> None:
-    """Descriptor 2 would be the number of the first file that is opened, and warnings would land in it."""
+@pytest.mark.parametrize(("stdout", "code"), [(">/dev/null", 0), (">&-", 1)])
+def test_closed_streams_are_no_files_of_ours(tmp_path: Path, stdout: str, code: int) -> None:
+    """Descriptor 2 would be the number of the first file that is opened, and warnings would land in it.
+
+    What goes to a stdout that is closed is lost, which is a failure; the file is whole before.
+    """
     out = tmp_path / "plan.png"
-    command = f'exec "$0" -P -c "$1" plan "{MEDIA}/polar_bear.mp4" --budget 64 -o "{out}" <&- >&- 2>&-'
+    command = f'exec "$0" -P -c "$1" plan "{MEDIA}/polar_bear.mp4" --budget 64 -o "{out}" <&- {stdout} 2>&-'
     done = subprocess.run(["bash", "-c", command, sys.executable, CONSOLE], timeout=60)
-    assert done.returncode == 0 and out.read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert done.returncode == code and out.read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
 def test_signs_that_the_terminal_lacks_are_no_failure() -> None:
