@@ -31,9 +31,9 @@ CASES: dict[str, tuple[Recipe, Activations]] = {
 SMALL = 96 * 50
 """A slab of the tiny preset's decoder: some layers take one, most several, the last of them a shorter one."""
 NEAR = 1e-4
-"""The largest difference over the largest value. Products of some rows of a weight add up in another order than those of
-all (1e-6 a layer); a rounded activation at the border of two levels would make more of it, and none of these prompts'
-lies so close to one."""
+"""The largest difference over the largest value. Products of some rows of a weight add up in another order than those
+of all (1e-6 a layer); a rounded activation at the border of two levels would make more of it, and none of these
+prompts' lies so close to one."""
 
 
 def whole(layer: QuantizedLinear, x: Tensor) -> Tensor:
