@@ -257,6 +257,7 @@ class ExecutorchTarget:
     tools: tuple[str, ...] = ("torch", "executorch", "torchao")
     shares_kv = False
     activations: Activations = "token"
+    shares_table = False
     compiles = True
 
     def bounds(self, max_seq_len: int) -> Bounds:

@@ -372,6 +372,7 @@ class OnnxTarget:
     tools: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")
     shares_kv = True
     activations: Activations = "block"
+    shares_table = True
     compiles = False
     kv_dtypes: tuple[str, ...] = ("fp16", "int8")
 

@@ -162,9 +162,9 @@ def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> 
 def expected_seconds(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> dict[str, float]:
     """What each part will take on two cores, and the comparison at the end; of calibration nothing is known before."""
     recipe = options.recipe
-    parts = [part for part in parts_of(checkpoint, recipe) if part != "embedding"]
-    if not shares_table(checkpoint, recipe):
-        parts.append("embedding")
+    parts = list(parts_of(checkpoint, recipe))
+    if target.shares_table and shares_table(checkpoint, recipe):
+        parts.remove("embedding")
     found = {part: seconds_of(part_stages(checkpoint, part, recipe, target.compiles)) for part in parts}
     return {**found, VERIFY: verify_seconds(checkpoint)} if options.verify else found
 

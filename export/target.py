@@ -61,6 +61,8 @@ class Target(Protocol):
     def check_installed(self) -> None:
         """Raise TargetUnavailable, with the `pip install` line, when a tool is missing."""
 
+    shares_table: bool
+    """Whether the embedding can be read from a head's file, where both have the same integers."""
     compiles: bool
     """Whether a graph is taken apart by a compiler once it is traced, which takes its time."""
 

@@ -178,9 +178,8 @@ def run(args: argparse.Namespace) -> int:
         check_options,
         choose_recipe,
         estimate,
+        expected_seconds,
         export_bundle,
-        parts_of,
-        shares_table,
     )
     from penguin_edge.export.stages import TimeLeft
     from penguin_edge.export.targets import find_target
@@ -215,8 +214,9 @@ def run(args: argparse.Namespace) -> int:
         f"{human_bytes(need.disk_bytes)} of disk"
     )
     begin = time.monotonic()
-    parts = len(parts_of(checkpoint, recipe)) - shares_table(checkpoint, recipe)
-    lines = Lines(parts + options.verify + recipe.calibrated + automatic, TimeLeft())
+    # All that can be foretold, and what reads data first.
+    parts = len(expected_seconds(checkpoint, target, options)) + recipe.calibrated + automatic
+    lines = Lines(parts, TimeLeft())
     if automatic:
         auto = AutoOptions(read, args.max_size, args.max_kl, args.max_seq_len)
         options = choose_recipe(checkpoint, args.out, options, auto, lines)
