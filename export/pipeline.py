@@ -368,7 +368,7 @@ def _export(
                 f"{human_bytes(2 * most - got)}, which leaves room for what was not foreseen"
             )
         if options.verify:
-            _verify(folder, progress, expected[VERIFY])
+            _verify(folder, progress)
     if work is not None:
         kept.remove(work)
     if options.auto:
@@ -402,7 +402,7 @@ def _run_part(
     return result
 
 
-def _verify(folder: Path, progress: Progress, expected: float) -> None:
+def _verify(folder: Path, progress: Progress) -> None:
     """Run the bundle against its check data, in a process of its own.
 
     Raises:
@@ -413,7 +413,7 @@ def _verify(folder: Path, progress: Progress, expected: float) -> None:
         progress.begin(VERIFY, 0)
         begin = time.monotonic()
         with out_path.open("wb") as out, log_path.open("wb") as log:
-            follower = Follower(log_path, expected, start=expected)
+            follower = Follower(log_path, None)  # it says nothing of itself
             code = _watch(["penguin_edge", "verify", str(folder), "--json"], out, log, VERIFY, progress, follower)
         lines = out_path.read_text(encoding="utf-8").splitlines()
         if not lines:

@@ -132,14 +132,10 @@ def progress_line(at: float, cost: float, total: float, name: str) -> str:
 class Follower:
     """A parent's side: what a worker does by its own last line, and which share of its work is done."""
 
-    def __init__(self, log: Path, expected: float | None, start: float = START_SECONDS) -> None:
-        """
-        Args:
-            expected: seconds of the whole part; None where nobody knows before the worker says so.
-            start: of these, how many pass before the worker can say anything.
-        """
+    def __init__(self, log: Path, expected: float | None) -> None:
+        """Take `expected` seconds for the whole part; None where nobody knows before the worker says so."""
         self._log = log
-        self._line = (0.0, min(start, expected or 0.0), expected or 0.0, "")
+        self._line = (0.0, min(START_SECONDS, expected or 0.0), expected or 0.0, "")
         self._since = 0.0
 
     def look(self, seconds: float) -> tuple[str, float | None]:
@@ -191,7 +187,8 @@ class TimeLeft:
         """Seconds from now to the end of all parts; None while the pace cannot be told.
 
         Args:
-            seconds, share: how long `part` has taken, and which share of it that was; it may have ended.
+            seconds, share: how long `part` has taken, and which share of it that was, None for what says nothing of
+                itself; it may have ended.
         """
         rest = sum(value for name, value in self._expected.items() if name not in self._done and name != part)
         ended = part in self._done
@@ -201,7 +198,11 @@ class TimeLeft:
                 return None
             pace = self._took / self._worth if self._worth else 1.0
             return seconds * (1 - share) / share + rest * pace
-        here = 0.0 if ended else self._expected[part] * (share or 0.0)
+        here = 0.0
+        if not ended:
+            pace = self._took / self._worth if self._worth else 1.0
+            whole = self._expected[part]
+            here = whole * share if share is not None else min(whole, seconds / pace)
         worth, took = self._worth + here, self._took + (0.0 if ended else seconds)
         if not ended:
             rest += self._expected[part] - here
