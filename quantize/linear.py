@@ -37,8 +37,8 @@ for all (QuantizeLinear and DequantizeLinear, as TensorRT wants them)."""
 BITS = (4, 8)
 SMALLEST = 1e-30
 """Takes the place of the largest activation of a row of zeros."""
-SLAB = 1 << 19
-"""Weights that are made anew at a time: 2 MB of fp32, which a cache holds until they are multiplied."""
+SLAB = 3 << 18
+"""Weights that are made anew at a time: 3 MB of fp32, which a cache holds until they are multiplied."""
 FEW = 128
 """Rows of activations up to which the memory that a weight goes through takes longer than the sums."""
 SHRINK = 20
@@ -160,12 +160,16 @@ def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     reach = _reach(values, scheme)
     scales, zeros = _ranges(*reach, scheme, 1.0)
     if scheme.method != "rtn":
+        half = 2 ** (scheme.bits - 1)
         error, work = torch.full_like(scales, torch.inf), torch.empty_like(values)
         for step in range(SHRINK):
             found, middle = _ranges(*reach, scheme, 1 - step / (2 * SHRINK))
             # In place: memory that is fresh for every operation takes longer than the arithmetic.
             torch.div(values, found[..., None], out=work)
-            work.round_().add_(middle[..., None]).clamp_(lowest, top).sub_(middle[..., None])
+            if scheme.symmetric:  # one middle for all: the same numbers in one operation instead of three
+                work.round_().clamp_(lowest - half, top - half)
+            else:
+                work.round_().add_(middle[..., None]).clamp_(lowest, top).sub_(middle[..., None])
             miss = work.mul_(found[..., None]).sub_(values).square_().sum(-1)
             better = miss < error
             error = torch.where(better, miss, error)
