@@ -24,16 +24,16 @@ START, VERIFY = "start", "verify"
 """Names that need no model: a process that imports its tools, and the comparison at the end."""
 LOAD, PROMPT, CHECK, TRACE, COMPILE, WRITE = "load", "check data: prompt", "check data", "trace", "compile", "write"
 NS = 1e-9
-START_SECONDS = 4.0
-LOAD_NS = {True: 4.0, False: 1.5}
+START_SECONDS = 2.5
+LOAD_NS = {True: 10.0, False: 1.5}
 """Per weight: random ones, stored ones."""
-ROUND_NS = {"rtn": 4.0, "mse": 24.0, "gptq": 4.0}
+ROUND_NS = {"rtn": 2.0, "mse": 20.0, "gptq": 2.0}
 """Per weight that becomes an integer, its error included; of gptq the integers are ready."""
-PASS_NS, ROW_NS = {True: 0.3, False: 0.25}, 0.012
+PASS_NS, ROW_NS = {True: 0.35, False: 0.3}, 0.015
 """Per weight of an eager pass, quantized or not, and of each row on top."""
-TRACE_SECONDS, TRACE_BLOCK_SECONDS = 2.0, 0.35
-WRITE_NS = 1.5
-"""Per byte of a graph."""
+TRACE_SECONDS, TRACE_BLOCK_SECONDS = 3.0, 0.6
+WRITE_SECONDS, WRITE_NS = 1.5, 1.5
+"""Of any graph, and per byte."""
 COMPILE_NS = 3.0
 """Per weight, where a compiler takes the graph apart."""
 LINE = re.compile(r"^progress (\S+) (\S+) (\S+) (.*)$", re.MULTILINE)
@@ -87,7 +87,7 @@ def part_stages(checkpoint: Checkpoint, part: str, recipe: Recipe, compiles: boo
     found.append(Stage(TRACE, TRACE_SECONDS + TRACE_BLOCK_SECONDS * blocks))
     if compiles:
         found.append(Stage(COMPILE, COMPILE_NS * NS * count + TRACE_BLOCK_SECONDS * blocks))
-    return [*found, Stage(WRITE, WRITE_NS * NS * size)]
+    return [*found, Stage(WRITE, WRITE_SECONDS + WRITE_NS * NS * size)]
 
 
 def step_name(index: int) -> str:
@@ -97,7 +97,7 @@ def step_name(index: int) -> str:
 
 def verify_seconds(checkpoint: Checkpoint) -> float:
     """What the comparison at the end is expected to take."""
-    return START_SECONDS / 2 + 2.5 * NS * checkpoint.parameter_bytes("decoder", 1)
+    return START_SECONDS + 2.4 * NS * checkpoint.parameter_bytes("decoder", 1)
 
 
 def seconds_of(stages: Sequence[Stage]) -> float:

@@ -17,6 +17,7 @@ from penguin_edge.export.stages import (
     CHECK,
     LOAD,
     START,
+    START_SECONDS,
     VERIFY,
     Follower,
     Stage,
@@ -56,7 +57,7 @@ def test_a_parent_reads_the_last_whole_line_and_goes_on_within_its_stage(tmp_pat
     log = tmp_path / "log.txt"
     follower = Follower(log, 12.0)
     assert follower.look(1.0) == ("", pytest.approx(1 / 12))
-    assert follower.look(60.0) == ("", pytest.approx(4 / 12)), "not beyond what lies before the first line"
+    assert follower.look(60.0) == ("", pytest.approx(START_SECONDS / 12)), "not beyond what lies before the first line"
     log.write_text("a note\nprogress 2 3 12 load\nprogress 5 1")
     assert follower.look(60.0) == ("load", pytest.approx(2 / 12))
     # 2 expected seconds took 60: the next one takes 30.
