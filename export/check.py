@@ -21,6 +21,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -119,8 +121,12 @@ def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
     return out
 
 
-def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
-    """An eager greedy answer, from the logits and the cache of `check_prefill` on."""
+def check_decoder(model: PenguinModel, arrays: Arrays, note: Callable[[int], None] = lambda index: None) -> Arrays:
+    """An eager greedy answer, from the logits and the cache of `check_prefill` on; `note` is told each token's index.
+
+    One token after the other, as engines decode: rows that are computed together have their sums in another order,
+    which rounded activations can make a different token of.
+    """
     assert model.decoder is not None and model.embedding is not None
     text, length = model.config.text, len(arrays["embeds"])
     cache = KVCache(text, length + DECODED, model.dtype, model.device, model.decoder.kv_form)
@@ -130,7 +136,7 @@ def check_decoder(model: PenguinModel, arrays: Arrays) -> Arrays:
     first = int(arrays["prefill"].argmax())
     with torch.no_grad():
         embeds = model.embedding(torch.tensor([[first]]))
-    tokens, logits = continue_greedy(model, cache, embeds, max_new_tokens=DECODED)
+    tokens, logits = continue_greedy(model, cache, embeds, max_new_tokens=DECODED, note=note)
     return {
         "tokens": np.array([first, *tokens]),
         "decode": logits[:STORED_LOGITS].contiguous().numpy(),

@@ -26,7 +26,7 @@ import importlib.util
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import Decoder
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import EncoderMethod, decoder_logits
-from penguin_edge.export.target import PartFile
+from penguin_edge.export.stages import COMPILE, TRACE, WRITE
+from penguin_edge.export.target import PartFile, silent
 from penguin_edge.layers import Attend, Attention, RMSNorm
 from penguin_edge.model import PenguinModel
 from penguin_edge.projector import Projector
@@ -257,6 +258,8 @@ class ExecutorchTarget:
     tools: tuple[str, ...] = ("torch", "executorch", "torchao")
     shares_kv = False
     activations: Activations = "token"
+    shares_table = False
+    compiles = True
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """One frame at a time, and small chunks: ExecuTorch reserves memory for the largest shapes.
@@ -309,7 +312,9 @@ class ExecutorchTarget:
                 "pip install torch==2.13.0 and then 'penguin-edge[export]'"
             )
 
-    def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
+    def export_part(
+        self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent
+    ) -> PartFile:
         """Compile `part` into `folder`. The model's layers are rebuilt in place: it cannot be used afterwards.
 
         Raises:
@@ -325,6 +330,7 @@ class ExecutorchTarget:
         sizes = {"B": 1, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3, "L": 19}
         shapes: list[tuple[tuple[int | str, ...], str]] = [(spec.shape, spec.dtype) for spec in specs]
         method: nn.Module
+        note(TRACE)
         carry_integers(module)
         if part == "encoder":
             dtype = module.norm.weight.dtype
@@ -351,7 +357,7 @@ class ExecutorchTarget:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compile_method(part, method.eval().requires_grad_(False), examples, dynamic, folder / file)
+                compile_method(part, method.eval().requires_grad_(False), examples, dynamic, folder / file, note)
         except PenguinError:
             raise
         except Exception as error:
@@ -380,7 +386,12 @@ def shared_weights() -> Iterator[None]:
 
 
 def compile_method(
-    part: str, method: nn.Module, examples: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...], path: Path
+    part: str,
+    method: nn.Module,
+    examples: tuple[Tensor, ...],
+    dynamic: tuple[dict[int, Any], ...],
+    path: Path,
+    note: Callable[[str], None] = silent,
 ) -> None:
     """Export, lower to XNNPACK, plan memory and write one program with the method `forward`."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
@@ -400,6 +411,7 @@ def compile_method(
     if any("dequantize" in str(node.target) for node in program.graph.nodes):
         # Takes float linears too, each into a subgraph of its own: only for programs that hold quantized ones.
         partitioner.insert(0, XnnpackDynamicallyQuantizedPartitioner())
+    note(COMPILE)
     with shared_weights():
         edge = to_edge_transform_and_lower(
             program,
@@ -420,5 +432,6 @@ def compile_method(
     used = {op.name for plan in result.executorch_program.execution_plan for op in plan.operators}
     if foreign := sorted(name for name in used if not name.startswith(("aten::", "executorch_prim::"))):
         raise PenguinError(f"{part}: operators {foreign} in the program, wanted only those of the stock runtime")
+    note(WRITE)
     with path.open("wb") as stream:
         result.write_to_file(stream)

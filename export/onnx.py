@@ -48,7 +48,8 @@ from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod, join
 from penguin_edge.export.onnx_static import StaticProduct, translate_static
-from penguin_edge.export.target import PartFile
+from penguin_edge.export.stages import TRACE, WRITE
+from penguin_edge.export.target import PartFile, silent
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import SMALLEST, Activations, QuantizedLinear, Scheme
 
@@ -371,6 +372,8 @@ class OnnxTarget:
     tools: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnxruntime")
     shares_kv = True
     activations: Activations = "block"
+    shares_table = True
+    compiles = False
     kv_dtypes: tuple[str, ...] = ("fp16", "int8")
 
     def bounds(self, max_seq_len: int) -> Bounds:
@@ -417,7 +420,9 @@ class OnnxTarget:
                 f"exporting to ONNX needs {', '.join(missing)}, not installed here; pip install 'penguin-edge[export]'"
             )
 
-    def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
+    def export_part(
+        self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent
+    ) -> PartFile:
         """Compile `part` into `folder`. The model's layers are rebuilt in place: it cannot be used afterwards.
 
         Raises:
@@ -455,6 +460,7 @@ class OnnxTarget:
             for kv in map(kv_names, range(text.num_hidden_layers)):
                 names += kv["past_key"], kv["past_value"]
                 output_names += kv["present_key"], kv["present_value"]
+        note(TRACE)
         prepare(method)
         quantized = Counter(node for child in method.modules() for node in NODES.get(type(child), ()))
         if quantized["DequantizeLinear"]:
@@ -483,5 +489,6 @@ class OnnxTarget:
         for op, count in {**wanted, **quantized}.items():
             if found[op] != count:
                 raise PenguinError(f"{part}: the graph has {found[op]} {op} nodes, wanted {count}; {VERSIONS}")
+        note(WRITE)
         program.save(folder / f"{part}.onnx", external_data=True)
         return PartFile(f"{part}.onnx", head_place(method, folder / f"{part}.onnx"))

@@ -10,12 +10,11 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -27,6 +26,7 @@ from penguin_edge.bundle_folder import check_place, writing
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.auto import bundle_bytes
+from penguin_edge.export.stages import LINE, VERIFY, Follower, part_stages, seconds_of, verify_seconds
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
@@ -51,8 +51,13 @@ VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 class Progress(Protocol):
     """What the pipeline tells while it works."""
 
+    def plan(self, expected: Mapping[str, float]) -> None:
+        """Seconds that parts to come are expected to take, were this a machine of a certain speed."""
+
     def begin(self, part: str, estimate_mb: float) -> None: ...
-    def tick(self, part: str, seconds: float, resident_mb: float) -> None: ...
+    def tick(self, part: str, seconds: float, resident_mb: float, stage: str, share: float | None) -> None:
+        """Twice a second: what the part does by name, "" for nothing to say, and which share of it is done."""
+
     def done(self, part: str, seconds: float, peak_mb: float) -> None: ...
 
 
@@ -152,6 +157,16 @@ def estimate(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> 
         peak[part] += kv
     disk = disk_bytes(checkpoint, options.recipe) + 64_000_000
     return Estimate(kv, disk, peak)
+
+
+def expected_seconds(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> dict[str, float]:
+    """What each part will take on two cores, and the comparison at the end; of calibration nothing is known before."""
+    recipe = options.recipe
+    parts = list(parts_of(checkpoint, recipe))
+    if target.shares_table and shares_table(checkpoint, recipe):
+        parts.remove("embedding")
+    found = {part: seconds_of(part_stages(checkpoint, part, recipe, target.compiles)) for part in parts}
+    return {**found, VERIFY: verify_seconds(checkpoint)} if options.verify else found
 
 
 def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions) -> None:
@@ -283,6 +298,8 @@ def _export(
     stored = DTYPE_NAMES.get(str(checkpoint.dtype), "fp32")
     recipe = options.recipe
     embedding_dtype = recipe.embedding or (recipe.precision if stored == "fp32" else stored)
+    expected = expected_seconds(checkpoint, target, options)
+    progress.plan(expected)
     table: list[dict[str, Any]] = []
     quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
     common = {
@@ -309,7 +326,7 @@ def _export(
             }
             if part == "embedding" and place is not None:
                 continue
-            result = _run_part(part, job, need.peak_bytes.get(part, 0), progress)
+            result = _run_part(part, job, need.peak_bytes.get(part, 0), progress, expected.get(part))
             if part == "embedding" and "place" in result:
                 place = TablePlace(**result["place"])
             elif result.get("head") and shares_table(checkpoint, recipe):
@@ -366,16 +383,16 @@ def _version(distribution: str) -> str:
         return "unknown"
 
 
-def _run_part(part: str, job: dict[str, Any], estimate_bytes: int, progress: Progress) -> dict[str, Any]:
+def _run_part(
+    part: str, job: dict[str, Any], estimate_bytes: int, progress: Progress, expected: float | None = None
+) -> dict[str, Any]:
     with scratch() as folder:
         result_path, job_path, log_path = (folder / name for name in ("result.json", "job.json", "log.txt"))
         job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
         progress.begin(part, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
-            label = (
-                (lambda seconds: calibration_stage(part, log_path, seconds)) if part in (CALIBRATION, AUTO) else None
-            )
-            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, label)
+            follower = Follower(log_path, expected)
+            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, follower)
         if not result_path.is_file():
             raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
         result: dict[str, Any] = read_json(result_path)
@@ -393,10 +410,11 @@ def _verify(folder: Path, progress: Progress) -> None:
     """
     with scratch() as work:
         out_path, log_path = work / "out.txt", work / "log.txt"
-        progress.begin("verify", 0)
+        progress.begin(VERIFY, 0)
         begin = time.monotonic()
         with out_path.open("wb") as out, log_path.open("wb") as log:
-            code = _watch(["penguin_edge", "verify", str(folder), "--json"], out, log, "verify", progress)
+            follower = Follower(log_path, None)  # it says nothing of itself
+            code = _watch(["penguin_edge", "verify", str(folder), "--json"], out, log, VERIFY, progress, follower)
         lines = out_path.read_text(encoding="utf-8").splitlines()
         if not lines:
             raise BundleError(f"verifying the bundle ended {_ending(code)}; {_tail(log_path)}")
@@ -407,18 +425,7 @@ def _verify(folder: Path, progress: Progress) -> None:
             f"{failed[0]['relative']:.3g}, cosine {failed[0]['cosine']:.6f}); no bundle was written: choose another "
             "recipe, or look at it with --no-verify and `penguin-edge verify`"
         )
-    progress.done("verify", time.monotonic() - begin, 0)
-
-
-def calibration_stage(part: str, log: Path, seconds: float) -> str:
-    """What the worker does by its own last line, `done/all stage`, and how long the rest will take."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = re.fullmatch(r"(\d+)/(\d+) (\S+)", lines[-1]) if lines else None
-    if found is None:
-        return part
-    done, total = int(found[1]), int(found[2])
-    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
-    return f"{part} {done}/{total} {found[3]}{left}"
+    progress.done(VERIFY, time.monotonic() - begin, 0)
 
 
 def _watch(
@@ -427,13 +434,9 @@ def _watch(
     log: IO[bytes],
     part: str,
     progress: Progress,
-    label: Callable[[float], str] | None = None,
+    follower: Follower,
 ) -> int:
-    """Run a Python module in a session of its own until it ends; it ends with this process, however that ends.
-
-    Args:
-        label: what it is called after so many seconds, where that is more than `part`.
-    """
+    """Run a Python module in a session of its own until it ends; it ends with this process, however that ends."""
     process = subprocess.Popen(
         child.command(*module),
         stdin=subprocess.PIPE,  # held open: its end tells the child that this process is gone
@@ -443,8 +446,11 @@ def _watch(
         env=child.environment(MALLOC),
     )
     try:
-        name = label or (lambda seconds: part)
-        _wait(process, lambda seconds, resident: progress.tick(name(seconds), seconds, resident), time.monotonic())
+
+        def tick(seconds: float, resident: float) -> None:
+            progress.tick(part, seconds, resident, *follower.look(seconds))
+
+        _wait(process, tick, time.monotonic())
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -472,5 +478,6 @@ def _ending(code: int) -> str:
 
 
 def _tail(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = LINE.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line for line in text.splitlines() if line.strip()]
     return "its last words: " + (lines[-1][:300] if lines else "none")

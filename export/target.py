@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,10 @@ class PartFile:
     file: str
     head: TablePlace | None = None
     """Where an int4 head lies, if the embedding can be read from it."""
+
+
+def silent(stage: str) -> None:
+    """Tell nobody."""
 
 
 class Target(Protocol):
@@ -56,8 +61,16 @@ class Target(Protocol):
     def check_installed(self) -> None:
         """Raise TargetUnavailable, with the `pip install` line, when a tool is missing."""
 
-    def export_part(self, part: str, model: PenguinModel, bounds: Bounds, folder: Path) -> PartFile:
+    shares_table: bool
+    """Whether the embedding can be read from a head's file, where both have the same integers."""
+    compiles: bool
+    """Whether a graph is taken apart by a compiler once it is traced, which takes its time."""
+
+    def export_part(
+        self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent
+    ) -> PartFile:
         """Compile `part` of `model`, which holds just that part in the precision to be exported.
 
-        Quantized layers are `QuantizedLinear`; their integers go into the file as they are.
+        Quantized layers are `QuantizedLinear`; their integers go into the file as they are. `note` is told the names
+        of `export/stages.py` as they begin: trace, compile, write.
         """

@@ -23,6 +23,7 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.auto import choose
+from penguin_edge.export.stages import CHECK, LOAD, PROMPT, WRITE, Teller, part_stages, progress_line, step_name
 from penguin_edge.export.targets import TARGETS
 from penguin_edge.files import write_json
 from penguin_edge.machine import peak_mb, require_memory
@@ -68,27 +69,35 @@ def export_part(job: dict[str, Any]) -> dict[str, Any]:
         report = _calibrate(checkpoint, recipe, job)
         return {"calibration": report, "peak_mb": peak_mb(), "baseline_mb": baseline}
     folder = Path(job["folder"])
+    teller = Teller(part_stages(checkpoint, part, recipe, target.compiles), _tell)
     if part == "embedding":
+        teller.begin(WRITE)
         return _write_embedding(checkpoint, folder, job["embedding_dtype"], recipe) | {
             "peak_mb": peak_mb(),
             "baseline_mb": baseline,
         }
     extra = ("embedding",) if part in ("prefill", "decoder") else ()
     ready = ready_from(Path(job["calibrated"])) if job["calibrated"] else None
-    model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations, ready)
-    _record_check(part, model, checkpoint, folder)
+    teller.begin(LOAD)
+    model, rows = load_quantized(checkpoint, (part, *extra), recipe, target.activations, ready, teller.begin)
+    _record_check(part, model, checkpoint, folder, teller)
     if extra:
         model.embedding = None
     bounds = Bounds(**{**job["bounds"], "patch_buckets": tuple(job["bounds"]["patch_buckets"])})
-    done = target.export_part(part, model, bounds, folder)
+    done = target.export_part(part, model, bounds, folder, teller.begin)
     layers = [asdict(row) for row in rows]
     head = asdict(done.head) if done.head else None
     return {"file": done.file, "head": head, "peak_mb": peak_mb(), "baseline_mb": baseline, "layers": layers}
 
 
+def _tell(line: str) -> None:
+    """The parent reads the last line of this form; an exporter may have left half a line before it."""
+    print(f"\n{line}", flush=True)
+
+
 def _say(done: int, total: int, stage: str) -> None:
-    """The parent reads the last line."""
-    print(f"{done}/{total} {stage}", flush=True)
+    """A stage of those that all take as long as one another."""
+    _tell(progress_line(done, 1, total, f"{done}/{total} {stage}"))
 
 
 def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> dict[str, Any]:
@@ -110,8 +119,9 @@ def _calibrate(checkpoint: Checkpoint, recipe: Recipe, job: dict[str, Any]) -> d
     return {**options.to_json(), "samples": len(samples), "tokens": tokens, "images": images, "sha256": made_for}
 
 
-def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -> None:
+def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path, teller: Teller) -> None:
     """Add this part's eager outputs to the check data; later parts read what earlier ones left."""
+    teller.begin(PROMPT if part in ("prefill", "decoder") else CHECK)
     path = folder / "check.partial"
     arrays = dict(load_file(path)) if path.is_file() else {}
     if part == "encoder":
@@ -128,7 +138,7 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path) -
             arrays["ids"] = check.check_ids(config, tokenizer)
             arrays |= check.check_prefill(model, arrays)
         if part == "decoder":
-            arrays |= check.check_decoder(model, arrays)
+            arrays |= check.check_decoder(model, arrays, lambda index: teller.begin(step_name(index)))
             del arrays["cache"]
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     save_file(arrays, path, metadata={"model": config_hash(checkpoint.config)})

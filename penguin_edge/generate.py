@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -46,13 +46,20 @@ def generate(
 
 @torch.no_grad()
 def continue_greedy(
-    model: PenguinModel, cache: KVCache, embeds: Tensor, *, max_new_tokens: int, stop: Sequence[int] = ()
+    model: PenguinModel,
+    cache: KVCache,
+    embeds: Tensor,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[int] = (),
+    note: Callable[[int], None] = lambda index: None,
 ) -> tuple[list[int], Tensor]:
-    """`generate` after what a cache holds, beginning with `embeds` [1, S, H]."""
+    """`generate` after what a cache holds, beginning with `embeds` [1, S, H]; `note` is told each token's index."""
     assert model.decoder is not None and model.embedding is not None
     ids: list[int] = []
     rows: list[Tensor] = []
     while len(ids) < max_new_tokens and not (ids and ids[-1] in stop):
+        note(len(ids))
         positions = cache.length + torch.arange(embeds.shape[1], device=model.device)
         hidden = model.decoder(embeds, positions, cache.attend)
         cache.length += embeds.shape[1]

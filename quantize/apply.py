@@ -23,7 +23,6 @@ DECODERS = {"prefill": "decoder"}
 """Graphs that are one module of the model under other schemes."""
 KEPT = "kept by the recipe"
 """Reason why a layer is not quantized: a recipe file or a preset says so."""
-SLAB = 8192
 SMALLER = (32, 16)
 """Groups that a lenient recipe tries where its own does not divide a layer."""
 
@@ -125,13 +124,19 @@ def rounding(activations: Activations, scheme: Scheme) -> Activations:
 
 @torch.no_grad()
 def quantize_part(
-    model: PenguinModel, part: str, recipe: Recipe, activations: Activations, ready: Ready | None = None
+    model: PenguinModel,
+    part: str,
+    recipe: Recipe,
+    activations: Activations,
+    ready: Ready | None = None,
+    note: Callable[[str], None] = lambda layer: None,
 ) -> list[Row]:
     """Put `QuantizedLinear` in the place of linear layers, in place; a tied head leaves its table as it is.
 
     Args:
         activations: how the engine rounds them where a scheme does not ask for another way.
         ready: what calibration left, for methods that need it.
+        note: told the name of each layer that is quantized, before it is.
     Returns:
         One row for every linear layer of the part.
     Raises:
@@ -151,6 +156,7 @@ def quantize_part(
         if scheme is None:
             rows.append(Row(name, shape, None, reason))
             continue
+        note(name)
         # Both decoder graphs have the same head.
         ready_name = "decoder.lm_head" if name == "prefill.lm_head" else name
         integers = ready.integers(ready_name, scheme) if ready is not None else None
@@ -178,9 +184,9 @@ def _smooth(model: PenguinModel, part: str, block: str, ready: Ready | None) -> 
 def _relative_error(weight: torch.Tensor, integers: Integers) -> float:
     """Relative error by slabs of rows, so that a head of 150,000 rows is not in memory twice more."""
     missed = whole = 0.0
-    for begin in range(0, len(weight), SLAB):
-        wanted = weight[begin : begin + SLAB].float()
-        missed += float((integers.rows(begin, begin + SLAB).weight() - wanted).square().sum())
+    for rows, made in integers.slabs():
+        wanted = weight[rows].float()
+        missed += float(made.sub_(wanted).square_().sum())
         whole += float(wanted.square().sum())
     return math.sqrt(missed / max(whole, 1e-30))
 
@@ -191,11 +197,14 @@ def load_quantized(
     recipe: Recipe,
     activations: Activations,
     ready: Ready | None = None,
+    note: Callable[[str], None] = lambda layer: None,
 ) -> tuple[PenguinModel, list[Row]]:
     """A model, or some parts of it, as the recipe says; what is not quantized has the recipe's precision.
 
     Parts to quantize are loaded in the stored dtype, so that a large one never stands there in fp32.
 
+    Args:
+        note: as `quantize_part`.
     Raises:
         InputError: as `quantize_part`.
     """
@@ -204,7 +213,10 @@ def load_quantized(
         return checkpoint.load(parts, dtype=dtype), []
     model = checkpoint.load([DECODERS.get(part, part) for part in parts])
     rows = [
-        row for part in parts if part != "embedding" for row in quantize_part(model, part, recipe, activations, ready)
+        row
+        for part in parts
+        if part != "embedding"
+        for row in quantize_part(model, part, recipe, activations, ready, note)
     ]
     if model.embedding is not None and recipe.embedding == "int8":
         levels, scales = quantize_rows(model.embedding.weight)

@@ -17,6 +17,7 @@ that an exported graph is compared with the arithmetic that it has.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,10 @@ for all (QuantizeLinear and DequantizeLinear, as TensorRT wants them)."""
 BITS = (4, 8)
 SMALLEST = 1e-30
 """Takes the place of the largest activation of a row of zeros."""
+SLAB = 3 << 18
+"""Weights that are made anew at a time: 3 MB of fp32, which a cache holds until they are multiplied."""
+FEW = 128
+"""Rows of activations up to which the memory that a weight goes through takes longer than the sums."""
 SHRINK = 20
 """Scales that `mse` tries per group, from the plain one down to half of it."""
 
@@ -101,12 +106,23 @@ class Integers:
         """Integers of some of the N outputs."""
         return Integers(self.levels[begin:end], self.scales[begin:end], self.zeros[begin:end], self.scheme)
 
-    def weight(self) -> Tensor:
-        """[N, K] f32."""
+    def weight(self, out: Tensor | None = None) -> Tensor:
+        """[N, K] f32, in the first rows of `out` [.., K] where that is given."""
         rows, groups = self.scales.shape
         # In place: a head of 150,000 rows is not to be in memory three times.
-        values = self.levels.view(rows, groups, -1).to(torch.float32)
-        return values.sub_(self.zeros[..., None]).mul_(self.scales[..., None]).view(rows, -1)
+        values = torch.empty(self.levels.shape, device=self.levels.device) if out is None else out[:rows]
+        grouped = values.view(rows, groups, -1).copy_(self.levels.view(rows, groups, -1))
+        grouped.sub_(self.zeros[..., None]).mul_(self.scales[..., None])
+        return values
+
+    def slabs(self, size: int = SLAB) -> Iterator[tuple[slice, Tensor]]:
+        """The weight by some rows at a time, about `size` weights; a slab is overwritten by the next one."""
+        outputs, inputs = self.levels.shape
+        step = min(max(1, size // inputs), outputs)
+        room = torch.empty((step, inputs), device=self.levels.device)
+        for begin in range(0, outputs, step):
+            rows = slice(begin, min(begin + step, outputs))
+            yield rows, self.rows(rows.start, rows.stop).weight(room)
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "the layer") -> Integers:
@@ -144,12 +160,16 @@ def _round(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     reach = _reach(values, scheme)
     scales, zeros = _ranges(*reach, scheme, 1.0)
     if scheme.method != "rtn":
+        half = 2 ** (scheme.bits - 1)
         error, work = torch.full_like(scales, torch.inf), torch.empty_like(values)
         for step in range(SHRINK):
             found, middle = _ranges(*reach, scheme, 1 - step / (2 * SHRINK))
             # In place: memory that is fresh for every operation takes longer than the arithmetic.
             torch.div(values, found[..., None], out=work)
-            work.round_().add_(middle[..., None]).clamp_(lowest, top).sub_(middle[..., None])
+            if scheme.symmetric:  # one middle for all: the same numbers in one operation instead of three
+                work.round_().clamp_(lowest - half, top - half)
+            else:
+                work.round_().add_(middle[..., None]).clamp_(lowest, top).sub_(middle[..., None])
             miss = work.mul_(found[..., None]).sub_(values).square_().sum(-1)
             better = miss < error
             error = torch.where(better, miss, error)
@@ -216,7 +236,7 @@ def rounded_static(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer [.., K] -> [.., N] with quantized weights; the weight is made anew for each call.
+    """A linear layer [.., K] -> [.., N] with quantized weights; the weight is made anew for each call, by slabs.
 
     Computes in fp32 and gives back the dtype of `x`. `input_scale` [] f32 is that of static activations.
     """
@@ -264,4 +284,10 @@ class QuantizedLinear(nn.Module):
             y = rounded_symmetric_rows(y)
         elif self.input_scale is not None:
             y = rounded_static(y, self.input_scale)
-        return functional.linear(y, self.integers.weight(), self.bias).to(x.dtype)
+        # A whole weight is written to memory and read back three times, which only many rows are worth. Elsewhere than
+        # on a processor a call costs more than the memory, and a gradient would need the slabs that are gone.
+        few = y.device.type == "cpu" and not y.requires_grad and y.numel() <= FEW * y.shape[-1]
+        out = torch.empty((*y.shape[:-1], len(self.levels)), device=y.device)
+        for rows, weight in self.integers.slabs(SLAB if few else self.levels.numel()):
+            out[..., rows] = functional.linear(y, weight, None if self.bias is None else self.bias[rows])
+        return out.to(x.dtype)

@@ -29,10 +29,12 @@ from penguin_edge.encoder import rotary_2d
 from penguin_edge.errors import InputError
 from penguin_edge.layers import full_attention, rotary_angles
 from penguin_edge.model import PARTS, PenguinModel
-from penguin_edge.quantize.apply import SLAB, quantize_rows, rounding
+from penguin_edge.quantize.apply import quantize_rows, rounding
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.samples import Sample
 
+SLAB = 8192
+"""Rows of a head that are multiplied at a time."""
 EMBEDDING, HEAD = "embedding", "decoder.lm_head"
 ROWS = 128
 """Positions whose logits are in memory at once, beside those of the unquantized model."""

@@ -21,7 +21,6 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
 from penguin_edge.config import TextConfig
 from penguin_edge.errors import InputError
-from penguin_edge.export.pipeline import calibration_stage
 from penguin_edge.layers import Block, full_attention, rotary_angles
 from penguin_edge.quantize.apply import chosen, quantize_part
 from penguin_edge.quantize.builtin import PHOTOS
@@ -397,18 +396,6 @@ def test_export_verifies_and_says_what_it_read(data: Path, tmp_path: Path) -> No
         (tmp_path / f"{seed}.png").write_bytes((data / f"{seed}.png").read_bytes())
     done = cli("verify", out, "--against", "nano", "--calibration", tmp_path / "other.jsonl")
     assert done.returncode == 1 and "is not what the bundle was calibrated with" in done.stderr
-
-
-def test_the_terminal_says_how_long_calibration_will_take(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    for text, wanted in (
-        ("", "calibration"),
-        ("0/60 encoder.patch_embedding\n", "calibration 0/60 encoder.patch_embedding"),
-        ("a warning\n20/60 decoder.layers.4\n", "calibration 20/60 decoder.layers.4, about 60 s left"),
-        ("20/60 decoder.layers.4\nTraceback (most recent call last):\n", "calibration"),
-    ):
-        log.write_text(text)
-        assert calibration_stage("calibration", log, 30.0) == wanted
 
 
 def test_bad_calibration_data(tiny: Checkpoint, data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from penguin_edge.runtime.engines import open_engine
 class Silent:
     """No progress."""
 
+    def plan(self, expected: Mapping[str, float]) -> None: ...
     def begin(self, part: str, estimate_mb: float) -> None: ...
-    def tick(self, part: str, seconds: float, resident_mb: float) -> None: ...
+    def tick(self, part: str, seconds: float, resident_mb: float, stage: str, share: float | None) -> None: ...
     def done(self, part: str, seconds: float, peak_mb: float) -> None: ...
 
 

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penguin_edge.commands.common import add_allow_outside, byte_count, emit, nats, positive, require_torch, say, table
+from penguin_edge.commands.common import (
+    add_allow_outside,
+    byte_count,
+    emit,
+    nats,
+    positive,
+    require_torch,
+    say,
+    status,
+    table,
+)
 from penguin_edge.errors import InputError
 from penguin_edge.machine import human_bytes
 
+if TYPE_CHECKING:
+    from penguin_edge.export.stages import TimeLeft
+
 AUTO = "auto"
+EVERY_SECONDS = 30.0
+"""Between lines about a part's work where stderr is no terminal."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,29 +80,43 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 class Lines:
-    """Progress on stderr: one line per part, rewritten while it works when stderr is a terminal."""
+    """Progress on stderr: one line per part, and while it works one that is rewritten on a terminal, elsewhere a line
+    now and then."""
 
-    def __init__(self, parts: int) -> None:
-        self._parts, self._index, self._begin = parts, 0, time.monotonic()
+    def __init__(self, parts: int, time_left: TimeLeft) -> None:
+        self._parts, self._index, self._time_left = parts, 0, time_left
         self._rewrites = sys.stderr.isatty()
-        self._estimate_mb = 0.0
+        self._estimate_mb = self._said = 0.0
+
+    def plan(self, expected: Mapping[str, float]) -> None:
+        self._time_left.plan(expected)
 
     def begin(self, part: str, estimate_mb: float) -> None:
         self._index += 1
-        self._estimate_mb = estimate_mb
+        self._estimate_mb, self._said = estimate_mb, 0.0
         if not self._rewrites:
             say(f"[{self._index}/{self._parts}] {part} …")
 
-    def tick(self, part: str, seconds: float, resident_mb: float) -> None:
+    def tick(self, part: str, seconds: float, resident_mb: float, stage: str, share: float | None) -> None:
+        if not self._rewrites and seconds - self._said < EVERY_SECONDS:
+            return
+        self._said = seconds
+        limit = f" of at most {self._estimate_mb:.0f}" if self._estimate_mb else ""
+        line = f"[{self._index}/{self._parts}] {part}{': ' * bool(stage)}{stage}, {seconds:.0f} s, "
+        line += f"{resident_mb:.0f}{limit} MB{self._rest(part, seconds, share)}"
         if self._rewrites:
-            limit = f" of at most {self._estimate_mb:.0f}" if self._estimate_mb else ""
-            line = f"[{self._index}/{self._parts}] {part}: {seconds:.0f} s, {resident_mb:.0f}{limit} MB"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            status(line[: shutil.get_terminal_size().columns - 1])
+        else:
+            say(line)
+
+    def _rest(self, part: str, seconds: float, share: float | None) -> str:
+        left = self._time_left.left(part, seconds, share)
+        return "" if left is None or (self._index == self._parts and share == 1) else f", about {left:.0f} s left"
 
     def done(self, part: str, seconds: float, peak_mb: float) -> None:
         clear = "\r\x1b[K" if self._rewrites else ""
-        left = (time.monotonic() - self._begin) / self._index * (self._parts - self._index)
-        rest = f", about {left:.0f} s left" if left else ""
+        self._time_left.done(part, seconds)
+        rest = self._rest(part, seconds, 1)
         say(f"{clear}[{self._index}/{self._parts}] {part}: {seconds:.1f} s, peak {peak_mb:.0f} MB{rest}")
 
 
@@ -150,9 +181,10 @@ def run(args: argparse.Namespace) -> int:
         check_options,
         choose_recipe,
         estimate,
+        expected_seconds,
         export_bundle,
-        parts_of,
     )
+    from penguin_edge.export.stages import TimeLeft
     from penguin_edge.export.targets import find_target
     from penguin_edge.quantize.apply import DECODERS
     from penguin_edge.quantize.auto import STAND_IN, AutoOptions
@@ -185,7 +217,9 @@ def run(args: argparse.Namespace) -> int:
         f"{human_bytes(need.disk_bytes)} of disk"
     )
     begin = time.monotonic()
-    lines = Lines(len(parts_of(checkpoint, recipe)) + options.verify + recipe.calibrated + automatic)
+    # All that can be foretold, and what reads data first.
+    parts = len(expected_seconds(checkpoint, target, options)) + recipe.calibrated + automatic
+    lines = Lines(parts, TimeLeft())
     if automatic:
         auto = AutoOptions(read, args.max_size, args.max_kl, args.max_seq_len)
         options = choose_recipe(checkpoint, args.out, options, auto, lines)
