@@ -34,13 +34,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 LONGEST = (
-    "test_nano_model.py", "test_manifest.py", "test_auto.py", "test_nano.py", "test_calibrate.py", "test_kv_cache.py",
+    "test_nano_model.py", "test_auto.py", "test_manifest.py", "test_nano.py", "test_calibrate.py", "test_kv_cache.py",
     "test_processes.py", "test_layer_errors.py", "test_quantize.py", "test_train.py", "test_resume.py",
     "test_clip_limits.py", "test_cli.py", "test_static.py", "test_bundle_identity.py", "test_convert.py",
     "test_evaluate.py", "test_not_finite.py", "test_shared_engine.py",
 )  # fmt: skip
 """Files that take half a minute or more. Where several workers share the tests these come first, so that no worker is
-left with a long one while the others are done."""
+left with a long one while the others are done. The first two wait for no bundle that the other one is exporting."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

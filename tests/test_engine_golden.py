@@ -39,7 +39,7 @@ def test_greedy_tokens_of_the_reference(bundle: Bundle, path: Path) -> None:
     arrays: Any = np.load(path)
     if vlm_of(path.stem) != VLMS[0] or "generated_ids" not in arrays.files:
         return
-    engine = open_engine(bundle, threads=2)
+    engine = open_engine(bundle, threads=1)
     ids = arrays["input_ids"][0]
     embeds = engine.embed(np.where(ids == engine.config.image_token_id, 0, ids))
     visual = []
