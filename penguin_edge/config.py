@@ -7,6 +7,8 @@ class docstring says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,7 @@ class PenguinConfig:
 
 
 MAX_LAYERS = 1024
+LAYERS_VARIABLE = "PENGUIN_EDGE_MAX_LAYERS"
 MAX_WIDTH = 1 << 18
 MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
@@ -169,10 +172,35 @@ MAX_VOCABULARY = 1 << 24
 MAX_POSITIONS = 1 << 24
 """Limits of the models that are accepted at all; the largest published model of this kind stays a tenth below each."""
 TOKEN = Whole(0, MAX_VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A number of layers up to `MAX_LAYERS`, or up to what the environment says.
+
+    The limit is an environment variable, since exports and training read the configuration again in processes of their
+    own, which inherit it.
+    """
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse any other value.
+
+        Raises:
+            SchemaError: one sentence; also for a variable that is no number.
+        """
+        given = os.environ.get(LAYERS_VARIABLE, str(MAX_LAYERS))
+        if not re.fullmatch("[1-9][0-9]{0,5}", given):
+            raise SchemaError(f"{LAYERS_VARIABLE} is {given[:40]!r}, wanted a whole number, 1 to 999,999")
+        try:
+            Whole(1, int(given)).check(value, where)
+        except SchemaError as error:
+            raise SchemaError(f"{error} ({LAYERS_VARIABLE} in the environment raises the limit)") from None
+
+
 STACK_RULES: dict[str, Rule] = {
     "hidden_size": Whole(1, MAX_WIDTH),
     "intermediate_size": Whole(1, MAX_WIDTH),
-    "num_hidden_layers": Whole(1, MAX_LAYERS),
+    "num_hidden_layers": Layers(),
     "num_attention_heads": Whole(1, MAX_HEADS),
     "num_key_value_heads": Whole(1, MAX_HEADS),
     "head_dim": Whole(2, MAX_HEAD_DIM),

@@ -81,7 +81,7 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pix
     Raises:
         InputError: missing, damaged or not an image of a known format, too large, or an aspect above 1000.
     """
-    limit = _pixel_limit(max_pixels, MAX_PIXELS)
+    limit = _limit("max_pixels", max_pixels, MAX_PIXELS)
     if isinstance(source, np.ndarray):
         pixels = images.from_array(source)
     elif isinstance(source, Image.Image):
@@ -98,18 +98,19 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, *, max_pix
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
-def probe_video(path: str | Path, *, max_pixels: int | None = None) -> VideoInfo:
+def probe_video(path: str | Path, *, max_pixels: int | None = None, max_packets: int | None = None) -> VideoInfo:
     """Size, rate and length of a clip; decodes one frame.
 
     Raises:
         InputError: as `read_video`.
     """
-    path, limit = local_path(path), _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
-    pictures = _pictures(path, _pixel_limit(max_pixels, MAX_PIXELS))
+    path, limit = local_path(path), _limit("max_pixels", max_pixels, video.MAX_FRAME_PIXELS)
+    packets = _limit("max_packets", max_packets, video.MAX_PACKETS)
+    pictures = _pictures(path, _limit("max_pixels", max_pixels, MAX_PIXELS))
     if pictures is not None:
         height, width = next(pictures.read([0])).shape[:2]
         return VideoInfo(width, height, pictures.rate, pictures.count / pictures.rate, 0, pictures.count)
-    header = video.read_header(path, max_pixels=limit)
+    header = video.read_header(path, max_pixels=limit, max_packets=packets)
     for _, _, frame in video.decoded(path, max_pixels=limit):
         sides = (frame.height, frame.width) if video.orientation(frame)[0] else (frame.width, frame.height)
         count = None if header.first is None else header.packets
@@ -125,6 +126,7 @@ def read_video(
     start: float | None = None,
     end: float | None = None,
     max_pixels: int | None = None,
+    max_packets: int | None = None,
 ) -> Iterator[Frame]:
     """The frames of a clip at `fps` per second between `start` and `end` (seconds from its beginning), one at a time.
 
@@ -132,7 +134,7 @@ def read_video(
     spread selection is kept, which costs a first pass over the clip, because the count must be known. `Frame.time` is
     `start + i / fps`, or spread evenly over the span when `fps` is None. A frame shown for several sampling times is
     given several times. Frames of another size than the first are scaled to it; one of more than `max_pixels` pixels
-    is refused before it is decoded.
+    is refused before it is decoded. So is a clip of more than `max_packets` packets, whose times must all be known.
 
     A folder of pictures counts as 3 frames per second, an animated picture as 25. Without `max_pixels` the limits are
     those of `penguin_edge.containers` for videos and of `penguin_edge.images` for pictures and, in shares, animations.
@@ -142,15 +144,16 @@ def read_video(
             the header are checked at the call, damage shows while reading.
     """
     _check_options(fps, max_frames, start, end)
-    path, limit = local_path(path), _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
-    pictures = _pictures(path, _pixel_limit(max_pixels, MAX_PIXELS))
+    path, limit = local_path(path), _limit("max_pixels", max_pixels, video.MAX_FRAME_PIXELS)
+    packets = _limit("max_packets", max_packets, video.MAX_PACKETS)
+    pictures = _pictures(path, _limit("max_pixels", max_pixels, MAX_PIXELS))
     if pictures is not None:
         numbers = _thin(_by_number(path, pictures.count, pictures.rate, fps, max_frames, start, end), max_frames)
         return (
             Frame(pixels, number / pictures.rate, i)
             for i, (number, pixels) in enumerate(zip(numbers, pictures.read(numbers), strict=True))
         )
-    header = video.read_header(path, end, limit)
+    header = video.read_header(path, end, limit, packets)
     span = min(header.duration, _exact(end)) - _exact(start) if end is not None else header.duration - _exact(start)
     if span <= 0:
         raise InputError(f"{named(path)}: start {start or 0:g} s is not before the end at {float(header.duration):g} s")
@@ -168,6 +171,7 @@ def read_video_by_number(
     start: float | None = None,
     end: float | None = None,
     max_pixels: int | None = None,
+    max_packets: int | None = None,
 ) -> Iterator[Frame]:
     """The reference's second loader (`load_video_from_ids`) on a video file: every k-th frame by its number.
 
@@ -179,8 +183,8 @@ def read_video_by_number(
     """
     _check_options(fps, max_frames, start, end)
     path = regular_file(local_path(path), "a video file")
-    limit = _pixel_limit(max_pixels, video.MAX_FRAME_PIXELS)
-    header = video.read_header(path, end, limit)
+    limit = _limit("max_pixels", max_pixels, video.MAX_FRAME_PIXELS)
+    header = video.read_header(path, end, limit, _limit("max_packets", max_packets, video.MAX_PACKETS))
     numbers = _by_number(path, header.packets, float(header.rate), fps, max_frames, start, end)
     return _at_numbers(path, numbers, float(header.rate), limit)
 
@@ -365,12 +369,12 @@ def _check_options(fps: float | None, max_frames: int | None, start: float | Non
         raise InputError(f"got end {end:g} s at start {start or 0:g} s, wanted an end after the start")
 
 
-def _pixel_limit(max_pixels: int | None, usual: int) -> int:
-    if max_pixels is None:
+def _limit(name: str, value: int | None, usual: int) -> int:
+    if value is None:
         return usual
-    if not (_is_number(max_pixels) and isinstance(max_pixels, int) and max_pixels >= 1):
-        raise InputError(f"got max_pixels {shown(repr(max_pixels))}, wanted at least 1, or None for the usual limit")
-    return max_pixels
+    if not (_is_number(value) and isinstance(value, int) and value >= 1):
+        raise InputError(f"got {name} {shown(repr(value))}, wanted at least 1, or None for the usual limit")
+    return value
 
 
 def _is_number(value: object) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from penguin_edge.config import MAX_LAYERS, PATCH, STACK_RULES, TEXT_RULES, TextConfig, VisionConfig
+from penguin_edge.config import PATCH, STACK_RULES, TEXT_RULES, TextConfig, VisionConfig
 from penguin_edge.errors import CheckpointError
 from penguin_edge.schema import Flag, Free, Maybe, Real, Record, Rows, Rule, SchemaError, Table, Text, Whole
 
@@ -26,6 +26,7 @@ ROPE = Record(
     },
     open=True,
 )
+MAX_NAMED_LAYERS = 999_999
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL: dict[str, Rule] = {
     **{name: Maybe(rule) for name, rule in TEXT_RULES.items() if name not in (*REQUIRED, "qk_norm")},
@@ -39,7 +40,7 @@ OPTIONAL: dict[str, Rule] = {
     "use_sliding_window": Maybe(Flag()),
     "sliding_window": Maybe(Whole()),
     "max_window_layers": Maybe(Whole()),
-    "layer_types": Maybe(Rows(Text(longest=64), most=MAX_LAYERS)),
+    "layer_types": Maybe(Rows(Text(longest=64), most=MAX_NAMED_LAYERS)),
     "patch_size": Maybe(Whole()),
     "per_layer_config": Maybe(Table(Text(), Free())),
     "transformers_weights": Maybe(Text()),

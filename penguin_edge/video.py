@@ -75,7 +75,9 @@ class Header:
     own_start: bool = False
 
 
-def read_header(path: Path, end: float | None = None, max_pixels: int = MAX_FRAME_PIXELS) -> Header:
+def read_header(
+    path: Path, end: float | None = None, max_pixels: int = MAX_FRAME_PIXELS, max_packets: int = MAX_PACKETS
+) -> Header:
     """Rate, length and packet count of a clip; reads the whole file once.
 
     Raises:
@@ -98,8 +100,11 @@ def read_header(path: Path, end: float | None = None, max_pixels: int = MAX_FRAM
             if not packet.size or packet.is_discard:
                 continue
             count += 1
-            if count > MAX_PACKETS:
-                raise InputError(f"{named(path)}: more than {MAX_PACKETS:,} packets; split the clip first")
+            if count > max_packets:
+                raise InputError(
+                    f"{named(path)}: more than {max_packets:,} packets; split the clip first, or raise the limit "
+                    "(max_packets)"
+                )
             lasting += packet.duration or 0
             at = dts if pts is None else pts
             if at is not None:

@@ -131,10 +131,12 @@ class Clip(LabelledClip):
 class Library:
     """Pictures and clips by where they come from, so that a second question about a clip does not decode it again."""
 
-    def __init__(self, config: ImageConfig, tra: Mode, max_pixels: int | None = None) -> None:
-        """A library of what is read from now on; `max_pixels` is that of `read_image` and `read_video`."""
+    def __init__(
+        self, config: ImageConfig, tra: Mode, max_pixels: int | None = None, max_packets: int | None = None
+    ) -> None:
+        """A library of what is read from now on; the limits are those of `read_image` and `read_video`."""
         self.config = config
-        self.max_pixels = max_pixels
+        self.max_pixels, self.max_packets = max_pixels, max_packets
         self.detection = detection_mode(tra)
         self._seen: OrderedDict[str, Picture | Clip] = OrderedDict()
 
@@ -149,7 +151,7 @@ class Library:
         """Decode and label a clip; `options` are those of `read_video`."""
 
         def frames_of() -> Iterator[Frame]:
-            return read_video(source, max_pixels=self.max_pixels, **options)
+            return read_video(source, max_pixels=self.max_pixels, max_packets=self.max_packets, **options)
 
         def read() -> Clip:
             clip = self.new_clip(frames_of)

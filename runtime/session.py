@@ -77,6 +77,7 @@ class Session:
         thinking: bool = False,
         shared_image_size: bool = False,
         max_pixels: int | None = None,
+        max_packets: int | None = None,
         policy: Policy | None = None,
     ) -> None:
         """As `open`, over an engine of the caller's.
@@ -88,7 +89,10 @@ class Session:
             raise InputError(f"tra mode {tra!r} is unknown; known: reference, strict")
         count = Maybe(Whole(1))
         check_options(
-            max_frames=(max_frames, count), max_pixels=(max_pixels, count), budget=(budget, Maybe(Whole(-LARGEST)))
+            max_frames=(max_frames, count),
+            max_pixels=(max_pixels, count),
+            max_packets=(max_packets, count),
+            budget=(budget, Maybe(Whole(-LARGEST))),
         )
         if budget is not None and budget < 1:
             raise BudgetError(f"a budget of {budget} visual tokens holds nothing; wanted at least 1")
@@ -102,7 +106,7 @@ class Session:
         self.policy = policy
         self.max_frames = max_frames or self.config.image.max_frames
         self.report = Report()
-        self.library = Library(self.config.image, tra, max_pixels)
+        self.library = Library(self.config.image, tra, max_pixels, max_packets)
         self.new_clock: Callable[[], Clock] = Clock
         """Makes the clock of each answer."""
         self._frames: list[Frame] = []
@@ -127,6 +131,7 @@ class Session:
         thinking: bool = False,
         shared_image_size: bool = False,
         max_pixels: int | None = None,
+        max_packets: int | None = None,
     ) -> Session:
         """A session over a bundle's own engine.
 
@@ -137,6 +142,7 @@ class Session:
             thinking: leave out the empty think block.
             shared_image_size: give all images of a prompt the first one's size, as the reference does.
             max_pixels: of a picture or of a clip's frame; None takes the limits of `read_image` and `read_video`.
+            max_packets: of a clip's video stream; None takes the limit of `read_video`.
         Raises:
             BundleError: the bundle is missing, damaged or of another schema.
             TargetUnavailable: its engine is not installed.
@@ -153,6 +159,7 @@ class Session:
             thinking=thinking,
             shared_image_size=shared_image_size,
             max_pixels=max_pixels,
+            max_packets=max_packets,
         )
 
     def close(self) -> None:

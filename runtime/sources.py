@@ -82,6 +82,7 @@ def read_source(
     pauses: tuple[float, ...] = PAUSES,
     stall_s: float = STALL_S,
     max_pixels: int | None = None,
+    max_packets: int | None = None,
 ) -> Iterator[Frame]:
     """Frames at `fps` per second (None: all), one at a time.
 
@@ -92,6 +93,7 @@ def read_source(
         pauses: seconds before each new attempt; a frame that arrives begins them anew.
         stall_s: seconds without data after which a live source counts as broken.
         max_pixels: most pixels of a picture; None takes the limit of `read_video`, of a live source that of a clip.
+        max_packets: most packets of a clip; None takes the limit of `read_video`. A live source has no end.
     Raises:
         InputError: a source that cannot be read, or that did not come back.
     """
@@ -105,7 +107,7 @@ def read_source(
     path = Path(source) if scheme != "file" else local_path(source)
     if not exists(path):
         raise InputError(f"{shown(path)}: no such file; name a clip, a folder of pictures, /dev/video0, or rtsp://…")
-    return _clip(path, fps, loop, max_pixels)
+    return _clip(path, fps, loop, max_pixels, max_packets)
 
 
 def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) -> Iterator[Frame]:
@@ -121,11 +123,13 @@ def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) 
         yield frame
 
 
-def _clip(source: Path, fps: float | None, loop: bool, max_pixels: int | None) -> Iterator[Frame]:
+def _clip(
+    source: Path, fps: float | None, loop: bool, max_pixels: int | None, max_packets: int | None
+) -> Iterator[Frame]:
     offset, index = 0.0, 0
     while True:
         last, step = 0.0, 1.0 / fps if fps else 0.0
-        for frame in read_video(source, fps=fps, max_frames=None, max_pixels=max_pixels):
+        for frame in read_video(source, fps=fps, max_frames=None, max_pixels=max_pixels, max_packets=max_packets):
             at = frame.time or 0.0
             if fps is None and at > last:
                 step = at - last

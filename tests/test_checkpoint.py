@@ -276,3 +276,16 @@ def test_presets_of_published_shapes_have_weights_in_the_published_dtype(monkeyp
     # In whatever dtype it is asked for, it is the same weight.
     stored, wide = (checkpoint.tensor("embedding.weight", (8, 4), dtype) for dtype in (torch.bfloat16, torch.float32))
     assert torch.equal(stored.float(), wide)
+
+
+def test_the_environment_raises_the_limit_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = json.loads(json.dumps(PRESETS["2b"].to_json()))
+    deep["text"]["num_hidden_layers"] = 2000
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 2000, .*1 to 1,024.*PENGUIN_EDGE_MAX_LAYERS"):
+        PenguinConfig.from_json(deep)
+    monkeypatch.setenv("PENGUIN_EDGE_MAX_LAYERS", "2000")
+    assert PenguinConfig.from_json(deep).text.num_hidden_layers == 2000
+    for wrong in ("0", "-5", "many", "9" * 50, "1e3", ""):
+        monkeypatch.setenv("PENGUIN_EDGE_MAX_LAYERS", wrong)
+        with pytest.raises(CheckpointError, match=r"PENGUIN_EDGE_MAX_LAYERS is .*, wanted a whole number"):
+            PenguinConfig.from_json(deep)

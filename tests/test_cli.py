@@ -293,6 +293,12 @@ def test_a_flag_raises_the_limit_on_pixels(tmp_path: Path) -> None:
     refused(cli(*plan, "--max-pixels", 0), "--max-pixels", code=(2,))
 
 
+def test_a_flag_sets_the_limit_on_packets(tmp_path: Path) -> None:
+    plan = ("plan", write_clip(tmp_path / "c.mp4", 30), "--budget", 16, "--json")
+    refused(cli(*plan, "--max-packets", 29), "more than 29 packets", "max_packets")
+    assert last_json(cli(*plan, "--max-packets", 30))["frames"]
+
+
 def test_a_closed_stdout_is_an_error(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "c.mp4", 30)
     command = f"{sys.executable} -m penguin_edge plan {clip} --budget 600 --json >&-"

@@ -302,9 +302,14 @@ def test_what_is_no_limit_and_no_path_is_refused(tmp_path: Path) -> None:
 
 def test_more_packets_than_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.mp4", list(range(20)))
+    for read in (read_video, read_video_by_number, probe_video):
+        with pytest.raises(InputError, match=r"more than 19 packets.*max_packets"):
+            read(path, max_packets=19)
+        assert read(path, max_packets=20)
     monkeypatch.setattr(video, "MAX_PACKETS", 19)
     with pytest.raises(InputError, match="more than 19 packets"):
         read_video(path)
+    assert read_video(path, max_packets=20)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -91,14 +91,15 @@ def add_allow_outside(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_max_pixels(parser: argparse._ActionsContainer) -> None:
-    """The one flag for every verb that reads media named on its command line."""
+def add_media_limits(parser: argparse._ActionsContainer) -> None:
+    """The flags for every verb that reads media named on its command line."""
     parser.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
         help="most pixels of a picture (default: 134 million) or of a clip's frame (33.5 million)",
     )
+    parser.add_argument("--max-packets", type=positive, metavar="N", help="most packets of a clip (16.8 million)")
 
 
 def checked_max_pixels(args: argparse.Namespace) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.bundle import Bounds
-from penguin_edge.commands.common import add_max_pixels, check_outputs, checked_max_pixels, emit, positive, say
+from penguin_edge.commands.common import add_media_limits, check_outputs, checked_max_pixels, emit, positive, say
 from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.media import Library
@@ -25,7 +25,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--start", type=float, help="seconds")
     parser.add_argument("--end", type=float, help="seconds")
     parser.add_argument("--min-image-tokens", type=positive, default=defaults.min_tokens, help="default: %(default)s")
-    add_max_pixels(parser)
+    add_media_limits(parser)
     parser.add_argument("-o", "--out", metavar="PNG", help="write a picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the drawing")
     parser.set_defaults(run=run)
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, ["out"], ["clip"])
     if args.budget < 1:
         raise InputError(f"--budget is {args.budget}; wanted at least 1 token")
-    library = Library(ImageConfig(min_tokens=args.min_image_tokens), args.tra, checked_max_pixels(args))
+    library = Library(
+        ImageConfig(min_tokens=args.min_image_tokens), args.tra, checked_max_pixels(args), args.max_packets
+    )
     options = {"fps": args.fps, "max_frames": args.max_frames, "start": args.start, "end": args.end}
     clip = library.clip(args.clip, options, Clock())
     times = [0.0 if time is None else time for time in clip.times]

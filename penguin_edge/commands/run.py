@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from penguin_edge.commands.common import add_max_pixels, checked_max_pixels, emit, open_model, positive, say, table
+from penguin_edge.commands.common import add_media_limits, checked_max_pixels, emit, open_model, positive, say, table
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
 from penguin_edge.places import existing, is_data, local_path
@@ -40,7 +40,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--shared-image-size", action="store_true", help="the first image's size for all, as the reference"
     )
-    add_max_pixels(parser)
+    add_media_limits(parser)
     parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         thinking=args.thinking,
         shared_image_size=args.shared_image_size,
         max_pixels=checked_max_pixels(args),
+        max_packets=args.max_packets,
     )
     load_ms = 1e3 * (time.monotonic() - begin)
     answer = session.converse(messages, options)

@@ -16,7 +16,7 @@ from typing import Any
 from penguin_edge.commands import latency
 from penguin_edge.commands.common import (
     above_zero,
-    add_max_pixels,
+    add_media_limits,
     check_outputs,
     checked_max_pixels,
     emit,
@@ -62,7 +62,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
     parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
-    add_max_pixels(parser)
+    add_media_limits(parser)
     parser.add_argument("--queue", type=positive, default=QUEUE, help="most frames that wait (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)"
@@ -101,7 +101,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--port names the port of the page; add --ui to show the page")
     target = latency.target(args)
     keep_heap_compact()
-    frames = read_source(args.source, fps=args.fps, loop=args.loop, note=say, max_pixels=checked_max_pixels(args))
+    frames = read_source(
+        args.source,
+        fps=args.fps,
+        loop=args.loop,
+        note=say,
+        max_pixels=checked_max_pixels(args),
+        max_packets=args.max_packets,
+    )
     # Before the model is loaded: a port that is taken is said at once.
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
     options = SamplingOptions(args.max_new_tokens)
