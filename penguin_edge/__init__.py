@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from penguin_edge.runtime.engines import open_engine as open_engine
     from penguin_edge.runtime.live import Live as Live
     from penguin_edge.runtime.session import Session as Session
-    from penguin_edge.runtime.stream import StreamSession as Stream
+    from penguin_edge.runtime.stream import Stream as Stream
 
 _PLACES = {
     "Bundle": "bundle.Bundle",
     "Live": "runtime.live.Live",
     "Session": "runtime.session.Session",
-    "Stream": "runtime.stream.StreamSession",
+    "Stream": "runtime.stream.Stream",
     "Tokenizer": "prompt.Tokenizer",
     "open_engine": "runtime.engines.open_engine",
     "read_image": "frames.read_image",

@@ -19,7 +19,9 @@ from torch import Tensor
 from penguin_edge.bundle import Bounds
 from penguin_edge.config import PenguinConfig
 from penguin_edge.decoder import KVCache
+from penguin_edge.errors import InputError
 from penguin_edge.model import PenguinModel
+from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.engine import check_encode, check_forward, check_move, check_project
 
@@ -88,6 +90,9 @@ class EagerEngine:
     @property
     def capacity(self) -> int | None:
         return self._caches.capacity
+
+    def tokenizer(self) -> Tokenizer:
+        raise InputError("this engine was made from a model alone, without a tokenizer; pass the tokenizer, too")
 
     def new_cache(self) -> Cache:
         return self._caches.new()

@@ -59,6 +59,11 @@ class LabelledClip:
         self.kinds.append(found.kind)
         self.similarities.append(found.similarity)
 
+    def remove(self, index: int) -> None:
+        """Take a frame out again."""
+        for values in (self.times, self.kinds, self.similarities):
+            del values[index]
+
     def plan(
         self,
         budget: int,

@@ -7,11 +7,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from penguin_edge.errors import BusyError, PenguinError
+from penguin_edge.config import PenguinConfig
+from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.guard import Guard
 from penguin_edge.layout import LabelledClip, Size
 from penguin_edge.prompt import Piece, Tokenizer, frame_tag
-from penguin_edge.runtime.media import Clip, Picture, Visual
+from penguin_edge.runtime.cache import Visual
+from penguin_edge.runtime.media import Clip, Picture
 from penguin_edge.runtime.report import Report
 from penguin_edge.tra import DROPPED, Plan
 
@@ -37,15 +39,6 @@ class UnusablePicture(PenguinError):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A question that was kept: it follows the first `frames` frames of the stream."""
-
-    frames: int
-    prompt: str
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Layout:
     """A prompt planned under a visual budget; `length` counts all of its tokens."""
 
@@ -54,6 +47,27 @@ class Layout:
     plans: list[Plan]
     budget: int
     length: int
+
+
+def layout(pieces: list[Piece], visuals: list[Visual], plans: list[Plan], budget: int, tokenizer: Tokenizer) -> Layout:
+    """A prompt with its length in tokens."""
+    return Layout(pieces, visuals, plans, budget, len(tokenizer.encode_pieces(pieces)))
+
+
+def kept_visuals(clip: Clip, plan: Plan) -> list[Visual]:
+    """The frames that a plan keeps, at its sizes, in order."""
+    sizes = [(frame.height, frame.width) for frame in plan.frames if frame.kind != DROPPED]
+    return [Visual(name, *size, clip.merge_size) for name, size in zip(clip.kept(plan), sizes, strict=True)]
+
+
+def refuse_media(config: PenguinConfig, given: bool) -> None:
+    """Refuse pictures where the model reads text only.
+
+    Raises:
+        InputError: it does, and there are some.
+    """
+    if given and config.vision is None:
+        raise InputError("this model reads text only; leave out images, clips and frames")
 
 
 @contextlib.contextmanager

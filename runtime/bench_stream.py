@@ -1,7 +1,7 @@
 """A clip streamed at wall-clock speed with a question every two seconds, and what came of it.
 
 Times: a frame's age is from its arrival to the end of its prefill; `warm` is a question's time to its first token on
-the running stream; `cold` the same in a new session over the frames that the stream had kept, pixels to first token.
+the running stream; `cold` the same in a new stream over the frames that the stream had kept, pixels to first token.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ import numpy as np
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import resident_mb
+from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.bench import percentiles
 from penguin_edge.runtime.cache import Cache, Key
-from penguin_edge.runtime.control import Decision, LatencyTarget
+from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import F32, I64, Engine
+from penguin_edge.runtime.events import Observer, Observers
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.live_options import LiveOptions
 from penguin_edge.runtime.power import Meter
 from penguin_edge.runtime.report import Clock
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import paced
-from penguin_edge.runtime.stream import StreamSession
-from penguin_edge.runtime.timeline import Ages, Drops, Timeline
+from penguin_edge.runtime.stream import Stream
+from penguin_edge.runtime.timeline import Timeline
 
 QUESTION = "What is happening now?"
 SLOPE_S = 600.0
@@ -41,7 +44,7 @@ COLD = 3
 
 
 @dataclass(frozen=True)
-class StreamOptions:
+class StreamRun:
     """How long, how often a question is asked (seconds of the stream), and which answers count as too late."""
 
     duration_s: float
@@ -50,7 +53,8 @@ class StreamOptions:
     target: LatencyTarget | None = None
     cost: CostModel | None = None
     """Cost model of this machine; a target needs it."""
-    trace: Callable[[Decision], None] = lambda decision: None
+    observer: Observer = field(default_factory=Observer)
+    """Is told what happens while it runs."""
     rate: float | None = None
     """Frames per second that the controller expects."""
     brake: Brake | None = None
@@ -116,6 +120,9 @@ class SlowedEngine:
     def new_cache(self) -> Cache:
         return self.inner.new_cache()
 
+    def tokenizer(self) -> Tokenizer:
+        return self.inner.tokenizer()
+
     def close(self) -> None:
         self.inner.close()
 
@@ -154,9 +161,9 @@ class _Samples:
 
 
 def bench_stream(
-    session: StreamSession,
+    stream: Stream,
     frames: Iterator[Frame],
-    options: StreamOptions,
+    options: StreamRun,
     progress: Callable[[float, Live], None],
     meter: Meter | None = None,
 ) -> dict[str, Any]:
@@ -167,19 +174,19 @@ def bench_stream(
         progress: told after each frame, with the stream's time.
         meter: reads power and temperature meanwhile; None: those of this machine.
     """
-    found, meter, budget = _Samples(), meter or Meter(), session.planner.limits.budget
+    found, meter, budget = _Samples(), meter or Meter(), stream.planner.limits.budget
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
-        session.clock, session.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
-    live = Live(session, target=options.target, cost=options.cost, rate=options.rate, trace=options.trace)
+        stream.clock, stream.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
+    timeline = Timeline()
+    wanted = LiveOptions(target=options.target, cost=options.cost, rate=options.rate)
+    live = Live(stream, wanted, observer=Observers(timeline, options.observer))
     with live, ExitStack() as metered:
         live.wait()  # for the engine to be warm
         metered.enter_context(meter)
         if options.brake is not None:
             options.brake.start()
-        timeline = Timeline(session)
-        live.stats.dropped = Drops(timeline)
-        live.stats.age_ms = Ages(timeline)  # all of them: a deadline that is forgotten would count as kept
+        timeline.start()
         begin = timeline.begin
         # A camera does not wait for answers.
         camera = threading.Thread(target=_feed, args=(live, frames, options, found, progress), daemon=True)
@@ -197,10 +204,10 @@ def bench_stream(
         seconds = time.monotonic() - begin
     if options.brake is not None:
         options.brake.let_go()
-    cold = _cold(session, choice)
+    cold = _cold(stream, choice)
     pushed_out = live.stats.dropped["queue"] + live.stats.dropped["late"]
-    deadlines, missed = _deadlines(options.target, found.warm_ms, list(live.stats.age_ms), pushed_out)
-    stats = session.stats
+    deadlines, missed = _deadlines(options.target, found.warm_ms, timeline.age_ms, pushed_out)
+    stats = stream.stats
     frames_seen = max(1, stats.frames)
     return {
         "seconds": seconds,
@@ -211,26 +218,26 @@ def bench_stream(
         "frames_dropped": sum(live.stats.dropped.values()),
         "dropped": dict(live.stats.dropped),
         "given_up": dict(stats.given_up),
-        "frame_age_ms": percentiles(list(live.stats.age_ms)),
+        "frame_age_ms": percentiles(timeline.age_ms),
         "deadlines": deadlines,
         "deadline_misses": missed,
         "deadline_miss_percent": 100 * missed / deadlines if deadlines else None,
         "decisions": [decision.to_json() for decision in live.control.decisions] if live.control else [],
         "budget": budget,
-        "budget_at_end": session.planner.limits.budget,
+        "budget_at_end": stream.planner.limits.budget,
         "max_live_visual_tokens": stats.max_visual_tokens,
-        "live_kv_tokens": len(session.prompt_keys()),
-        "visual_tokens_per_frame": session.visual_tokens / max(1, len(session.times)),
-        "saved_against_all_key": session.planner.saved_share,
+        "live_kv_tokens": len(stream.prompt_keys()),
+        "visual_tokens_per_frame": stream.visual_tokens / max(1, len(stream.times)),
+        "saved_against_all_key": stream.planner.saved_share,
         "reencodings_per_frame": stats.reencoded / frames_seen,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames_seen,
         "first_token_ms": {"warm": percentiles(found.warm_ms), "cold": percentiles(cold)},
-        "phases_ms_per_frame": {name: ns / 1e6 / frames_seen for name, ns in session.clock.spent.items() if ns},
+        "phases_ms_per_frame": {name: ns / 1e6 / frames_seen for name, ns in stream.clock.spent.items() if ns},
         "memory_mb": found.memory[-1][1] if found.memory else None,
         "memory_slope_mb_per_h": slope(found.memory),
         **meter.to_json(),
         "timeline": timeline.to_json(found.memory, meter),
-        "samples": {"frame_age_ms": list(live.stats.age_ms), "warm_ms": found.warm_ms, "cold_ms": cold},
+        "samples": {"frame_age_ms": timeline.age_ms, "warm_ms": found.warm_ms, "cold_ms": cold},
     }
 
 
@@ -250,7 +257,7 @@ def _deadlines(
 def _feed(
     live: Live,
     frames: Iterator[Frame],
-    options: StreamOptions,
+    options: StreamRun,
     found: _Samples,
     progress: Callable[[float, Live], None],
 ) -> None:
@@ -275,12 +282,12 @@ def _ask(live: Live, choice: SamplingOptions, found: _Samples) -> None:
             found.warm_ms.append(1e3 * (time.monotonic() - begin))
 
 
-def _cold(session: StreamSession, choice: SamplingOptions) -> list[float]:
+def _cold(stream: Stream, choice: SamplingOptions) -> list[float]:
     samples = []
-    for _ in range(COLD if session.times else 0):
-        session.forget_features()
+    for _ in range(COLD if stream.times else 0):
+        stream.forget_features()
         begin = time.monotonic()
-        next(session.ask(QUESTION, options=choice))
+        next(stream.ask(QUESTION, options=choice))
         samples.append(1e3 * (time.monotonic() - begin))
     return samples
 

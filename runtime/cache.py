@@ -18,12 +18,26 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from penguin_edge.errors import BusyError, InputError
 from penguin_edge.guard import Guard
+from penguin_edge.layout import token_count
 from penguin_edge.runtime.engine import check_truncate
-from penguin_edge.runtime.media import Visual
+
+
+class Visual(NamedTuple):
+    """One image or frame as it enters the prompt: whose pixels, at what size. Compared for every visual token."""
+
+    digest: str
+    height: int
+    width: int
+    merge_size: int
+
+    @property
+    def tokens(self) -> int:
+        return token_count((self.height, self.width), self.merge_size)
+
 
 Key: TypeAlias = int | tuple[Visual, int]
 State = TypeVar("State")

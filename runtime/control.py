@@ -24,8 +24,11 @@ from statistics import median
 from typing import Any
 
 from penguin_edge.bundle import Bounds
-from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.errors import BudgetError
+from penguin_edge.runtime.checks import check_options
 from penguin_edge.runtime.cost import CostModel
+from penguin_edge.runtime.report import Work
+from penguin_edge.schema import Maybe, Real
 from penguin_edge.stream_plan import LOW, STEP
 
 MARGIN = 0.8
@@ -62,13 +65,11 @@ class LatencyTarget:
     tokens_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        for value, unit in (
-            (self.first_token_ms, "ms"),
-            (self.frame_ms, "ms"),
-            (self.tokens_per_s, "tokens per second"),
-        ):
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"a latency target of {value} {unit}, wanted more than 0")
+        check_options(
+            first_token_ms=(self.first_token_ms, Real(above=0)),
+            frame_ms=(self.frame_ms, Maybe(Real(above=0))),
+            tokens_per_s=(self.tokens_per_s, Maybe(Real(above=0))),
+        )
 
     def __str__(self) -> str:
         parts = [f"a first token within {self.first_token_ms:g} ms"]
@@ -84,20 +85,6 @@ class Setting:
     budget: int
     frame_tokens: int
     stride: int = 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one frame made the engine do: `pixels` as it came; (frames, patches of each) of every call of the encoder;
-    positions prefilled after `past`, in so many `pieces` that are not neighbours."""
-
-    pixels: int
-    encoded: tuple[tuple[int, int], ...]
-    prefilled: int
-    past: int
-    pieces: int = 1
-    moved: int = 0
-    """Positions of the cache that were given another place."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +162,17 @@ class LatencyControl:
         cost: CostModel,
         device: Device,
         choices: list[Setting],
-        trace: Callable[[Decision], None] = lambda decision: None,
+        decided: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         """
         Args:
-            trace: is told every decision.
+            decided: is told every decision.
         Raises:
             BudgetError: even the last setting is predicted to miss the target; the message says what it reaches.
         """
         self.target, self.cost, self.device, self.choices = target, cost, device, choices
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
-        self._trace = trace
+        self._decided = decided
         self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
         self._slowest = dict(self._slower)
         # Begun with two that are as predicted: the very first one alone is an accident, too.
@@ -319,7 +306,7 @@ class LatencyControl:
         self._slower[what] = known + weight * (EASING if ratio < known else ALARM) * (ratio - known)
 
     def decide(self, now: float) -> Decision | None:
-        """The next setting, if it is another one; `trace` is told, too."""
+        """The next setting, if it is another one; `decided` is told, too."""
         wanted, reason = self._first(), ""
         if wanted > self.index:
             reason = "slower than the target allows"
@@ -342,12 +329,12 @@ class LatencyControl:
         return self.tell(now, before, reason)
 
     def tell(self, now: float, before: Setting, reason: str) -> Decision:
-        """Write down that this setting takes the place of another one; `trace` is told."""
+        """Write down that this setting takes the place of another one; `decided` is told."""
         self._changed = now
         found = self.predicted(self.setting, corrected=True)
         decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
         self.decisions.append(decision)
-        self._trace(decision)
+        self._decided(decision)
         return decision
 
     def _within(self, costs: Costs, share: float) -> bool:

@@ -24,6 +24,7 @@ from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
+    from penguin_edge.prompt import Tokenizer
     from penguin_edge.runtime.cache import Cache, Key
 
 F32 = NDArray[np.float32]
@@ -59,6 +60,14 @@ class Engine(Protocol):
     @property
     def can_move(self) -> bool:
         """False where the bundle lacks what `move` needs, as those of earlier exports may."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model.
+
+        Raises:
+            InputError: the engine was made without one.
+        """
         ...
 
     def new_cache(self) -> Cache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engine import Engine
@@ -16,13 +18,18 @@ ENGINES: dict[str, type[OnnxRuntimeEngine] | type[ExecutorchEngine]] = {
 """Engines by the target that a bundle was exported for; each imports its library when it is opened."""
 
 
-def open_engine(bundle: Bundle, *, threads: int | None = None) -> Engine:
-    """Check the bundle's files and load its graphs.
+def open_engine(bundle: str | Path | Bundle, *, threads: int | None = None) -> Engine:
+    """Check a bundle's files and load its graphs.
 
+    Args:
+        bundle: its folder, or the bundle as read.
+        threads: threads of the engine; None leaves the choice to it.
     Raises:
         BundleError: damaged files, or a target that no engine here runs.
         TargetUnavailable: the engine's library is not installed.
     """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.read(bundle)
     kind = ENGINES.get(bundle.manifest.target)
     if kind is None:
         raise BundleError(

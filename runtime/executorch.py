@@ -26,6 +26,7 @@ import numpy as np
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
+from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
@@ -39,6 +40,7 @@ from penguin_edge.runtime.engine import (
     sound,
 )
 from penguin_edge.runtime.kv_shift import move_positions
+from penguin_edge.runtime.self_check import open_tokenizer
 
 KV_STEP = 64
 """`kv_positions` grows by this many positions: XNNPACK plans anew for every new shape."""
@@ -119,6 +121,10 @@ class ExecutorchEngine:
     def capacity(self) -> int | None:
         """1: the cache lies inside the program, which is loaded once."""
         return self._caches.capacity
+
+    def tokenizer(self) -> Tokenizer:
+        """See `penguin_edge.runtime.engine.Engine`."""
+        return open_tokenizer(self._bundle)
 
     def new_cache(self) -> Cache:
         """See `penguin_edge.runtime.engine.Engine`."""

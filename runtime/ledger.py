@@ -11,9 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from penguin_edge.runtime.cache import Cache, Key
+from penguin_edge.runtime.cache import Cache, Key, Visual
 from penguin_edge.runtime.engine import F32, Engine, chunks
-from penguin_edge.runtime.media import Visual
 from penguin_edge.runtime.report import Clock
 
 Block: TypeAlias = tuple[tuple[Key | None, ...], Visual]

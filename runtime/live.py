@@ -1,11 +1,11 @@
 """A stream and the thread that works on it: frames never wait, questions come first, one at a time.
 
-    with Live(StreamSession.open("out/penguin-nano")) as live:
+    with Live(Stream.open("out/penguin-nano")) as live:
         threading.Thread(target=camera, args=(live.push,)).start()
         for token in live.ask("What changed?"):
             print(token.text, end="")
 
-One worker owns the session. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
+One worker owns the stream. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
 is given up for the new one. A question is taken once the frame in work is done, and what watches say of it, before
 frames that wait: it is about what was ready then. While it is answered frames queue up, so the queue also says how old
 a frame can get. An error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a
@@ -19,9 +19,9 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,30 +29,19 @@ from numpy.typing import NDArray
 from penguin_edge.errors import BudgetError, BusyError, InputError, PenguinError
 from penguin_edge.frames import Frame
 from penguin_edge.runtime.answer import Token
-from penguin_edge.runtime.control import Decision, LatencyControl, LatencyTarget
-from penguin_edge.runtime.cost import CostModel
-from penguin_edge.runtime.events import Kept, Ready, Said
-from penguin_edge.runtime.options import check_options
-from penguin_edge.runtime.report import Report
+from penguin_edge.runtime.checks import check_options
+from penguin_edge.runtime.control import LatencyControl
+from penguin_edge.runtime.events import Dropped, Observer, Ready, Said, Telling
+from penguin_edge.runtime.live_options import LiveChanges, LiveOptions
+from penguin_edge.runtime.options import PROMPT, given_options
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.steering import Steering
-from penguin_edge.runtime.stream import StreamSession
-from penguin_edge.schema import LARGEST, Maybe, Real, Text, Whole
-from penguin_edge.tra import KEY
+from penguin_edge.runtime.stream import Stream
+from penguin_edge.runtime.watch import Answer, Watch
+from penguin_edge.schema import Maybe, Real
 
-QUEUE = 4
-"""Frames that wait at most."""
 SAMPLES = 4096
 """Latest ages and answers that are kept."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a watch said: about the stream up to `time` seconds."""
-
-    time: float | None
-    text: str
-    report: Report
 
 
 @dataclass
@@ -77,90 +66,39 @@ class _Question:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-class Watch:
-    """Answers to a question that is asked again and again; iterate over it, or `close` it."""
-
-    def __init__(self, prompt: str, every: float | None, on_change: bool, options: SamplingOptions | None) -> None:
-        self.prompt, self.every, self.on_change, self.options = prompt, every, on_change, options
-        self._answers: queue.Queue[Answer | None] = queue.Queue(maxsize=16)
-        self._last: float | None = None
-        self.closed = False
-        self.missed = 0
-        """Answers given up because nobody read them."""
-
-    def __iter__(self) -> Iterator[Answer]:
-        while True:
-            answer = self._answers.get()
-            if answer is None:
-                return
-            yield answer
-
-    def close(self) -> None:
-        """No more answers; an iteration ends after those that are there."""
-        self.closed = True
-        self._put(None)
-
-    def due(self, kind: str, now: float) -> bool:
-        """Whether a frame of this kind at `now` seconds of the stream is one to speak about."""
-        if self.closed or (self.on_change and kind != KEY):
-            return False
-        if self.every is not None and self._last is not None and 0 <= now - self._last < self.every:
-            return False
-        self._last = now
-        return True
-
-    def _put(self, answer: Answer | None) -> None:
-        while True:
-            try:
-                self._answers.put_nowait(answer)
-                return
-            except queue.Full:
-                with contextlib.suppress(queue.Empty):  # read meanwhile: then there is room
-                    self._answers.get_nowait()
-                    self.missed += 1
-
-
 class Live:
     """See the top of this file. `push`, `ask`, `watch` and `close` may be called from any thread."""
 
     def __init__(
         self,
-        session: StreamSession,
+        stream: Stream,
+        options: LiveOptions | None = None,
         *,
-        queued: int = QUEUE,
-        fps: float | None = None,
-        target: LatencyTarget | None = None,
-        cost: CostModel | None = None,
-        rate: float | None = None,
-        trace: Callable[[Decision], None] = lambda decision: None,
-        ready: Callable[[Ready], None] | None = None,
-        said: Callable[[Said], None] | None = None,
+        observer: Observer | None = None,
+        **changes: Unpack[LiveChanges],
     ) -> None:
         """
         Args:
-            queued: frames that wait at most.
-            fps: frames taken per second of their own time; None takes all.
-            target: what the controller keeps to, beginning with the first frame, before which the engine is warmed up
-                (`wait` waits for it); a target that cannot be kept is an error of that frame, and given up.
-            cost: what stages take on this machine (`penguin-edge profile`); a target needs it.
-            rate: frames per second that the controller expects before they come; None: `fps`.
-            trace: is told every decision, on the worker.
-            ready: is told every frame that was worked on, on the worker: it must be quick and raise nothing.
-            said: is told every answer as it comes, token by token, likewise.
+            options: see `LiveOptions`; single ones may be given by name instead, such as `queued=8`.
+            observer: is told what happens; see `events.py`.
         Raises:
-            InputError: a queue without room, no rate, or a target without a cost model.
+            InputError: an option of the wrong type or out of range, a name that there is none of, or a target without a
+                cost model.
         """
-        check_options(queued=(queued, Whole(1)), fps=(fps, Maybe(Real(above=0))), rate=(rate, Maybe(Real(above=0))))
-        if target is not None and cost is None:
-            raise InputError("a latency target needs to know this machine; run `penguin-edge profile BUNDLE` first")
+        self.options = given_options(LiveOptions, options, changes)
+        if not isinstance(stream, Stream):
+            raise InputError(f"got {type(stream).__name__} for a stream, wanted Stream(engine) or Stream.open(bundle)")
+        if observer is not None and not isinstance(observer, Observer):
+            raise InputError(f"observer: {type(observer).__name__}, wanted an Observer, or None")
+        self._tell = Telling(observer or Observer(), self._fail)
         self._steering: Steering | None = None
+        target, cost = self.options.target, self.options.cost
         if target is not None and cost is not None:
-            self._steering = Steering(session, target, cost, trace, rate or fps)
-        self._ready, self._said, self._told = ready, said, 0
+            self._steering = Steering(stream, target, cost, self._tell.decided, self.options.rate or self.options.fps)
+        self._told = 0
         self._offered = 0
-        self.session = session
+        self.stream = stream
         self.stats = LiveStats()
-        self._limit, self._fps = queued, fps
         self._frames: deque[tuple[Frame, int]] = deque()
         self._question: _Question | None = None
         self._watches: list[Watch] = []
@@ -168,7 +106,7 @@ class Live:
         self._error: BaseException | None = None
         self._closed, self._busy = False, True
         self._changed = threading.Condition()
-        self._standing = self._stand()
+        self._standing = stream.status()
         self._worker = threading.Thread(target=self._work, name="penguin-edge stream", daemon=True)
         self._worker.start()
 
@@ -198,19 +136,29 @@ class Live:
         with self._changed:
             self._check()
             self.stats.frames_in += 1
-            wanted = not self._too_soon(copied.time)
-            if self._steering is not None and wanted:
-                self._steering.offered(copied.time)
-            self._offered += wanted
-            if not wanted or (self._steering is not None and self._offered % self._steering.stride):
-                self.stats.dropped["rate"] += 1
-                return False
-            if len(self._frames) == self._limit:
-                self._frames.popleft()
-                self.stats.dropped["queue"] += 1
-            self._frames.append((copied, _now()))
+            lost = self._queue(copied)
             self._changed.notify_all()
-        return True
+        self._drop(*lost)
+        return not any(reason == "rate" for _, reason in lost)
+
+    def _queue(self, frame: Frame) -> list[tuple[Frame, str]]:
+        """Take a frame, or leave it out; what was given up, and why."""
+        wanted = not self._too_soon(frame.time)
+        if self._steering is not None and wanted:
+            self._steering.offered(frame.time)
+        self._offered += wanted
+        if not wanted or (self._steering is not None and self._offered % self._steering.stride):
+            return [(frame, "rate")]
+        lost = [(self._frames.popleft()[0], "queue")] if len(self._frames) == self.options.queued else []
+        self._frames.append((frame, _now()))
+        return lost
+
+    def _drop(self, *lost: tuple[Frame, str]) -> None:
+        """Count frames that were given up unseen, and tell of them; not while `_changed` is held."""
+        for frame, reason in lost:
+            with self._changed:
+                self.stats.dropped[reason] += 1
+            self._tell.frame_dropped(Dropped(frame.time, reason))
 
     def ask(
         self, prompt: str, *, keep: bool = False, options: SamplingOptions | None = None, wait: bool = False
@@ -224,7 +172,7 @@ class Live:
             InputError: the stream was closed.
             PenguinError: what went wrong with an earlier frame.
         """
-        check_options(prompt=(prompt, Text(longest=LARGEST)))
+        check_options(prompt=(prompt, PROMPT))
         question = _Question(prompt, keep, options)
         with self._changed:
             self._changed.wait_for(lambda: not (wait and self._question) or self._closed)
@@ -250,7 +198,7 @@ class Live:
         Raises:
             InputError: neither of them, a pause that is none, or a closed stream.
         """
-        check_options(prompt=(prompt, Text(longest=LARGEST)), every=(every, Maybe(Real(above=0))))
+        check_options(prompt=(prompt, PROMPT), every=(every, Maybe(Real(above=0))))
         if every is None and not on_change:
             raise InputError("a watch that never speaks; name a pause in seconds (every), or on_change, or both")
         watch = Watch(prompt, every, on_change, options)
@@ -284,20 +232,21 @@ class Live:
         """End the worker after what it is doing; frames that wait are given up, watches end. May be called twice."""
         with self._changed:
             self._closed = True
-            self._give_up()
+            lost = self._give_up()
             if self._question is not None:
                 self._question.cancelled.set()
             self._changed.notify_all()
+        self._drop(*lost)
         if threading.current_thread() is not self._worker:
             self._worker.join()
         for watch in self._watches:
             if not watch.closed:
                 watch.close()
 
-    def _give_up(self) -> None:
-        while self._frames:
-            self._frames.popleft()
-            self.stats.dropped["closed"] += 1
+    def _give_up(self) -> list[tuple[Frame, str]]:
+        lost = [(frame, "closed") for frame, _ in self._frames]
+        self._frames.clear()
+        return lost
 
     def _tokens(self, question: _Question) -> Iterator[Token]:
         try:
@@ -322,25 +271,13 @@ class Live:
             raise error
 
     def _too_soon(self, time: float | None) -> bool:
-        if self._fps is None or time is None:
+        if self.options.fps is None or time is None:
             return False
         # A little less than a period: time stamps are rounded.
-        if self._taken is not None and 0 <= time - self._taken < 0.98 / self._fps:
+        if self._taken is not None and 0 <= time - self._taken < 0.98 / self.options.fps:
             return True
         self._taken = time
         return False
-
-    def _stand(self) -> dict[str, Any]:
-        """State of the session, which only the worker may look at."""
-        session = self.session
-        return {
-            "frames_kept": len(session.times),
-            "visual_tokens": session.visual_tokens,
-            "budget": session.planner.limits.budget,
-            "level": session.planner.level,
-            "kv_tokens": session.cache.length,
-            "capacity": session.engine.bounds.max_seq_len,
-        }
 
     def _work(self) -> None:
         try:
@@ -356,8 +293,9 @@ class Live:
             self._closed = True
             question, self._question = self._question, None
             self._busy = False
-            self._give_up()
+            lost = self._give_up()
             self._changed.notify_all()
+        self._drop(*lost)
         if question is not None:
             question.tokens.put(self._error or InputError("the stream was closed; open another one"))
         for watch in self._watches:
@@ -372,18 +310,19 @@ class Live:
             self._fail(error)
         while True:
             with self._changed:
-                self._standing, self._busy = self._stand(), False
+                self._standing, self._busy = self.stream.status(), False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or self._question or self._frames)
                 question = self._question
                 if question is None and self._closed:
                     return
                 self._busy = True
+                lost = []
                 if self._steering is not None:
                     while len(self._frames) > 1 and self._steering.late(self._frames[0][1]):
-                        self._frames.popleft()
-                        self.stats.dropped["late"] += 1
+                        lost.append((self._frames.popleft()[0], "late"))
                 item = self._frames.popleft() if question is None else None
+            self._drop(*lost)
             if question is not None:
                 self._answer(question)
             elif item is not None:
@@ -397,25 +336,25 @@ class Live:
                     self._steering.before(frame)
             except BudgetError as error:
                 self._fail(error)
-            self.session.push(frame)
+            self.stream.push(frame)
         except Exception as error:  # whatever it is, the caller is told by the next call
-            self.stats.dropped["error"] += 1
+            self._drop((frame, "error"))
             self._fail(error)
             return
         ended = _now()
+        age = (ended - arrived) / 1e6
         self.stats.processed += 1
-        self.stats.age_ms.append((ended - arrived) / 1e6)
+        self.stats.age_ms.append(age)
+        window, budget, kv_tokens = self.stream.window, self.stream.budget, self.stream.cache.length
+        ready = Ready(frame, window[-1].number, age, (ended - begun) / 1e6, window, budget, kv_tokens)
         try:
             if self._steering is not None:
                 self._steering.frame(arrived, begun, ended)
-            if self._ready is not None:
-                number = self.session.stats.frames - 1
-                self._ready(Ready(frame, number, self.stats.age_ms[-1], (ended - begun) / 1e6, self._window()))
         except Exception as error:
             self._fail(error)
-        kind = self.session._stream.kinds[-1]
+        self._tell.frame_ready(ready)
         for watch in list(self._watches):
-            if watch.due(kind, frame.time or 0.0):
+            if watch.due(window[-1].kind, frame.time or 0.0):
                 self._report(watch, frame.time)
 
     def _report(self, watch: Watch, at: float | None) -> None:
@@ -427,7 +366,7 @@ class Live:
                     text += token.text
                     if self._closed:
                         return
-            watch._put(Answer(at, text, self.session.report))
+            watch.put(Answer(at, text, self.stream.report))
         except Exception as error:
             self._fail(error)
 
@@ -437,26 +376,20 @@ class Live:
             if self._error is None:
                 self._error = error if isinstance(error, PenguinError) else _wrapped(error)
 
-    def _window(self) -> tuple[Kept, ...]:
-        session = self.session
-        kept = zip(session.planner.numbers, session.times, session.planner.plan().frames, strict=True)
-        return tuple(Kept(number, at, plan.kind, plan.tokens) for number, at, plan in kept)
-
     def _speak(
         self, prompt: str, keep: bool, options: SamplingOptions | None, asked: int
     ) -> Generator[Token, None, None]:
-        """An answer of the session; `said` and the controller are told of it."""
-        begun, past = _now(), self.session.cache.length
-        answer = self.session.ask(prompt, keep=keep, options=options)
+        """An answer of the stream; the observer and the controller are told of it."""
+        begun, past = _now(), self.stream.cache.length
+        answer = self.stream.ask(prompt, keep=keep, options=options)
         self._told += 1
-        times = self.session.times
+        times = self.stream.times
         said, first, error = Said(self._told, prompt, times[-1] if times else None), None, ""
-        tell = self._said or (lambda piece: None)
-        tell(said)
+        self._tell.said(said)
         try:
             for token in answer:
                 first = (_now() - asked) / 1e6 if first is None else first
-                tell(replace(said, text=token.text))
+                self._tell.said(replace(said, text=token.text))
                 yield token
         except Exception as wrong:
             error = str(wrong) or type(wrong).__name__
@@ -464,8 +397,8 @@ class Live:
         finally:
             answer.close()
             if self._steering is not None and not error:
-                self._steering.answer(begun, past, self.session.report)
-            tell(replace(said, done=True, error=error, first_token_ms=None if error else first))
+                self._steering.answer(begun, past, self.stream.report)
+            self._tell.said(replace(said, done=True, error=error, first_token_ms=None if error else first))
 
     def _answer(self, question: _Question) -> None:
         end: BaseException | None = None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from penguin_edge.config import ImageConfig
 from penguin_edge.errors import InputError
 from penguin_edge.frames import MAX_SECONDS, Frame, read_image, read_video
-from penguin_edge.layout import LabelledClip, detection_mode, media_source, token_count
+from penguin_edge.layout import LabelledClip, detection_mode, media_source
 from penguin_edge.places import is_data, local_path
 from penguin_edge.prompt import Message, part_kind, parts_of
-from penguin_edge.runtime.options import check_options
+from penguin_edge.runtime.checks import check_options
 from penguin_edge.runtime.report import Clock
 from penguin_edge.schema import Maybe, Real
 from penguin_edge.tra import DROPPED, KeyFrameDetector, Mode, Plan
@@ -60,19 +60,6 @@ def own(frame: Frame | NDArray[np.uint8], time: float | None, index: int) -> Fra
         raise InputError(f"a frame of {pixels.shape[1]}x{pixels.shape[0]} pixels, wanted at least one")
     check_options(time=(given.time, Maybe(Real(-MAX_SECONDS, MAX_SECONDS))))
     return Frame(np.array(pixels), None if given.time is None else float(given.time), index)
-
-
-class Visual(NamedTuple):
-    """One image or frame as it enters the prompt: whose pixels, at what size. Compared for every visual token."""
-
-    digest: str
-    height: int
-    width: int
-    merge_size: int
-
-    @property
-    def tokens(self) -> int:
-        return token_count((self.height, self.width), self.merge_size)
 
 
 @dataclass
@@ -111,6 +98,11 @@ class Clip(LabelledClip):
         """Label one more frame; errors as `LabelledClip.add`."""
         super().add(frame)
         self.digests.append(digest(frame.pixels))
+
+    def remove(self, index: int) -> None:
+        """Take a frame out again."""
+        super().remove(index)
+        del self.digests[index]
 
     def kept(self, plan: Plan) -> list[str]:
         """Digests of the frames that the plan keeps, in order."""

@@ -24,6 +24,7 @@ import numpy as np
 from penguin_edge.bundle import COPY_AGAIN, KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import int8_overflows, page_out, trim_heap
+from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
@@ -36,6 +37,7 @@ from penguin_edge.runtime.engine import (
     check_threads,
 )
 from penguin_edge.runtime.kv_shift import move_positions
+from penguin_edge.runtime.self_check import open_tokenizer
 
 KEPT_PATCHES = 1024
 """The encoder keeps the memory of calls up to so many patches: 190 MB at the 2B model's shape."""
@@ -106,6 +108,10 @@ class OnnxRuntimeEngine:
     def capacity(self) -> int | None:
         """None: a cache is a set of arrays."""
         return self._caches.capacity
+
+    def tokenizer(self) -> Tokenizer:
+        """See `penguin_edge.runtime.engine.Engine`."""
+        return open_tokenizer(self._bundle)
 
     def new_cache(self) -> Cache:
         """See `penguin_edge.runtime.engine.Engine`."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from penguin_edge.frames import Frame
 from penguin_edge.preprocess import resize
+from penguin_edge.runtime.cache import Visual
 from penguin_edge.runtime.engine import F32
-from penguin_edge.runtime.media import Visual
 
 
 def retained(frames: Sequence[Frame], visuals: Sequence[Visual]) -> list[Frame]:

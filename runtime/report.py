@@ -75,3 +75,27 @@ class StreamStats:
     max_visual_tokens: int = 0
     given_up: Counter[str] = field(default_factory=Counter)
     """Frames that left the window, by reason: `window`, `full`, `dropped`, `size`, `time`, `unusable`."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A frame of the window: its number counts all frames that were worked on, `tokens` is its size now."""
+
+    number: int
+    time: float
+    kind: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one frame made the engine do: `pixels` as it came; (frames, patches of each) of every call of the encoder;
+    positions prefilled after `past`, in so many `pieces` that are not neighbours."""
+
+    pixels: int
+    encoded: tuple[tuple[int, int], ...]
+    prefilled: int
+    past: int
+    pieces: int = 1
+    moved: int = 0
+    """Positions of the cache that were given another place."""

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.errors import PenguinError
+from penguin_edge.runtime.checks import check_options
 from penguin_edge.runtime.engine import sound
-from penguin_edge.runtime.options import check_options
 from penguin_edge.schema import Maybe, Real, Whole
 
 

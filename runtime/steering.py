@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from penguin_edge.errors import BudgetError
 from penguin_edge.frames import Frame
-from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting
+from penguin_edge.runtime.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.report import Report
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
+from penguin_edge.tra import size_ladder
 
 LONGEST_MS = 10_000.0
 """Longest pause between frames that does not count as the end of the stream; also the time over which answers are
@@ -22,26 +23,54 @@ ENGINE = ("encode", "project", "prefill")
 """Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
 
 
+def choices(stream: Stream, size: tuple[int, int], budget: int) -> list[Setting]:
+    """What a controller can choose from, for frames of (height, width) pixels under a budget."""
+    planner, room = stream.planner, stream.planner.limits.room
+    native = [rows * columns for rows, columns in size_ladder(*size, planner.factor)][-1]
+    largest = stream.engine.bounds.max_patches // stream.config.image.video_merge_size**2
+    return settings(min(native, largest), device(stream, size).floor_tokens, min(budget, room or budget))
+
+
+def device(stream: Stream, size: tuple[int, int]) -> Device:
+    """What predictions of the next frames need to know, if they are of (height, width) pixels."""
+    planner, limits = stream.planner, stream.planner.limits
+    ladder = [rows * columns for rows, columns in size_ladder(*size, planner.factor)]
+    floor = next(tokens for tokens in ladder if tokens >= min(planner.least_tokens, ladder[-1]))
+    times = stream.times
+    apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+    return Device(
+        stream.engine.bounds,
+        stream.config.image.video_merge_size,
+        planner.tag_tokens,
+        stream.options.question_tokens,
+        stream.options.cache == "recompute",
+        size[0] * size[1],
+        floor,
+        min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
+    )
+
+
 class Steering:
-    """Keeps a session at the controller's setting."""
+    """Keeps a stream at the controller's setting."""
 
     def __init__(
         self,
-        session: StreamSession,
+        stream: Stream,
         target: LatencyTarget,
         cost: CostModel,
-        trace: Callable[[Decision], None],
+        decided: Callable[[Decision], None],
         rate: float | None = None,
     ) -> None:
         """
         Args:
+            decided: is told every decision.
             rate: frames per second that are to come, until they have shown it themselves.
         """
         self.control: LatencyControl | None = None
         self.stride = 1
         """One of so many frames that come is taken."""
-        self._session, self._target, self._cost, self._trace = session, target, cost, trace
-        self._budget = session.planner.limits.budget
+        self._stream, self._target, self._cost, self._decided = stream, target, cost, decided
+        self._budget = stream.planner.limits.budget
         self._size: tuple[int, int] | None = None
         self._given_up = False
         self._begun = 0
@@ -52,7 +81,7 @@ class Steering:
 
     def begin(self) -> None:
         """Warm the engine up; the clock of decisions begins."""
-        self._session.warm_up()
+        self._stream.warm_up()
         self._begun = time.monotonic_ns()
 
     def offered(self, at: float | None) -> None:
@@ -78,18 +107,18 @@ class Steering:
         size = frame.pixels.shape[:2]
         if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
             return
-        device = self._device(size)
-        choices = self._session.settings(size, self._budget)
-        asked, reason = choices[0], "predicted to be slower than the target allows"
+        near = self._device(size)
+        found = choices(self._stream, size, self._budget)
+        asked, reason = found[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:
-                self.control = LatencyControl(self._target, self._cost, device, choices, self._trace)
+                self.control = LatencyControl(self._target, self._cost, near, found, self._decided)
             except BudgetError:
                 self._given_up = True
                 raise
         else:
             asked, reason = self.control.setting, "frames of another size"
-            self.control.see(device, choices)
+            self.control.see(near, found)
         self._size = size
         self._apply(self.control.setting)
         if self.control.setting != asked:
@@ -97,8 +126,8 @@ class Steering:
 
     def frame(self, arrived: int, begun: int, ended: int) -> None:
         """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
-        control, work = self.control, self._session.last_work
-        before, self._engine_ms = self._engine_ms, sum(self._session.clock.spent[name] for name in ENGINE) / 1e6
+        control, work = self.control, self._stream.last_work
+        before, self._engine_ms = self._engine_ms, sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6
         if control is None or work is None or self._size is None:
             return
         control.device = self._device(self._size)
@@ -112,11 +141,9 @@ class Steering:
         control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
         control.observe_share(control.slower * spoken_share)
         asked = control.setting
-        try:
-            control.decide(self._now())
-        finally:  # Whoever is told of a decision may fail.
-            if control.setting != asked:
-                self._apply(control.setting)
+        control.decide(self._now())
+        if control.setting != asked:
+            self._apply(control.setting)
 
     def answer(self, begun: int, past: int, report: Report) -> None:
         """An answer has ended that began after `past` positions."""
@@ -131,17 +158,17 @@ class Steering:
 
     def _device(self, size: tuple[int, int]) -> Device:
         """Frames by their time stamps: those that are left out count, too."""
-        device = self._session.device(size)
+        found = device(self._stream, size)
         if math.isinf(self._apart_ms):
-            return device
-        limits = self._session.planner.limits
+            return found
+        limits = self._stream.planner.limits
         frames = min(limits.max_frames, int(1e3 * limits.window_s / self._apart_ms) + 1)
-        return replace(device, frames=frames, interval_ms=self._apart_ms)
+        return replace(found, frames=frames, interval_ms=self._apart_ms)
 
     def _apply(self, setting: Setting) -> None:
         self.stride = setting.stride
-        self._session.frame_tokens = setting.frame_tokens
-        if setting.budget != self._session.planner.limits.budget:
-            self._session.set_budget(setting.budget)
+        self._stream.frame_tokens = setting.frame_tokens
+        if setting.budget != self._stream.planner.limits.budget:
+            self._stream.set_budget(setting.budget)
             # Not a frame's work.
-            self._engine_ms = sum(self._session.clock.spent[name] for name in ENGINE) / 1e6
+            self._engine_ms = sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6

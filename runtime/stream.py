@@ -1,6 +1,6 @@
-"""A session over a stream: frames are sized, encoded and prefilled as they arrive; a question pays for itself alone.
+"""A stream and its moving window: frames are sized, encoded and prefilled as they come; a question pays for itself.
 
-    session = StreamSession.open("out/penguin-nano")
+    session = Stream.open("out/penguin-nano")
     for frame in read_video("street.mp4", fps=2):
         session.push(frame)
     for token in session.ask("What changed?"):
@@ -26,10 +26,11 @@ A question and its answer leave the cache when the next frame comes, unless they
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,35 +38,40 @@ from numpy.typing import NDArray
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.frames import Frame
+from penguin_edge.guard import Guard
 from penguin_edge.layout import cap_size
-from penguin_edge.preprocess import Patches, preprocess_image
+from penguin_edge.preprocess import preprocess_image
 from penguin_edge.prompt import Tokenizer, frame_tag
-from penguin_edge.runtime.answer import Token, Turn, UnusablePicture
-from penguin_edge.runtime.cache import Key
-from penguin_edge.runtime.control import Device, Setting, Work, settings
+from penguin_edge.runtime.answer import (
+    Answering,
+    Layout,
+    Token,
+    UnusablePicture,
+    ending,
+    kept_visuals,
+    layout,
+    refuse_media,
+)
+from penguin_edge.runtime.cache import Key, Visual
+from penguin_edge.runtime.checks import check_options
+from penguin_edge.runtime.decode import Parts, answer
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.features import Calls, Features
 from penguin_edge.runtime.ledger import last_frame, rebase, to_last_frame
-from penguin_edge.runtime.media import Visual, own
-from penguin_edge.runtime.options import check_options
+from penguin_edge.runtime.media import Clip, Library, Picture, own
+from penguin_edge.runtime.options import PROMPT, StreamChanges, StreamOptions, given_options
 from penguin_edge.runtime.pool import pooled, retained
-from penguin_edge.runtime.prefill import extend_to
-from penguin_edge.runtime.report import Clock, StreamStats
+from penguin_edge.runtime.report import Clock, Kept, Report, StreamStats, Work
 from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.self_check import open_tokenizer
-from penguin_edge.runtime.session import Session
-from penguin_edge.schema import LARGEST, Real, Whole
+from penguin_edge.runtime.turns import Turn, Turns
+from penguin_edge.schema import LARGEST, Whole
 from penguin_edge.stream_plan import Change, Limits, StreamPlanner
-from penguin_edge.tra import Plan, size_ladder
 
-Shrink = Literal["encode", "pool"]
-Following = Literal["recompute", "rebase"]
 WARM_PATCHES = 256
-QUESTION_TOKENS, ANSWER_TOKENS = 128, 128
-"""Positions that frames leave free, beside what stands around them."""
 
 
-class StreamSession(Session):
+class Stream:
     """One stream over one engine, for one thread: `penguin_edge.runtime.live` puts a thread and a queue before it.
 
     What changes the window is refused with `BusyError` while an answer is being read.
@@ -74,47 +80,50 @@ class StreamSession(Session):
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
-        *,
-        budget: int | None = None,
-        window_s: float = 60.0,
-        max_frames: int | None = None,
-        shrink: Shrink = "encode",
-        cache: Following = "recompute",
-        question_tokens: int = QUESTION_TOKENS,
-        answer_tokens: int = ANSWER_TOKENS,
-        thinking: bool = False,
+        tokenizer: Tokenizer | None = None,
+        options: StreamOptions | None = None,
+        **changes: Unpack[StreamChanges],
     ) -> None:
-        """As `open`, over an engine of the caller's."""
-        check_options(question_tokens=(question_tokens, Whole()), answer_tokens=(answer_tokens, Whole()))
-        check_options(window_s=(window_s, Real(above=0)))
-        if shrink not in ("encode", "pool"):
-            raise InputError(f"frames cannot be shrunk by {shrink!r}; known: encode, pool")
-        if cache not in ("recompute", "rebase"):
-            raise InputError(f"the cache cannot follow by {cache!r}; known: recompute, rebase")
-        if cache == "rebase" and not engine.can_move:
+        """A stream over an engine of the caller's.
+
+        Args:
+            tokenizer: of the model; None takes that of the engine's bundle.
+            options: see `StreamOptions`; single ones may be given by name instead, such as `budget=600`.
+        Raises:
+            InputError: a text-only model, an option of the wrong type or out of range, or a name that there is none of.
+            BudgetError: the context leaves no room for a frame.
+            BusyError: the engine has no room for one more cache.
+        """
+        self.options = given_options(StreamOptions, options, changes)
+        refuse_media(engine.config, True)
+        if self.options.cache == "rebase" and not engine.can_move:
             raise InputError(
                 f"{engine.name} cannot move positions of this bundle's cache: it was exported before that was known; "
                 "export the model again, or take cache='recompute'"
             )
-        super().__init__(
-            engine, tokenizer, budget=budget, max_frames=max_frames, thinking=thinking, policy=self._planned
-        )
-        self._refuse_media(True)
-        self.shrink, self.following = shrink, cache
+        self.engine, self.config = engine, engine.config
+        self.tokenizer = tokenizer or engine.tokenizer()
+        self.report = Report()
+        self.new_clock: Callable[[], Clock] = Clock
+        """Makes the clock of each answer."""
+        self.clock = Clock()
+        """Adds up what frames take."""
+        self.stats = StreamStats()
         self.frame_tokens: int | None = None
         """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
         self.last_work: Work | None = None
         """What the last frame made the engine do."""
-        self.question_tokens, self.answer_tokens = question_tokens, answer_tokens
-        self.stats = StreamStats()
-        self.clock = Clock()
-        self._encoded: list[tuple[int, int]] = []
+        image = self.config.image
+        self._budget = self.options.budget or image.max_tokens
+        self.turns = Turns(self.options.thinking)
+        """Questions that were kept, with their answers."""
+        self._frames: list[Frame] = []
+        self._numbers: list[int] = []
+        self._library = Library(image, "strict")
+        self._clip = self._new_clip()
+        self._encoded: Calls = []
         self._pieces = 1
         self._answering = 0
-        self._numbers: list[int] = []
-        self._window_s = window_s
-        image = self.config.image
         self.planner = StreamPlanner(
             self._limits(),
             tag_tokens=self._tag_tokens(0.0),
@@ -122,54 +131,43 @@ class StreamSession(Session):
             merge_size=image.video_merge_size,
             config=self.config.tra,
         )
+        self.features = Features(engine)
+        self.cache = engine.new_cache()
+        """What this stream has prefilled; `length` and `keys` are for reading."""
+        self._parts = Parts(engine, self.tokenizer, self.cache, self.features)
+        self._guard = Guard("stream", getattr(engine, "guard", None))
 
     @classmethod
-    def open(  # type: ignore[override]  # a stream has other options than a conversation
+    def open(
         cls,
         bundle: str | Path | Bundle,
+        options: StreamOptions | None = None,
         *,
         threads: int | None = None,
-        budget: int | None = None,
-        window_s: float = 60.0,
-        max_frames: int | None = None,
-        shrink: Shrink = "encode",
-        cache: Following = "recompute",
-        question_tokens: int = QUESTION_TOKENS,
-        answer_tokens: int = ANSWER_TOKENS,
-        thinking: bool = False,
-    ) -> StreamSession:
+        **changes: Unpack[StreamChanges],
+    ) -> Stream:
         """A stream over a bundle's own engine.
 
         Args:
-            threads: of the engine; None leaves the choice to it.
-            budget: visual tokens of the window at any time; None takes the model's number. What the context leaves
-                beside time stamps, question and answer is a limit of its own.
-            window_s: seconds that frames are kept.
-            max_frames: frames that are kept; None takes the model's number.
-            shrink: what is done with a frame that gets smaller: `encode` its pixels again, or `pool` its features.
-            cache: how the KV cache follows: `recompute` or `rebase`; see the top of this file.
-            question_tokens: positions that are kept free for a question.
-            answer_tokens: positions that are kept free for an answer.
+            threads: threads of the engine; None leaves the choice to it.
         Raises:
             BundleError: the bundle is missing, damaged or of another schema.
             TargetUnavailable: its engine is not installed.
-            BudgetError: the context leaves no room for a frame.
-            InputError: a text-only model, or an option out of range.
+            InputError, BudgetError: as of a stream over an engine.
         """
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.read(bundle)
-        tokenizer = open_tokenizer(opened)
-        return cls(
-            open_engine(opened, threads=threads),
-            tokenizer,
-            budget=budget,
-            window_s=window_s,
-            max_frames=max_frames,
-            shrink=shrink,
-            cache=cache,
-            question_tokens=question_tokens,
-            answer_tokens=answer_tokens,
-            thinking=thinking,
-        )
+        wanted = given_options(StreamOptions, options, changes)
+        return cls(open_engine(bundle, threads=threads), options=wanted)
+
+    def close(self) -> None:
+        """Give the KV cache back to the engine; what is asked afterwards is refused."""
+        with self._guard:
+            self.cache.close("stream")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
     @property
     def visual_tokens(self) -> int:
@@ -177,11 +175,38 @@ class StreamSession(Session):
         return self.planner.total_tokens
 
     @property
+    def budget(self) -> int:
+        """Visual tokens that the window may have."""
+        return self._budget
+
+    @property
     def times(self) -> list[float]:
         """Time stamps of the kept frames, in seconds."""
-        return [at or 0.0 for at in self._stream.times]
+        return [at or 0.0 for at in self._clip.times]
 
-    def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:  # type: ignore[override]
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        """The kept frames, as far as their pixels are: each at its size in the prompt."""
+        return tuple(self._frames)
+
+    @property
+    def window(self) -> tuple[Kept, ...]:
+        """The kept frames with their sizes now, oldest first."""
+        kept = zip(self.planner.numbers, self.times, self.planner.plan().frames, strict=True)
+        return tuple(Kept(number, at, frame.kind, frame.tokens) for number, at, frame in kept)
+
+    def status(self) -> dict[str, int]:
+        """Where the stream stands, for JSON."""
+        return {
+            "frames_kept": len(self._frames),
+            "visual_tokens": self.visual_tokens,
+            "budget": self.planner.limits.budget,
+            "level": self.planner.level,
+            "kv_tokens": self.cache.length,
+            "capacity": self.engine.bounds.max_seq_len,
+        }
+
+    def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:
         """Add a frame: label, size, encode and prefill it, after what had to shrink or go for it.
 
         A frame of another size than those before, or from before the last one, begins the stream anew.
@@ -203,25 +228,25 @@ class StreamSession(Session):
         assert new.time is not None
         size = (new.pixels.shape[0], new.pixels.shape[1])
         changes: list[Change] = []
-        for reason, broken in (("size", size != self._stream.size), ("time", new.time < self._last_time())):
+        for reason, broken in (("size", size != self._clip.size), ("time", new.time < self._last_time())):
             if broken and self._frames:
                 changes += self._restart(reason)
         with self.clock("plan"):
-            self._stream.add(new)
-            if self._stream.digests[-1] in self._stream.digests[:-1]:
+            self._clip.add(new)
+            if self._clip.digests[-1] in self._clip.digests[:-1]:
                 # An older frame of the same picture may be kept smaller: neither pixels nor features are shared.
-                self._stream.digests[-1] += f" {self.stats.frames}"
+                self._clip.digests[-1] += f" {self.stats.frames}"
             self._frames.append(new)
             self._numbers.append(self.stats.frames)
             self.planner.tag_tokens = max(self.planner.tag_tokens, self._tag_tokens(new.time))
-            bound = self.engine.bounds.max_patches // self._stream.merge_size**2
+            bound = self.engine.bounds.max_patches // self._clip.merge_size**2
             if self.frame_tokens is not None:
                 bound = min(bound, self.frame_tokens)
             capped = cap_size(size, bound * self.planner.factor**2)
-            found = self.planner.push(self._stream.kinds[-1], capped, new.time)
+            found = self.planner.push(self._clip.kinds[-1], capped, new.time)
             self.stats.frames += 1
             self._forget([change for change in found if not change.tokens])
-            self._stream.kinds[-1] = self.planner.plan().frames[-1].kind
+            self._clip.kinds[-1] = self.planner.plan().frames[-1].kind
         before, moved = self.stats.prefilled_tokens, self.stats.moved_tokens
         self._update(found, arrived=True)
         prefilled = self.stats.prefilled_tokens - before
@@ -235,36 +260,12 @@ class StreamSession(Session):
         )
         return changes + found
 
-    def settings(self, size: tuple[int, int], budget: int) -> list[Setting]:
-        """What a controller can choose from, for frames of (height, width) under a budget."""
-        device, room = self.device(size), self.planner.limits.room
-        native = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)][-1]
-        largest = self.engine.bounds.max_patches // self.config.image.video_merge_size**2
-        return settings(min(native, largest), device.floor_tokens, min(budget, room or budget))
-
-    def device(self, size: tuple[int, int]) -> Device:
-        """What predictions of the next frames need to know, if they are of (height, width)."""
-        ladder = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)]
-        floor = next(tokens for tokens in ladder if tokens >= min(self.planner.least_tokens, ladder[-1]))
-        times, limits = self.times, self.planner.limits
-        apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
-        return Device(
-            self.engine.bounds,
-            self.config.image.video_merge_size,
-            self.planner.tag_tokens,
-            self.question_tokens,
-            self.following == "recompute",
-            size[0] * size[1],
-            floor,
-            min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
-        )
-
     def warm_up(self) -> None:
         """Do each stage once: the first call takes memory, and longer; what resizes is loaded by it."""
         side = math.isqrt(min(WARM_PATCHES, self.engine.bounds.max_patches)) // self.config.image.video_merge_size
         size = (side * self.planner.factor, side * self.planner.factor)
         blank = np.zeros((2 * size[0], 2 * size[1], 3), np.uint8)
-        self.library.new_clip(lambda: ()).add(Frame(blank, 0.0))
+        self._library.new_clip(lambda: ()).add(Frame(blank, 0.0))
         patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=size)
         with self._guard:
             features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
@@ -284,9 +285,8 @@ class StreamSession(Session):
         check_options(budget=(budget, Whole(-LARGEST)))
         with self._guard:
             self._idle()
-            limits = replace(self._limits(), budget=budget)
-            changes = self.planner.set_limits(limits)
-            self.budget = budget
+            changes = self.planner.set_limits(replace(self._limits(), budget=budget))
+            self._budget = budget
             self._forget([change for change in changes if not change.tokens])
             self._update(changes)
             return changes
@@ -302,10 +302,10 @@ class StreamSession(Session):
             Change(number, frame.tokens, 0, reason)
             for number, frame in zip(self.planner.numbers, self.planner.plan().frames, strict=True)
         ]
-        self._turns.clear()
+        self.turns.clear()
         self._forget(changes)
         self.planner.clear()
-        self._stream = self.library.new_clip(lambda: self._frames)
+        self._clip = self._new_clip()
         self._limit()
         return changes
 
@@ -322,31 +322,44 @@ class StreamSession(Session):
                 for frames if they were kept.
             PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
-        return super().ask(prompt, keep=keep, options=options)
+        wanted = options or SamplingOptions(max_new_tokens=self.options.answer_tokens)
+        return Answering(self._guard, self._ask(prompt, keep, wanted))
 
-    def _ask(self, prompt: str, keep: bool, options: SamplingOptions | None) -> Generator[Token, None, None]:
-        options = options or SamplingOptions(max_new_tokens=self.answer_tokens)
+    def _ask(self, prompt: str, keep: bool, options: SamplingOptions) -> Generator[Token, None, None]:
+        check_options(prompt=(prompt, PROMPT))
         if keep:
             self._check_kept(prompt, options.max_new_tokens)
+        asked, gone = Turn(len(self._frames), prompt), self.turns.gone
+        self.report = report = Report()
         self._answering += 1
         try:
-            yield from super()._ask(prompt, keep, options)
+            with ending(report):
+                yield from answer(
+                    self._parts,
+                    report,
+                    lambda: self._plan(asked, options.max_new_tokens),
+                    self._media(),
+                    self.new_clock(),
+                    options,
+                    lambda: self.report is not report,
+                )
         finally:
             self._answering -= 1
         if keep:
+            stops = self.config.eos_token_ids
+            self.turns.keep(asked, [i for i in report.token_ids if i not in stops], gone)
             self._limit()
 
     def forget_features(self) -> None:
         """Keep nothing but the frames: the next question encodes and prefills all of them."""
         with self._guard:
             self._idle()
-            self._features.clear()
-            self._feature_rows = 0
+            self.features.clear()
             self.cache.forget()
 
     def prompt_keys(self) -> list[Key]:
         """What stands at each position of the KV cache before a question is asked."""
-        return to_last_frame(self._keys(self._current()))
+        return to_last_frame(self._parts.keys(self._current()))
 
     def _taken(self, frame: Frame | NDArray[np.uint8], time: float | None) -> Frame:
         new = own(frame, time, self.stats.frames)
@@ -354,15 +367,20 @@ class StreamSession(Session):
             raise InputError("a frame without a time; a stream needs the time of each frame, in seconds")
         return new
 
+    def _new_clip(self) -> Clip:
+        return self._library.new_clip(lambda: self._frames)
+
+    def _media(self) -> list[Picture | Clip]:
+        return [self._clip] if self._frames else []
+
     def _last_time(self) -> float:
-        return self._stream.times[-1] or 0.0 if self._stream.times else 0.0
+        return self._clip.times[-1] or 0.0 if self._clip.times else 0.0
 
     def _tag_tokens(self, time: float) -> int:
         return len(self.tokenizer.encode("," + frame_tag(time)))
 
     def _check_kept(self, prompt: str, answer: int) -> None:
-        kept = Turn(len(self._frames), prompt, (0,) * answer)
-        left = self._limits([*self._turns, kept]).room or 0
+        left = self._limits(Turn(len(self._frames), prompt, (0,) * answer)).room or 0
         if left <= self.planner.tag_tokens:
             raise BudgetError(
                 f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, "
@@ -373,53 +391,50 @@ class StreamSession(Session):
         if self._answering:
             raise BusyError("an answer is being read; read it to its end, or close it, before the stream goes on")
 
-    def _limits(self, kept: Sequence[Turn] | None = None) -> Limits:
-        """What is left for frames beside the text around them, the turns that were kept, a question and an answer."""
-        turns = [*(self._turns if kept is None else kept), Turn(len(self._frames), "", ())]
-        around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in self._turn_pieces(turns, None))
-        room = self.engine.bounds.max_seq_len - around - self.question_tokens - self.answer_tokens
-        budget = self.budget or self.config.image.max_tokens
-        return Limits(budget, room, self._window_s, self.max_frames)
+    def _limits(self, *kept: Turn) -> Limits:
+        """What is left for frames beside the text around them, kept turns and these, a question and an answer."""
+        pieces = self.turns.pieces(self._clip, None, *kept, Turn(len(self._frames), ""))
+        around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in pieces)
+        free = self.options.question_tokens + self.options.answer_tokens
+        room = self.engine.bounds.max_seq_len - around - free
+        frames = self.options.max_frames or self.config.image.max_frames
+        return Limits(self._budget, room, self.options.window_s, frames)
 
     def _limit(self) -> None:
         changes = self.planner.set_limits(self._limits())
         self._forget([change for change in changes if not change.tokens])
         self._update(changes)
 
-    def _planned(self, kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int) -> Plan:
-        return self.planner.plan()
+    def _layout(self, question: Turn) -> Layout:
+        """The prompt of a question about the window as it is."""
+        plans = [self.planner.plan()] if self._frames else []
+        visuals = kept_visuals(self._clip, plans[0]) if plans else []
+        pieces = self.turns.pieces(self._clip, plans[0] if plans else None, question)
+        return layout(pieces, visuals, plans, self.planner.limits.budget, self.tokenizer)
 
-    def _plan(self, pieces: Any, media: Any, max_new_tokens: int) -> Any:
+    def _plan(self, question: Turn, max_new_tokens: int) -> Layout:
         """The window as it is: a question that does not fit is refused, the frames stay."""
-        layout = self._fit(pieces, media, self.planner.limits.budget)
+        found = self._layout(question)
         bound = self.engine.bounds.max_seq_len
-        if layout.length + max_new_tokens > bound:
+        if found.length + max_new_tokens > bound:
             raise BudgetError(
-                f"frames and question take {layout.length} tokens and the answer up to {max_new_tokens}, but "
+                f"frames and question take {found.length} tokens and the answer up to {max_new_tokens}, but "
                 f"max_seq_len is {bound}; shorten the question, or open the stream with more question_tokens or "
                 "answer_tokens"
             )
-        return layout
+        return found
 
-    def _current(self) -> Any:
+    def _current(self) -> Layout:
         """The prompt up to here, with an empty question."""
-        turns = [*self._turns, Turn(len(self._frames), "", ())]
-        media: list[Any] = [self._stream] if self._frames else []
-        return self._fit(
-            lambda plans, counts: self._turn_pieces(turns, plans[0] if plans else None),
-            media,
-            self.planner.limits.budget,
-        )
+        return self._layout(Turn(len(self._frames), ""))
 
     def _forget(self, gone: Sequence[Change]) -> None:
         """Take frames out of the window."""
         for change in gone:
             index = self._numbers.index(change.frame)
             del self._numbers[index], self._frames[index]
-            stream = self._stream
-            for values in (stream.times, stream.kinds, stream.similarities, stream.digests):
-                del values[index]
-            self._turns = [replace(t, frames=t.frames - (index < t.frames)) for t in self._turns]
+            self._clip.remove(index)
+            self.turns.frame_gone(index)
             self.stats.given_up[change.reason] += 1
 
     def _discard(self, visuals: Sequence[Visual], unusable: Sequence[Visual]) -> None:
@@ -432,59 +447,53 @@ class StreamSession(Session):
 
     def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
         """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
-        layout = self._current()
+        prompt = self._current()
         self._encoded = []
         shrunk = {change.frame for change in changes if change.tokens}
-        if self.shrink == "pool":
-            self._pool(layout.visuals, shrunk)
+        if self.options.shrink == "pool":
+            self._pool(prompt.visuals, shrunk)
         with self.clock("preprocess"):
-            self._frames[:] = retained(self._frames, layout.visuals)
+            self._frames[:] = retained(self._frames, prompt.visuals)
         try:
-            self._compute_features([self._stream] if self._frames else [], layout.visuals, self.clock)
+            self._encoded = self.features.compute(self._media(), prompt.visuals, self.clock)
         except UnusablePicture as error:
-            self._discard(layout.visuals, error.visuals)
+            self._discard(prompt.visuals, error.visuals)
             self._update([change for change in changes if change.frame in self._numbers])
             raise
         self.stats.encoded += sum(frames for frames, _ in self._encoded)
         self.stats.reencoded += len(shrunk)
-        for visual in set(self._features) - set(layout.visuals):
-            self._feature_rows -= len(self._features.pop(visual))
+        self.features.keep_only(prompt.visuals)
         with self.clock("plan"):
-            keys = to_last_frame(self._keys(layout))
+            keys = to_last_frame(self._parts.keys(prompt))
         self._extend(keys, arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
 
     def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
         """Features of shrunk frames as means of what they had, where their size before is still known."""
-        known = {visual.digest: visual for visual in self._features}
+        known = {visual.digest: visual for visual in self.features}
         for number, visual in zip(self._numbers, visuals, strict=True):
             before = known.get(visual.digest)
-            if number in shrunk and before is not None and visual not in self._features:
+            if number in shrunk and before is not None and visual not in self.features:
                 factor = self.planner.factor
                 rows = pooled(
-                    self._features[before],
+                    self.features[before],
                     (before.height // factor, before.width // factor),
                     (visual.height // factor, visual.width // factor),
                 )
-                self._features[visual] = rows
-                self._feature_rows += len(rows)
+                self.features.put(visual, rows)
 
     def _extend(self, keys: list[Key], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
-        if self.following == "rebase":
-            moved = rebase(self.engine, self.cache, keys, self._embeds, self.clock)
+        if self.options.cache == "rebase":
+            moved = rebase(self.engine, self.cache, keys, self.features.embeds, self.clock)
             self._pieces = moved.pieces
             self.stats.moved_tokens += moved.moved
             self._count(moved.computed, keys, arrived)
             return
         with self.clock("prefill"):
-            done = extend_to(self.engine, self.cache, keys, self._embeds, logits=False)
-        self._count(len(keys) - done.reused, keys, arrived)
+            reused, _ = self._parts.prefill(keys, logits=False)
+        self._count(len(keys) - reused, keys, arrived)
 
     def _count(self, computed: int, keys: list[Key], arrived: bool) -> None:
         self.stats.prefilled_tokens += computed
         self.stats.reprefilled_tokens += max(0, computed - (last_frame(keys) if arrived else 0))
-
-    def _encode(self, visuals: list[Visual], patches: list[Patches], clock: Clock) -> None:
-        self._encoded.append((len(patches), len(patches[0].rows)))
-        super()._encode(visuals, patches, clock)

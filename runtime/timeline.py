@@ -6,12 +6,11 @@ Times are seconds since the stream began, ages and first tokens milliseconds.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from penguin_edge.runtime.events import Dropped, Observer, Ready
 from penguin_edge.runtime.power import Meter
-from penguin_edge.runtime.stream import StreamSession
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,9 @@ class FrameReady:
 
 
 @dataclass
-class Timeline:
-    """`begin` is that of `time.monotonic`."""
+class Timeline(Observer):
+    """All that a stream told; `begin` is that of `time.monotonic`."""
 
-    session: StreamSession
     begin: float = field(default_factory=time.monotonic)
     frames: list[FrameReady] = field(default_factory=list)
     questions: list[tuple[float, float]] = field(default_factory=list)
@@ -37,18 +35,21 @@ class Timeline:
     dropped: list[tuple[float, str]] = field(default_factory=list)
     """When a frame was given up unseen, and why."""
 
-    def frame(self, age_ms: float) -> None:
-        """A frame is ready; on the worker, which alone may look at the session."""
-        session = self.session
-        self.frames.append(
-            FrameReady(
-                time.monotonic() - self.begin,
-                age_ms,
-                session.planner.limits.budget,
-                session.visual_tokens,
-                session.cache.length,
-            )
-        )
+    def start(self) -> None:
+        """The stream begins now."""
+        self.begin = time.monotonic()
+
+    @property
+    def age_ms(self) -> list[float]:
+        """Ages of all frames; a deadline that is forgotten would count as kept."""
+        return [one.age_ms for one in self.frames]
+
+    def frame_ready(self, ready: Ready) -> None:
+        now = time.monotonic() - self.begin
+        self.frames.append(FrameReady(now, ready.age_ms, ready.budget, ready.visual_tokens, ready.kv_tokens))
+
+    def frame_dropped(self, dropped: Dropped) -> None:
+        self.dropped.append((time.monotonic() - self.begin, dropped.reason))
 
     def to_json(self, memory: list[tuple[float, float]], meter: Meter) -> dict[str, Any]:
         return {
@@ -59,28 +60,3 @@ class Timeline:
             "power_w": [list(one) for one in meter.power],
             "temperature_c": [list(one) for one in meter.celsius],
         }
-
-
-class Ages(deque[float]):
-    """All ages of a stream; `Live` appends each on its worker when the frame is ready, and the timeline is told."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    def append(self, age_ms: float, /) -> None:
-        super().append(age_ms)
-        self._timeline.frame(age_ms)
-
-
-class Drops(Counter[str]):
-    """Frames given up unseen, by reason; `Live` counts each when that happens, and the timeline is told."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    def __setitem__(self, reason: str, count: int, /) -> None:
-        now = time.monotonic() - self._timeline.begin
-        self._timeline.dropped += [(now, reason)] * (count - self[reason])
-        super().__setitem__(reason, count)

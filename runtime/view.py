@@ -1,6 +1,6 @@
 """What the live view shows: the newest frames, the window, latencies, decisions and answers, each of bounded size.
 
-The stream's worker calls `ready` and `said`, which store a few numbers and a reference. Pictures are made where
+The stream's worker calls `frame_ready` and `said`, which store a few numbers and a reference. Pictures are made where
 `encode` is called, in the server's thread (`view_server.py`), and states where a page asks for one.
 
 | held            | bound                                                              |
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from penguin_edge.runtime.events import Ready, Said
+from penguin_edge.runtime.events import Observer, Ready, Said
 from penguin_edge.runtime.live import Live
 
 SHOTS, STORED, WIDTH, QUALITY = 12, 36, 320, 80
@@ -60,8 +60,8 @@ class Spoken:
     first_token_ms: float | None = None
 
 
-class View:
-    """See the top of this file. `ready` and `said` are for `Live`; everything may be called from any thread."""
+class View(Observer):
+    """See the top of this file. It is the observer of a `Live`; everything may be called from any thread."""
 
     def __init__(self, source: str = "", model: str = "") -> None:
         """
@@ -83,7 +83,7 @@ class View:
         self._answers: deque[Spoken] = deque(maxlen=ANSWERS)
         self._version = 0
 
-    def ready(self, ready: Ready) -> None:
+    def frame_ready(self, ready: Ready) -> None:
         """A frame was worked on. Of its pixels a reference is kept until the next frame, or until it is drawn."""
         with self._lock:
             self._newest = self._pending = ready
@@ -142,7 +142,7 @@ class View:
             "window": window,
             "shots": shots,
             "ages_ms": ages,
-            "given_up": dict(live.session.stats.given_up),
+            "given_up": dict(live.stream.stats.given_up),
             "work_ms": round(newest.work_ms, 1) if newest else None,
             "firsts_ms": firsts,
             "target": None if control is None else asdict(control.target),

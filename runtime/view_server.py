@@ -1,6 +1,6 @@
 """A web page on this machine that shows a running stream and takes questions.
 
-    with Live(session, ready=view.ready, said=view.said) as live, ViewServer(view, live, socket_at(8765)) as server:
+    with Live(stream, observer=view) as live, ViewServer(view, live, socket_at(8765)) as server:
         print(server.address)
 
 | path                  | answer                                                                                    |

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands.bench import traffic
-from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.generate import EagerEngine
 from penguin_edge.runtime.bench import BenchOptions, Traffic, bench_model, percentiles
 from penguin_edge.runtime.bench_stream import Brake, SlowedClock, SlowedEngine, _deadlines, slope
@@ -27,8 +27,8 @@ from penguin_edge.runtime.compare import change, compare, read
 from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession
-from penguin_edge.runtime.timeline import Drops, Timeline
+from penguin_edge.runtime.stream import Stream
+from penguin_edge.runtime.timeline import Timeline
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -222,15 +222,17 @@ def test_nothing_judged_is_no_pass(tmp_path: Path) -> None:
 
 
 def test_when_frames_were_given_up_is_told() -> None:
-    timeline = Timeline(StreamSession(CountingEngine(), tiny_tokenizer()))
-    with Live(timeline.session, fps=1.0) as live:
-        live.stats.dropped = Drops(timeline)
+    timeline = Timeline()
+    with Live(Stream(CountingEngine(), tiny_tokenizer()), fps=1.0, observer=timeline) as live:
         for i in range(4):
             live.push(picture(0), i / 2)
         live.wait()
-        live.stats.dropped["late"] += 1
-    assert live.stats.dropped == {"rate": 2, "late": 1}
-    assert [why for _, why in timeline.dropped] == ["rate", "rate", "late"]
+        with pytest.raises(PenguinError):
+            live.push(np.zeros((3, 3), np.uint8), 9.0)
+            live.wait()
+    assert live.stats.dropped == {"rate": 2, "error": 1}
+    assert [why for _, why in timeline.dropped] == ["rate", "rate", "error"]
+    assert timeline.age_ms == list(live.stats.age_ms) and len(timeline.frames) == 2
     times = [at for at, _ in timeline.dropped]
     assert times == sorted(times) and times[0] >= 0
 

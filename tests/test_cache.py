@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from penguin_edge.errors import InputError
 from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.cache import Caches, Key
-from penguin_edge.runtime.media import Visual
+from penguin_edge.runtime.cache import Caches, Key, Visual
 from penguin_edge.runtime.prefill import extend_to
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 from penguin_edge.bundle import Bounds
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.runtime.control import KEPT, Decision, Device, LatencyControl, LatencyTarget, Work
+from penguin_edge.runtime.control import KEPT, Decision, Device, LatencyControl, LatencyTarget
 from penguin_edge.runtime.control import settings as all_settings
 from penguin_edge.runtime.cost import fit
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.report import Work
+from penguin_edge.runtime.steering import choices
+from penguin_edge.runtime.steering import device as device_of
+from penguin_edge.runtime.stream import Stream
 
 SIDES = [4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0]
 COST = fit(
@@ -118,7 +121,7 @@ def test_what_cannot_be_kept_is_said_at_once() -> None:
     with pytest.raises(BudgetError, match="frames within 1 ms"):
         control(frame=1.0)
     for wrong in (0.0, -5.0, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="wanted more than 0"):
+        with pytest.raises(InputError, match=r"first_token_ms is .*, wanted a finite number and above 0"):
             LatencyTarget(wrong)
 
 
@@ -145,15 +148,15 @@ def test_the_costliest_frame_of_a_real_stream_is_foreseen(cache: Any) -> None:
     """What frames make the engine do, priced by the same model: 95 of 100 cost no more, 98 at most half more."""
     engine = CountingEngine(max_seq_len=2048)
     for index in range(2):
-        session = StreamSession(engine, tiny_tokenizer(), budget=400, cache=cache)
-        device, setting = session.device((280, 392)), session.settings((280, 392), 400)[index]
+        session = Stream(engine, tiny_tokenizer(), budget=400, cache=cache)
+        device, setting = device_of(session, (280, 392)), choices(session, (280, 392), 400)[index]
         session.set_budget(setting.budget)
         session.frame_tokens = setting.frame_tokens
         run = LatencyControl(LatencyTarget(1e9), COST, device, [setting])
         costs, windows = [], []
         for i in range(60):
             session.push(picture(i // 6, 280, 392), float(i))
-            run.device = session.device((280, 392))
+            run.device = device_of(session, (280, 392))
             assert session.last_work is not None
             costs.append(run.engine_ms(session.last_work))
             windows.append(session.cache.length)

@@ -26,7 +26,7 @@ from penguin_edge.generate import EagerEngine  # noqa: E402
 from penguin_edge.model import PenguinModel  # noqa: E402
 from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
 from penguin_edge.runtime.sampling import SamplingOptions  # noqa: E402
-from penguin_edge.runtime.stream import StreamSession  # noqa: E402
+from penguin_edge.runtime.stream import Stream  # noqa: E402
 
 TINY = PRESETS["tiny"]
 ONE_LAYER = replace(
@@ -120,7 +120,7 @@ def eager_logits(model: PenguinModel) -> Callable[[np.ndarray], torch.Tensor]:
     return logits
 
 
-class Stream:
+class Fed:
     """Feeds an engine and remembers what the cache must hold."""
 
     def __init__(self, engine: Alone, model: PenguinModel, tolerance: float) -> None:
@@ -144,7 +144,7 @@ class Stream:
 
 
 def test_prefill_decode_truncate(engine: Alone, model: PenguinModel) -> None:
-    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream = Fed(engine, model, FP32_TOLERANCE)
     stream.feed(12)
     for _ in range(8):
         stream.feed(1)
@@ -154,19 +154,19 @@ def test_prefill_decode_truncate(engine: Alone, model: PenguinModel) -> None:
 
 
 def test_uneven_chunks(engine: Alone, model: PenguinModel) -> None:
-    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream = Fed(engine, model, FP32_TOLERANCE)
     for count in (7, 1, 12, 13):
         stream.feed(count)
 
 
 def test_first_token_alone(engine: Alone, model: PenguinModel) -> None:
-    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream = Fed(engine, model, FP32_TOLERANCE)
     stream.feed(1)
     stream.feed(1)
 
 
 def test_full_capacity_and_one_more(engine: Alone, model: PenguinModel) -> None:
-    stream = Stream(engine, model, FP32_TOLERANCE)
+    stream = Fed(engine, model, FP32_TOLERANCE)
     for count in (128, 31, 1):
         stream.feed(count)
     with pytest.raises(BudgetError, match="max_seq_len = 160"):
@@ -306,11 +306,11 @@ def test_a_program_that_does_not_name_its_buffers_cannot_move(
     export.ExecutorchTarget().export_part("decoder", tiny(ONE_LAYER, torch.float16), bounds, tmp_path)
     engine = Alone(ExecutorchEngine.open(Bundle(tmp_path, half_bundle.manifest)))
     assert not engine.can_move
-    Stream(engine, tiny(ONE_LAYER, torch.float16), FP16_TOLERANCE).feed(12)
+    Fed(engine, tiny(ONE_LAYER, torch.float16), FP16_TOLERANCE).feed(12)
     with pytest.raises(InputError, match="does not name its KV buffers; recompute, or export it again"):
         engine.move(5, 12, 0)
     with pytest.raises(InputError, match="executorch cannot move positions"):
-        StreamSession(engine.engine, tiny_tokenizer(), cache="rebase")
+        Stream(engine.engine, tiny_tokenizer(), cache="rebase")
     assert engine.length == 12
     # The names are all that it costs, within the padding between segments.
     sizes = [folder.joinpath("decoder.pte").stat().st_size for folder in (tmp_path, half_bundle.folder)]
@@ -321,13 +321,13 @@ def test_a_stream_moves_its_cache(loaded: ExecutorchEngine, model: PenguinModel)
     runs = []
     for one in (loaded, EagerEngine(model, max_seq_len=MAX_SEQ_LEN)):
         options = {"budget": 24, "window_s": 3.0, "question_tokens": 12, "answer_tokens": 8}
-        run = StreamSession(one, tiny_tokenizer(), cache="rebase", **options)  # type: ignore[arg-type]
+        run = Stream(one, tiny_tokenizer(), cache="rebase", **options)  # type: ignore[arg-type]
         for i in range(9):
             run.push(picture(i, 56, 84), float(i))
         asked = [token.id for token in run.ask("What?", options=SamplingOptions(max_new_tokens=6))]
         keys = run.prompt_keys()
         run.cache.truncate(len(keys) - 1)
-        runs.append((run, asked, one.forward(run.cache, run._embeds(keys[-1:]), np.array([-1]))))
+        runs.append((run, asked, one.forward(run.cache, run.features.embeds(keys[-1:]), np.array([-1]))))
         run.close()
     (run, asked, logits), (wanted, answer, reference) = runs
     assert run.stats == wanted.stats and run.stats.moved_tokens > 0 and run.prompt_keys() == wanted.prompt_keys()
@@ -337,7 +337,7 @@ def test_a_stream_moves_its_cache(loaded: ExecutorchEngine, model: PenguinModel)
 def test_fp16(half_bundle: Bundle) -> None:
     """Against eager fp16, every stage."""
     engine, model = Alone(ExecutorchEngine.open(half_bundle)), tiny(ONE_LAYER, torch.float16)
-    stream = Stream(engine, model, FP16_TOLERANCE)
+    stream = Fed(engine, model, FP16_TOLERANCE)
     for count in (12, 1, 1):
         stream.feed(count)
     stream.truncate(5)

@@ -25,11 +25,12 @@ from penguin_edge.frames import Frame
 from penguin_edge.runtime.bench_stream import Brake, SlowedEngine
 from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
 from penguin_edge.runtime.cost import AXES, fit
+from penguin_edge.runtime.events import Observer, Observers, Ready, Said
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.profile import SCHEMA, keep
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.steering import Steering
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 SHORT = SamplingOptions(max_new_tokens=4)
 
@@ -54,7 +55,7 @@ class GatedEngine(CountingEngine):
 
 def live(**options: Any) -> tuple[Live, GatedEngine]:
     engine = GatedEngine()
-    return Live(StreamSession(engine, tiny_tokenizer()), **options), engine
+    return Live(Stream(engine, tiny_tokenizer()), **options), engine
 
 
 def held(run: Live, engine: GatedEngine) -> None:
@@ -67,7 +68,7 @@ def held(run: Live, engine: GatedEngine) -> None:
 
 def test_what_comes_is_what_a_session_answers() -> None:
     run, _ = live(queued=10)
-    alone = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer())
+    alone = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer())
     with run:
         for i in range(5):
             run.push(picture(i), float(i))
@@ -86,10 +87,11 @@ def test_a_full_queue_gives_up_its_oldest_frame() -> None:
         for i in range(1, 11):
             assert run.push(picture(i), float(i))
         # The worker still stands in the encoder with the first frame: none of them waited for it.
-        assert run.stats.processed == 0 and not engine.gate.is_set() and len(run._frames) == 3
+        assert run.stats.processed == 0 and not engine.gate.is_set()
+        assert run.stats.dropped == {"queue": 7}
         engine.gate.set()
         run.wait()
-        assert run.session._stream.times == [0.0, 8.0, 9.0, 10.0] and run.stats.dropped == {"queue": 7}
+        assert run.stream.times == [0.0, 8.0, 9.0, 10.0] and run.stats.dropped == {"queue": 7}
     assert run.stats.frames_in == run.stats.processed + sum(run.stats.dropped.values())
 
 
@@ -102,7 +104,7 @@ def test_the_callers_buffer_may_be_written_again() -> None:
         buffer[:] = 0
         engine.gate.set()
         run.wait()
-        assert run.session._frames[1].pixels.any()
+        assert run.stream.frames[1].pixels.any()
 
 
 def test_frames_beyond_the_rate_are_given_up() -> None:
@@ -111,7 +113,7 @@ def test_frames_beyond_the_rate_are_given_up() -> None:
         taken = [run.push(picture(i % 3), i / 10) for i in range(30)]
         run.wait()
     assert sum(taken) == 6 and run.stats.dropped == {"rate": 24}
-    assert run.session._stream.times == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert run.stream.times == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
 
 
 def test_one_question_at_a_time_and_before_frames_that_wait() -> None:
@@ -123,10 +125,10 @@ def test_one_question_at_a_time_and_before_frames_that_wait() -> None:
         with pytest.raises(InputError, match="another question"):
             run.ask("And this?")
         engine.gate.set()
-        assert len(list(asked)) == 4 and run.session.report.frames == 1
+        assert len(list(asked)) == 4 and run.stream.report.frames == 1
         run.wait()
-        assert run.session._stream.times == [0.0, 1.0]
-        assert list(run.ask("And now?", options=SHORT)) and run.session.report.frames == 2
+        assert run.stream.times == [0.0, 1.0]
+        assert list(run.ask("And now?", options=SHORT)) and run.stream.report.frames == 2
 
 
 def test_an_answer_that_is_closed_frees_the_stream() -> None:
@@ -155,9 +157,9 @@ def test_errors_are_raised_by_the_next_call_once_and_the_stream_goes_on() -> Non
             run.wait()
         run.push(picture(3), 3.0)
         run.wait()
-        assert run.stats.dropped == {"error": 2} and run.session.cache.length == len(run.session.prompt_keys())
+        assert run.stats.dropped == {"error": 2} and run.stream.cache.length == len(run.stream.prompt_keys())
         # What the failed frame lacks was computed with the next one.
-        assert run.session._stream.times == [1.0, 2.0, 3.0]
+        assert run.stream.times == [1.0, 2.0, 3.0]
         with pytest.raises(PenguinError, match="shorten the question"):
             list(run.ask("word " * 600))
         assert list(run.ask("And now?", options=SHORT))
@@ -184,10 +186,11 @@ def test_a_closed_stream_takes_nothing_more() -> None:
 def test_whatever_ends_the_worker_is_told_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault outside of what a frame or an answer may meet: a callback that ends the program, a fault of ours."""
 
-    def leave(*_: object) -> None:
-        raise SystemExit(3)
+    class Leaving(Observer):
+        def frame_ready(self, ready: Ready) -> None:
+            raise SystemExit(3)
 
-    run, engine = live(ready=leave)
+    run, engine = live(observer=Leaving())
     watch = run.watch("What is it?", on_change=True, options=SHORT)
     held(run, engine)
     asked = run.ask("What is it?", options=SHORT, wait=True)
@@ -203,28 +206,72 @@ def test_whatever_ends_the_worker_is_told_and_nobody_waits_for_ever(monkeypatch:
     run.wait()
     run.close()
     run, _ = live()
-    monkeypatch.setattr(run, "_stand", lambda: 1 / 0)
+    monkeypatch.setattr(run.stream, "status", lambda: 1 / 0)
     run.push(picture(1), 1.0)
     with pytest.raises(PenguinError, match="ZeroDivisionError"):
         run.wait()
     run.close()
 
 
-def test_a_callback_that_fails_at_the_end_of_an_answer_is_told() -> None:
-    def said(piece: Any) -> None:
-        if piece.done:
+@pytest.mark.parametrize("event", ["frame_ready", "frame_dropped", "said", "decided"])
+def test_an_observer_that_raises_is_told_once_and_the_stream_goes_on(event: str) -> None:
+    class Failing(Observer):
+        told = 0
+
+        def fail(self, *_: object) -> None:
+            self.told += 1
             raise ValueError("the page has gone")
 
-    run, _ = live(said=said)
+    observer, cost = Failing(), fit({stage: {(1.0, 1.0)[:axes]: [50.0]} for stage, axes in AXES.items()})
+    setattr(observer, event, observer.fail)
+    run, _ = live(observer=observer, queued=8, fps=10.0, rate=10.0, target=LatencyTarget(60_000.0), cost=cost)
+    with run:
+        errors, answers = [], []
+        for step in range(8):
+            try:
+                run.push(picture(step), step + 0.0)
+                run.push(picture(step), step + 0.01)  # beyond the rate
+                run.wait()
+                answers.append(list(run.ask("What is it?", options=SHORT)))
+            except PenguinError as error:
+                errors.append(str(error))
+        run.wait()
+        assert ["the page has gone" in error for error in errors] == [True] and observer.told >= 1
+        assert run.stats.processed >= 1 and len(answers) >= 6 and all(answers)
+
+
+def test_every_observer_is_told_whatever_another_one_raises() -> None:
+    class Failing(Observer):
+        def said(self, said: Said) -> None:
+            raise ValueError("the page has gone")
+
+    heard: list[Said] = []
+
+    class Hearing(Observer):
+        def said(self, said: Said) -> None:
+            heard.append(said)
+
+    run, _ = live(observer=Observers(Failing(), Hearing(), Observer()))
     with run:
         run.push(picture(1), 1.0)
         run.wait()
-        for _ in range(2):
-            with pytest.raises(PenguinError, match="ValueError: the page has gone"):
-                list(run.ask("What is it?", options=SHORT))
-        run.push(picture(2), 2.0)
-        run.wait()
-        assert run.stats.processed == 2
+        tokens = list(run.ask("What is it?", options=SHORT))
+        assert [one.text for one in heard if one.text] == [token.text for token in tokens if token.text]
+        with pytest.raises(PenguinError, match="the page has gone"):
+            run.wait()
+
+
+def test_what_is_no_stream_and_no_observer_is_refused() -> None:
+    stream = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer())
+    for call in (
+        lambda: Live(stream.engine),  # type: ignore[arg-type]
+        lambda: Live(stream, observer=print),  # type: ignore[arg-type]
+        lambda: Live(stream, {"queued": 3}),  # type: ignore[arg-type]
+        lambda: Live(stream, target=500.0),  # type: ignore[arg-type]
+        lambda: Live(stream, queue=3),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(InputError, match=r"wanted|there is no option 'queue'; known: queued, fps"):
+            call()
 
 
 def test_the_first_of_several_errors_is_told() -> None:
@@ -238,7 +285,7 @@ def test_the_first_of_several_errors_is_told() -> None:
         with pytest.raises(InputError, match=r"uint8 \[4, 4\]"):
             run.wait()
         run.wait()
-        assert run.stats.dropped == {"error": 2} and run.session.times == [0.0, 3.0]
+        assert run.stats.dropped == {"error": 2} and run.stream.times == [0.0, 3.0]
 
 
 def test_times_and_prompts_that_are_none_are_refused_at_once() -> None:
@@ -297,9 +344,14 @@ def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
     measured["encode"] = {(patches, many): [0.1 * patches * many] for patches in (1.0, 4096.0) for many in (1.0, 4.0)}
     cost, brake = fit(measured), Brake(10.0, 0.0)
     engine = SlowedEngine(PatientEngine(max_seq_len=1024), brake)
-    session = StreamSession(engine, tiny_tokenizer(), budget=400, cache="rebase")
+    session = Stream(engine, tiny_tokenizer(), budget=400, cache="rebase")
     told: list[Decision] = []
-    with Live(session, target=LatencyTarget(2500.0, 200.0), cost=cost, trace=told.append) as run:
+
+    class Deciding(Observer):
+        def decided(self, decision: Decision) -> None:
+            told.append(decision)
+
+    with Live(session, target=LatencyTarget(2500.0, 200.0), cost=cost, observer=Deciding()) as run:
         for i in range(3):
             run.push(picture(i, 280, 280), float(i))
             run.wait()
@@ -319,7 +371,7 @@ def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
 def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
     engine = CountingEngine(max_seq_len=1024)
     cost = fit({stage: {(1.0, 1.0)[:axes]: [9.0]} for stage, axes in AXES.items()})
-    with Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0), cost=cost) as run:
+    with Live(Stream(engine, tiny_tokenizer()), target=LatencyTarget(5.0), cost=cost) as run:
         run.push(picture(0), 0.0)
         with pytest.raises(BudgetError, match="cannot be kept here"):
             run.wait()
@@ -327,7 +379,7 @@ def test_a_target_that_cannot_be_kept_is_said_with_the_first_frame() -> None:
         run.wait()
         assert run.stats.processed == 2 and not run.stats.dropped
     with pytest.raises(InputError, match="penguin-edge profile"):
-        Live(StreamSession(engine, tiny_tokenizer()), target=LatencyTarget(5.0))
+        Live(Stream(engine, tiny_tokenizer()), target=LatencyTarget(5.0))
 
 
 def test_decisions_are_written_down_at_once(tmp_path: Path) -> None:
@@ -335,7 +387,9 @@ def test_decisions_are_written_down_at_once(tmp_path: Path) -> None:
     with ExitStack() as opened:
         tell = latency.trace(argparse.Namespace(trace=path), opened)
         for i in range(3):
-            tell(Decision(float(i), Setting(400, 60), Setting(200, 30, 2), 12.5, 40.0, "slower than the target allows"))
+            tell.decided(
+                Decision(float(i), Setting(400, 60), Setting(200, 30, 2), 12.5, 40.0, "slower than the target allows")
+            )
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             assert [line["time"] for line in lines] == list(range(i + 1))
     assert lines[-1]["to"] == {"budget": 200, "frame_tokens": 30, "stride": 2} and lines[-1]["observed"] == 40.0
@@ -343,7 +397,7 @@ def test_decisions_are_written_down_at_once(tmp_path: Path) -> None:
 
 def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> None:
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
-    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
+    session = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
     with Live(session, target=LatencyTarget(60_000.0), cost=cost) as run:
         for i in range(4):
             run.push(picture(i, 280, 280), float(i))
@@ -363,7 +417,7 @@ def test_a_target_that_was_given_up_drops_nothing() -> None:
     engine = GatedEngine()
     cost = fit({stage: {(1.0, 1.0)[:axes]: [9.0]} for stage, axes in AXES.items()})
     target = LatencyTarget(5.0, 5.0)
-    with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
+    with Live(Stream(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
         run.wait()
         held(run, engine)
         with pytest.raises(BudgetError, match="cannot be kept here"):
@@ -378,7 +432,7 @@ def test_a_target_that_was_given_up_drops_nothing() -> None:
 def test_every_frame_of_another_rate_counts_for_the_controller() -> None:
     """30 frames a second of which one is taken: every second one of those that are."""
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
-    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
+    session = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
     with Live(session, target=LatencyTarget(60_000.0), cost=cost, fps=1.0, queued=100) as run:
         run.push(picture(0), 0.0)
         run.wait()
@@ -392,22 +446,22 @@ def test_the_first_choice_knows_how_many_frames_are_to_come() -> None:
     """At 200 ms for a frame, every second one of ten in a second would take all of the time."""
     cost = fit({stage: {(1.0, 1.0)[:axes]: [50.0]} for stage, axes in AXES.items()})
     for rate, stride in ((None, 1), (1.0, 1), (10.0, 4), (1000.0, 8)):
-        session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
-        with Live(session, target=LatencyTarget(60_000.0), cost=cost, rate=rate) as run:
-            run.wait()
-            assert run._steering is not None
-            run._steering.before(Frame(picture(0), 0.0))
-            assert run.control is not None and run.control.setting.stride == run._steering.stride == stride, rate
-            told = [one.to_json() for one in run.control.decisions]
-            assert len(told) == (stride > 1)
-            for one in told:
-                assert (one["from"]["stride"], one["to"]["stride"]) == (1, stride) and one["predicted"] > 100
-                assert one["observed"] is None and one["reason"].startswith("predicted to be slower")
+        session = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=400)
+        decisions: list[Decision] = []
+        steering = Steering(session, LatencyTarget(60_000.0), cost, decisions.append, rate)
+        steering.begin()
+        steering.before(Frame(picture(0), 0.0))
+        assert steering.control is not None and steering.control.setting.stride == steering.stride == stride, rate
+        told = [one.to_json() for one in decisions]
+        assert len(told) == (stride > 1)
+        for one in told:
+            assert (one["from"]["stride"], one["to"]["stride"]) == (1, stride) and one["predicted"] > 100
+            assert one["observed"] is None and one["reason"].startswith("predicted to be slower")
 
 
 def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.01]} for stage, axes in AXES.items()})
-    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer())
+    session = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer())
     steering = Steering(session, LatencyTarget(60_000.0), cost, lambda decision: None)
     now, second = time.monotonic_ns(), 1_000_000_000
     for index in range(3):  # One alone would be an accident.
@@ -488,7 +542,7 @@ def test_a_frame_that_cannot_be_in_time_gives_way_to_a_newer_one() -> None:
     cost = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
     engine.gate.set()
     target = LatencyTarget(60_000.0, 300.0)
-    with Live(StreamSession(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
+    with Live(Stream(engine, tiny_tokenizer()), target=target, cost=cost, queued=8) as run:
         run.wait()
         held(run, engine)
         for i in range(1, 6):
@@ -496,5 +550,5 @@ def test_a_frame_that_cannot_be_in_time_gives_way_to_a_newer_one() -> None:
         threading.Event().wait(0.5)  # all of them have waited for longer than they have
         engine.gate.set()
         run.wait()
-        assert run.stats.dropped["late"] == 4 and run.session.times[-1] == 5.0
+        assert run.stats.dropped["late"] == 4 and run.stream.times[-1] == 5.0
         assert run.stats.frames_in == run.stats.processed + sum(run.stats.dropped.values()) == 6

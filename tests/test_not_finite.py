@@ -27,7 +27,7 @@ from penguin_edge.runtime.executorch import ExecutorchEngine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import Sampler, SamplingOptions
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 GREEDY = SamplingOptions(max_new_tokens=6)
 DRAWN = SamplingOptions(max_new_tokens=6, temperature=0.8, top_k=20, top_p=0.9, seed=4)
@@ -84,7 +84,7 @@ def answers(of: Session, how: str, options: SamplingOptions) -> list[int]:
 
 
 def make(kind: str, engine: Any) -> Session:
-    made = StreamSession(engine, tiny_tokenizer()) if kind == "stream" else Session(engine, tiny_tokenizer())
+    made = Stream(engine, tiny_tokenizer()) if kind == "stream" else Session(engine, tiny_tokenizer())
     for i in range(3):
         made.push(picture(i), float(i))
     return made
@@ -120,19 +120,19 @@ def test_features_that_are_not_finite_are_never_kept() -> None:
     with pytest.raises(UnusablePicture, match="1 of the pictures or frames") as told:
         list(run.converse(messages, GREEDY))
     # Of the batch, the last picture alone.
-    assert len(told.value.visuals) == 1 and len(run._features) == 2 and run.report.finish_reason == "error"
+    assert len(told.value.visuals) == 1 and len(run.features) == 2 and run.report.finish_reason == "error"
     engine.features = 0.0
     fresh = Session(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer())
     right = [token.id for token in fresh.converse(messages, GREEDY)]
     assert [token.id for token in run.converse(messages, GREEDY)] == right
-    assert run._feature_rows == sum(map(len, run._features.values()))
+    assert run.features.rows == sum(len(run.features[one]) for one in run.features)
 
 
 @pytest.mark.parametrize("cache", ["recompute", "rebase"])
 def test_a_stream_goes_on_without_a_frame_that_cannot_be_used(cache: Any) -> None:
     engine = Poisoned()
-    run = StreamSession(engine, tiny_tokenizer(), cache=cache, window_s=4.0)
-    fresh = StreamSession(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer(), window_s=4.0)
+    run = Stream(engine, tiny_tokenizer(), cache=cache, window_s=4.0)
+    fresh = Stream(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer(), window_s=4.0)
     for i in range(8):
         engine.features = np.inf if i in (0, 5) else 0.0
         if i in (0, 5):
@@ -150,7 +150,7 @@ def test_a_stream_goes_on_without_a_frame_that_cannot_be_used(cache: Any) -> Non
 
 def test_a_live_stream_tells_of_it_and_goes_on() -> None:
     engine = Poisoned()
-    with Live(StreamSession(engine, tiny_tokenizer())) as live:
+    with Live(Stream(engine, tiny_tokenizer())) as live:
         live.push(picture(0), 0.0)
         live.wait()
         engine.features = np.nan
@@ -163,7 +163,7 @@ def test_a_live_stream_tells_of_it_and_goes_on() -> None:
         engine.logits = 0.0
         live.push(picture(2), 2.0)
         live.wait()
-        fresh = StreamSession(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer())
+        fresh = Stream(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer())
         for i in (0, 2):
             fresh.push(picture(i), float(i))
         assert [token.id for token in live.ask("What?", options=GREEDY)] == answers(fresh, "stream", GREEDY)

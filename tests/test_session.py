@@ -52,7 +52,7 @@ def test_each_image_keeps_its_own_size_and_order() -> None:
     content = [{"type": "image", "image": picture(1, 56, 140)}, {"type": "image", "image": picture(2, 140, 56)}]
     list(run.converse([{"role": "user", "content": [*content, {"type": "text", "text": "Compare."}]}], SHORT))
     assert run.report.images == 2 and engine.encoded_frames == 2
-    sizes = {(visual.height, visual.width) for visual in run._features}
+    sizes = {(visual.height, visual.width) for visual in run.features}
     assert sizes == {(56, 140), (140, 56)}
 
 
@@ -60,7 +60,7 @@ def test_a_flag_gives_all_images_the_first_ones_size_as_the_reference_does() -> 
     run, _ = session(shared_image_size=True)
     content = [{"type": "image", "image": picture(1, 56, 140)}, {"type": "image", "image": picture(2, 140, 56)}]
     list(run.converse([{"role": "user", "content": [*content, {"type": "text", "text": "Compare."}]}], SHORT))
-    assert {(visual.height, visual.width) for visual in run._features} == {(56, 140)}
+    assert {(visual.height, visual.width) for visual in run.features} == {(56, 140)}
 
 
 def test_a_second_question_encodes_nothing_and_prefills_only_itself() -> None:
@@ -264,7 +264,7 @@ def test_frames_pushed_during_an_answer_follow_it() -> None:
     run.push(picture(1), time=0.0)
     for i, _token in enumerate(run.ask("What?", keep=True, options=SHORT)):
         run.push(picture(2 + i), time=1.0 + i)
-    assert [turn.frames for turn in run._turns] == [1]
+    assert [turn.frames for turn in run.turns] == [1]
 
 
 @pytest.mark.parametrize("budget", [3, 4, 17, 90, 397])

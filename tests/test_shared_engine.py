@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -25,10 +26,12 @@ from penguin_edge.runtime.answer import Token
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.live_options import LiveChanges, LiveOptions
+from penguin_edge.runtime.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.self_check import open_tokenizer
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 SHORT = SamplingOptions(max_new_tokens=5)
 QUESTIONS = ("What is it?", "Which colours are there, and where?")
@@ -130,7 +133,7 @@ def test_a_second_session_of_an_engine_with_one_cache_is_refused(nano_bundle: Ca
     right = ids(asked(one, QUESTIONS[0], 0))
     answer = asked(one, QUESTIONS[0], 0)
     first = next(answer).id
-    for kind in (Session, StreamSession):
+    for kind in (Session, Stream):
         with pytest.raises(BusyError, match="holds 1 KV cache at a time, and a session has it; close that session"):
             kind(engine, words)
     assert [first, *ids(answer)] == right
@@ -196,7 +199,7 @@ def test_any_interleaving_of_sessions_and_streams(steps: list[tuple[int, str]], 
     engine, words = tiny()
     sessions = [
         Session(engine, words),
-        StreamSession(engine, words, budget=40, window_s=3.0, cache=cache, question_tokens=32, answer_tokens=8),
+        Stream(engine, words, budget=40, window_s=3.0, cache=cache, question_tokens=32, answer_tokens=8),
         Session(engine, words),
     ]
     stranger = Alone(engine)
@@ -221,7 +224,7 @@ def test_any_interleaving_of_sessions_and_streams(steps: list[tuple[int, str]], 
             if who != 1:
                 assert got == alone(tiny, question, seed)
             elif cache == "recompute":
-                fresh = StreamSession(*tiny(), budget=40, window_s=3.0, question_tokens=32, answer_tokens=8)
+                fresh = Stream(*tiny(), budget=40, window_s=3.0, question_tokens=32, answer_tokens=8)
                 for i in range(seed):
                     fresh.push(picture(i), float(i))
                 assert got == ids(fresh.ask(question, options=SHORT))
@@ -234,8 +237,8 @@ def test_any_interleaving_of_sessions_and_streams(steps: list[tuple[int, str]], 
 def test_a_stream_goes_on_after_another_has_used_its_engine() -> None:
     for cache in ("recompute", "rebase"):
         engine = CountingEngine(max_seq_len=1024)
-        run = StreamSession(engine, tiny_tokenizer(), cache=cache)  # type: ignore[arg-type]
-        fresh = StreamSession(EagerEngine(tiny_model(), max_seq_len=1024), tiny_tokenizer())
+        run = Stream(engine, tiny_tokenizer(), cache=cache)  # type: ignore[arg-type]
+        fresh = Stream(EagerEngine(tiny_model(), max_seq_len=1024), tiny_tokenizer())
         other = Session(engine, tiny_tokenizer())
         for i in range(5):
             run.push(picture(i), float(i))
@@ -249,9 +252,9 @@ def test_a_stream_goes_on_after_another_has_used_its_engine() -> None:
 def test_live_and_a_session_over_one_engine() -> None:
     engine, words = tiny(1024)
     right = alone(tiny, QUESTIONS[0], 1)
-    fresh = StreamSession(*tiny(1024))
+    fresh = Stream(*tiny(1024))
     other = Session(engine, words)
-    with Live(StreamSession(engine, words)) as live:
+    with Live(Stream(engine, words)) as live:
         for i in range(4):
             live.push(picture(i), float(i))
             fresh.push(picture(i), float(i))
@@ -350,8 +353,8 @@ def test_a_second_thread_in_a_bundles_engine_is_refused(nano_bundle: Callable[[s
     assert np.array_equal(engine.forward(cache, embeds, last), want)
 
 
-@pytest.mark.parametrize("kind", [Session, StreamSession])
-def test_a_second_thread_in_a_session_is_refused(kind: type[Session]) -> None:
+@pytest.mark.parametrize("kind", [Session, Stream])
+def test_a_second_thread_in_a_session_is_refused(kind: type[Session] | type[Stream]) -> None:
     gated = Gated()
     run = kind(gated, tiny_tokenizer())
     run.push(picture(0), 0.0)
@@ -363,13 +366,14 @@ def test_a_second_thread_in_a_session_is_refused(kind: type[Session]) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: run.push(picture(1), 1.0),
         lambda: next(run.ask("And?")),
-        lambda: next(run.converse([{"role": "user", "content": "Hello"}])),
         lambda: next(answer),
     ]
-    if isinstance(run, StreamSession):
+    if isinstance(run, Session):
+        calls.append(lambda: next(run.converse([{"role": "user", "content": "Hello"}])))
+    if isinstance(run, Stream):
         calls += [run.restart, run.warm_up, run.forget_features, lambda: run.set_budget(20)]
     for call in calls:
-        with pytest.raises(BusyError, match="this session is at work for another thread"):
+        with pytest.raises(BusyError, match=f"this {kind.__name__.lower()} is at work for another thread"):
             call()
     with pytest.raises(BusyError, match="next token is being computed"):
         answer.close()
@@ -429,6 +433,10 @@ def test_threads_that_try_at_once_get_right_answers_or_a_refusal(
         ({"max_frames": "3"}, 'max_frames is "3"'),
         ({"max_frames": 0}, "max_frames is 0, wanted a whole number, at least 1"),
         ({"tra": None}, "tra mode None"),
+        ({"thinking": "no"}, 'thinking is "no", wanted true or false'),
+        ({"policy": 3}, "policy: int, wanted a function"),
+        ({"bugdet": 600}, "there is no option 'bugdet'; known: budget, tra, max_frames"),
+        ({"options": {"budget": 600}}, "options: dict, wanted SessionOptions"),
     ],
 )
 def test_options_of_a_session(options: dict[str, Any], word: str) -> None:
@@ -445,16 +453,49 @@ def test_options_of_a_session(options: dict[str, Any], word: str) -> None:
         ({"question_tokens": 12.5}, "question_tokens is 12.5"),
         ({"answer_tokens": -1}, "answer_tokens is -1"),
         ({"budget": [600]}, "budget is \\[600\\]"),
+        ({"max_frames": 0}, "max_frames is 0"),
+        ({"tra": "strict"}, "there is no option 'tra'; known: budget, window_s"),
+        ({"options": SessionOptions()}, "options: SessionOptions, wanted StreamOptions"),
     ],
 )
 def test_options_of_a_stream(options: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
-        StreamSession(*tiny(), **options)
-    run = StreamSession(*tiny(), budget=40, question_tokens=32, answer_tokens=8)
+        Stream(*tiny(), **options)
+    run = Stream(*tiny(), budget=40, question_tokens=32, answer_tokens=8)
     run.push(picture(0), 0.0)
     with pytest.raises(InputError, match='budget is "20"'):
         run.set_budget("20")  # type: ignore[arg-type]
     assert run.budget == 40 and ids(run.ask("What?", options=SHORT))
+
+
+def test_options_may_be_given_as_a_whole_and_changed_by_name() -> None:
+    whole = SessionOptions(budget=60, max_frames=3)
+    assert Session(*tiny(), whole).options == whole == Session(*tiny(), options=whole).options
+    assert Session(*tiny(), whole, budget=50).options == SessionOptions(budget=50, max_frames=3)
+    assert Stream(*tiny(), StreamOptions(window_s=3.0), budget=50).options == StreamOptions(budget=50, window_s=3.0)
+    for options, changes in (
+        (SessionOptions, SessionChanges),
+        (StreamOptions, StreamChanges),
+        (LiveOptions, LiveChanges),
+    ):
+        named = {field.name: field.type for field in dataclasses.fields(options)}
+        assert named == {name: kind.__forward_arg__ for name, kind in changes.__annotations__.items()}
+
+
+def test_a_bundles_engine_brings_its_tokenizer(nano_bundle: Callable[[str, str], Path]) -> None:
+    folder = nano_bundle("onnx", "fp32")
+    engine = open_engine(folder, threads=1)
+    assert open_engine(str(folder), threads=1).name == engine.name
+    wanted = ids(asked(Session.open(folder, threads=1), QUESTIONS[0], 1))
+    assert ids(asked(Session(engine), QUESTIONS[0], 1)) == wanted
+    with Stream(engine) as stream, Stream.open(folder, threads=1) as other:
+        for run in (stream, other):
+            run.push(picture(0), 0.0)
+        assert ids(stream.ask("What?", options=SHORT)) == ids(other.ask("What?", options=SHORT))
+    with pytest.raises(InputError, match="this stream was closed"):
+        stream.push(picture(1), 1.0)
+    with pytest.raises(InputError, match="pass the tokenizer"):
+        Session(tiny()[0])
 
 
 @pytest.mark.parametrize(

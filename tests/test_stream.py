@@ -18,25 +18,25 @@ from penguin_edge.preprocess import preprocess_image
 from penguin_edge.runtime.pool import pooled
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 SHORT = SamplingOptions(max_new_tokens=8)
 
 
-def stream(capacity: int = 1024, **options: Any) -> tuple[StreamSession, CountingEngine]:
+def stream(capacity: int = 1024, **options: Any) -> tuple[Stream, CountingEngine]:
     engine = CountingEngine(max_seq_len=capacity)
-    return StreamSession(engine, tiny_tokenizer(), **options), engine
+    return Stream(engine, tiny_tokenizer(), **options), engine
 
 
 def answer(of: Session, question: str, **options: Any) -> list[int]:
     return [token.id for token in of.ask(question, options=SHORT, **options)]
 
 
-def from_nothing(of: StreamSession) -> tuple[np.ndarray, Alone]:
+def from_nothing(of: Stream) -> tuple[np.ndarray, Alone]:
     """Logits after the window, by an engine that has not seen it before, and this engine."""
     keys = of.prompt_keys()
     engine = Alone(EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len))
-    embeds = of._embeds(keys)
+    embeds = of.features.embeds(keys)
     for begin in range(0, len(keys), 100):
         piece = embeds[begin : begin + 100]
         logits = engine.forward(piece, np.full(int(begin + 100 >= len(keys)), -1))
@@ -88,8 +88,8 @@ def test_a_full_budget_shrinks_old_frames_and_the_cache_follows(shrink: Any) -> 
         assert run.cache.keys == run.prompt_keys()
     assert run.stats.reencoded > 0 and run.stats.reprefilled_tokens > 0 and run.stats.max_visual_tokens <= 90
     assert (engine.encoded_frames == run.stats.encoded) and (shrink == "encode" or engine.encoded_frames == 14)
-    assert sum(visual.tokens for visual in run._features) == run.visual_tokens
-    for frame, planned in zip(run._frames, run.planner.plan().frames, strict=True):
+    assert sum(visual.tokens for visual in run.features) == run.visual_tokens
+    for frame, planned in zip(run.frames, run.planner.plan().frames, strict=True):
         assert frame.pixels.shape == (planned.height, planned.width, 3)
 
 
@@ -97,17 +97,17 @@ def test_equal_pictures_at_two_sizes_are_each_encoded_from_enough_pixels() -> No
     run, _ = stream(budget=260)
     for i in range(4):
         run.push(picture(i % 2, 280, 280), float(i))
-    visuals = run._current().visuals
+    visuals = list(dict.fromkeys(key[0] for key in run.cache.keys if isinstance(key, tuple)))
     sizes: dict[str, set[int]] = {}
-    for frame, visual in zip(run._frames, visuals, strict=True):
+    for frame, visual in zip(run.frames, visuals, strict=True):
         sizes.setdefault(visual.digest.split()[0], set()).add(visual.tokens)
         assert frame.pixels.shape[:2] == (visual.height, visual.width)
     assert any(len(found) > 1 for found in sizes.values()), "the clip was to have a picture at two sizes"
     newest = visuals[-1]
     patches = preprocess_image(picture(3 % 2, 280, 280), run.config.image, 2, size=(newest.height, newest.width))
     features = run.engine.encode(patches.pixels[None], patches.rows, patches.cols)
-    assert np.array_equal(run._features[newest], run.engine.project(features.reshape(1, newest.tokens, 4, -1))[0])
-    assert sum(frame.pixels.nbytes for frame in run._frames) <= 260 * 4 * 588
+    assert np.array_equal(run.features[newest], run.engine.project(features.reshape(1, newest.tokens, 4, -1))[0])
+    assert sum(frame.pixels.nbytes for frame in run.frames) <= 260 * 4 * 588
 
 
 def test_a_moved_cache_computes_changed_frames_alone() -> None:
@@ -145,8 +145,8 @@ def test_the_window_moves_on() -> None:
     run, _ = stream(window_s=3.0)
     for i in range(12):
         run.push(picture(i % 5), float(i))
-    assert run._stream.times == [8.0, 9.0, 10.0, 11.0] and run.stats.given_up == {"window": 8}
-    assert len(run._frames) == len(run._stream.digests) == 4 and len(run._features) == 4
+    assert run.times == [8.0, 9.0, 10.0, 11.0] and run.stats.given_up == {"window": 8}
+    assert len(run.frames) == len(run.window) == 4 and len(run.features) == 4
     assert run.cache.length == len(run.prompt_keys())
 
 
@@ -155,10 +155,10 @@ def test_another_size_or_a_time_before_begins_anew() -> None:
     for i in range(3):
         run.push(picture(i), float(i))
     changes = run.push(picture(3, 112, 84), 3.0)
-    assert [change.reason for change in changes] == ["size"] * 3 and run._stream.times == [3.0]
+    assert [change.reason for change in changes] == ["size"] * 3 and run.times == [3.0]
     run.push(picture(4, 112, 84), 4.0)
     changes = run.push(picture(5, 112, 84), 1.0)
-    assert [change.reason for change in changes] == ["time"] * 2 and run._stream.times == [1.0]
+    assert [change.reason for change in changes] == ["time"] * 2 and run.times == [1.0]
     assert answer(run, "What is it?")
 
 
@@ -166,10 +166,10 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
     run, _ = stream(capacity=400, question_tokens=16, answer_tokens=16)
     for i in range(20):
         run.push(picture(i), float(i))
-    held, frames = run.cache.length, len(run._frames)
+    held, frames = run.cache.length, len(run.frames)
     with pytest.raises(BudgetError, match="shorten the question"):
         answer(run, "word " * 200)
-    assert (run.cache.length, len(run._frames)) == (held, frames)
+    assert (run.cache.length, len(run.frames)) == (held, frames)
     assert answer(run, "What?")
     for wrong, word in (
         ((picture(0).astype(np.float32), 30.0), "uint8"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
     ):
         with pytest.raises(InputError, match=word):
             run.push(*wrong)
-    assert len(run._frames) == frames
+    assert len(run.frames) == frames
     with pytest.raises(BudgetError):
         run.set_budget(0)
     with pytest.raises(InputError, match="known: encode, pool"):
@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
     still = CountingEngine()
     still.can_move = False
     with pytest.raises(InputError, match="cannot move positions"):
-        StreamSession(still, tiny_tokenizer(), cache="rebase")
+        Stream(still, tiny_tokenizer(), cache="rebase")
     with pytest.raises(BudgetError, match="shorten"):
         stream(capacity=128)
 
@@ -223,7 +223,7 @@ def test_what_is_kept_leaves_room_for_frames() -> None:
             break
     else:
         pytest.fail("all of it was kept")
-    kept = len(run._turns)
+    kept = len(run.turns)
     assert kept >= 1
     run.push(picture(1), 1.0)
     run.restart()
@@ -265,9 +265,9 @@ class Streaming(RuleBasedStateMachine):
     @rule(question=st.sampled_from(["What?", "Who is it, and why?"]), keep=st.booleans())
     def ask(self, question: str, keep: bool) -> None:
         try:
-            list(self.run.ask(question, keep=keep and len(self.run._turns) < 2, options=SamplingOptions(4)))
+            list(self.run.ask(question, keep=keep and len(self.run.turns) < 2, options=SamplingOptions(4)))
         except BudgetError:
-            assert self.run._turns  # Without turns that were kept there is always room.
+            assert len(self.run.turns)  # Without turns that were kept there is always room.
 
     @rule()
     def cancel(self) -> None:
@@ -296,17 +296,17 @@ class Streaming(RuleBasedStateMachine):
         if not hasattr(self, "run"):
             return
         run = self.run
-        count = len(run._frames)
-        assert count == len(run._numbers) == len(run.planner.numbers) == len(run._stream.times)
-        assert run._numbers == list(run.planner.numbers)
+        count = len(run.frames)
+        assert count == len(run.window) == len(run.planner.numbers) == len(run.times)
+        assert [kept.number for kept in run.window] == list(run.planner.numbers)
         assert run.visual_tokens <= (run.budget or 10**9) and run.cache.length <= 420
-        assert run._stream.times == sorted(run._stream.times)
+        assert run.times == sorted(run.times)
         keys = run.prompt_keys()
         assert run.cache.keys[: len(keys)] == keys
-        assert sum(len(rows) for rows in run._features.values()) == run._feature_rows
+        assert sum(len(run.features[one]) for one in run.features) == run.features.rows
 
     def teardown(self) -> None:
-        if not hasattr(self, "run") or not self.run._frames:
+        if not hasattr(self, "run") or not self.run.frames:
             return
         wanted, fresh = from_nothing(self.run)
         keys = self.run.prompt_keys()
@@ -319,7 +319,7 @@ class Streaming(RuleBasedStateMachine):
             assert (found - first).abs().max() <= 2e-5 * first.abs().max()
         if self.cache == "recompute":
             self.run.cache.truncate(len(keys) - 1)
-            got = self.engine.forward(self.run.cache, self.run._embeds(keys[-1:]), np.array([-1]))[0]
+            got = self.engine.forward(self.run.cache, self.run.features.embeds(keys[-1:]), np.array([-1]))[0]
             # Chunks of other lengths: sums in another order.
             assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 

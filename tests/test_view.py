@@ -24,10 +24,11 @@ from penguin_edge.frames import Frame
 from penguin_edge.runtime import view as bounds
 from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
 from penguin_edge.runtime.cost import AXES, fit
-from penguin_edge.runtime.events import Kept, Ready, Said
+from penguin_edge.runtime.events import Observer, Ready, Said
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.report import Kept
 from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 from penguin_edge.runtime.view import View, thumbnail
 from penguin_edge.runtime.view_limits import Limits
 from penguin_edge.runtime.view_server import BODY, PROMPT, ViewServer, socket_at
@@ -41,9 +42,9 @@ def served(
     budget: int = 60, limits: Limits | None = None, **options: Any
 ) -> Iterator[tuple[Live, GatedEngine, ViewServer]]:
     engine, view = GatedEngine(), View("street.mp4", "tiny on eager")
-    session = StreamSession(engine, tiny_tokenizer(), budget=budget)
+    session = Stream(engine, tiny_tokenizer(), budget=budget)
     with (
-        Live(session, queued=100, ready=view.ready, said=view.said, **options) as live,
+        Live(session, queued=100, observer=view, **options) as live,
         ViewServer(view, live, socket_at(0), options=SHORT, limits=limits or Limits()) as server,
     ):
         yield live, engine, server
@@ -85,8 +86,16 @@ def events(address: str) -> Iterator[tuple[str, Any]]:
 def test_the_stream_tells_frames_and_answers_as_they_come() -> None:
     ready: list[Ready] = []
     said: list[Said] = []
-    session = StreamSession(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=40)
-    with Live(session, ready=ready.append, said=said.append) as live:
+    session = Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer(), budget=40)
+
+    class Listening(Observer):
+        def frame_ready(self, one: Ready) -> None:
+            ready.append(one)
+
+        def said(self, piece: Said) -> None:
+            said.append(piece)
+
+    with Live(session, observer=Listening()) as live:
         for i in range(4):
             live.push(picture(i), float(i))
             live.wait()
@@ -95,6 +104,8 @@ def test_the_stream_tells_frames_and_answers_as_they_come() -> None:
         assert [(kept.kind, kept.tokens) for kept in ready[-1].window] == [(f.kind, f.tokens) for f in plan.frames]
         assert sum(kept.tokens for kept in ready[-1].window) == session.visual_tokens <= 40
         assert all(0 < one.work_ms <= one.age_ms for one in ready)
+        assert ready[-1].visual_tokens == session.visual_tokens and ready[-1].budget == 40
+        assert ready[-1].kv_tokens == session.cache.length
         got = list(live.ask("What is it?", options=SHORT))
         assert [piece.text for piece in said] == ["", *(token.text for token in got), ""]
         assert [piece.done for piece in said] == [False] * (len(got) + 1) + [True]
@@ -121,7 +132,7 @@ def test_the_stream_tells_frames_and_answers_as_they_come() -> None:
 
 def test_a_question_may_wait_for_another() -> None:
     engine = GatedEngine()
-    with Live(StreamSession(engine, tiny_tokenizer())) as live:
+    with Live(Stream(engine, tiny_tokenizer())) as live:
         held(live, engine)
         first = live.ask("What is it?", options=SHORT)
         threading.Timer(0.05, engine.gate.set).start()
@@ -135,13 +146,13 @@ def test_a_question_may_wait_for_another() -> None:
 def test_a_view_is_of_bounded_size() -> None:
     view = View()
     for i in range(200):
-        view.ready(Ready(Frame(picture(i % 3), float(i)), i, 5.0, 4.0, (Kept(i, float(i), KEY, 12),)))
+        view.frame_ready(Ready(Frame(picture(i % 3), float(i)), i, 5.0, 4.0, (Kept(i, float(i), KEY, 12),), 40, 50))
         assert view.encode() and not view.encode()
         view.said(Said(i, "?", float(i)))
         for _ in range(3):
             view.said(Said(i, "?", float(i), "x" * 9000))
         view.said(Said(i, "?", float(i), done=True, first_token_ms=3.0))
-    with Live(StreamSession(CountingEngine(), tiny_tokenizer())) as live:
+    with Live(Stream(CountingEngine(), tiny_tokenizer())) as live:
         state = view.state(live)
     assert [shot[0] for shot in state["shots"]] == list(range(200 - bounds.SHOTS, 200))
     assert view.jpeg(200 - bounds.STORED) and view.jpeg(199 - bounds.STORED) is None and view.jpeg(200) is None
@@ -153,7 +164,7 @@ def test_a_view_is_of_bounded_size() -> None:
     # Of frames that nobody drew, the newest alone is held.
     frames = [Frame(picture(i), float(i)) for i in range(3)]
     for i, frame in enumerate(frames):
-        view.ready(Ready(frame, 300 + i, 5.0, 4.0, (Kept(300 + i, float(i), KEY, 12),)))
+        view.frame_ready(Ready(frame, 300 + i, 5.0, 4.0, (Kept(300 + i, float(i), KEY, 12),), 40, 50))
     assert view.encode() and view.jpeg(301) is None and view.jpeg(302)
 
 
@@ -176,7 +187,7 @@ def test_a_page_shows_the_stream_and_asks(page: Any) -> None:
             live.push(picture(0 if i == 3 else i), float(i))
             live.wait()
             page.wait_for_selector(f"#shots li[data-number='{i}']")
-        plan, session = live.session.planner.plan(), live.session
+        plan, session = live.stream.planner.plan(), live.stream
         assert {frame.kind for frame in plan.frames} and len(plan.frames) > 1
         last = plan.frames[-1]
         label = f"{'key' if last.kind == KEY else 'inter'} {last.tokens}"
@@ -312,7 +323,7 @@ def test_only_this_machine_and_this_page_may_ask() -> None:
 def test_an_error_of_a_frame_is_noted_where_a_question_meets_it() -> None:
     engine, view, notes = GatedEngine(), View(), list[str]()
     with (
-        Live(StreamSession(engine, tiny_tokenizer()), ready=view.ready, said=view.said) as live,
+        Live(Stream(engine, tiny_tokenizer()), observer=view) as live,
         ViewServer(view, live, socket_at(0), note=notes.append) as server,
     ):
         held(live, engine)

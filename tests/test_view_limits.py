@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn", reason="the live view's packages are not installe
 
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_limits import Limits
 from penguin_edge.runtime.view_server import ViewServer, socket_at
@@ -70,10 +70,10 @@ def ended(one: socket.socket) -> bool:
 @contextlib.contextmanager
 def visited(limits: Limits) -> Iterator[Visitors]:
     view = View()
-    session = StreamSession(CountingEngine(max_seq_len=512), tiny_tokenizer(), budget=30)
+    session = Stream(CountingEngine(max_seq_len=512), tiny_tokenizer(), budget=30)
     options = SamplingOptions(max_new_tokens=2)
     with (
-        Live(session, ready=view.ready, said=view.said) as live,
+        Live(session, observer=view) as live,
         ViewServer(view, live, socket_at(0), options=options, limits=limits) as server,
         contextlib.ExitStack() as stack,
     ):
@@ -221,7 +221,7 @@ def test_a_frame_that_cannot_be_drawn_is_noted_and_the_next_one_is_drawn(monkeyp
         told.set()
 
     with (
-        Live(StreamSession(CountingEngine(max_seq_len=512), tiny_tokenizer()), ready=view.ready) as live,
+        Live(Stream(CountingEngine(max_seq_len=512), tiny_tokenizer()), observer=view) as live,
         ViewServer(view, live, socket_at(0), note=note),
     ):
         assert told.wait(LONG)

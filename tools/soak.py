@@ -31,7 +31,7 @@ from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import read_source
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 QUESTIONS = ("What is happening now?", "Where is it?", "What was there before?", "How many are there?")
 SETTLED = 0.6
@@ -59,7 +59,7 @@ def items(root: Any) -> int:
     return count
 
 
-def fresh(of: StreamSession, other: StreamSession, question: str, options: SamplingOptions) -> list[int]:
+def fresh(of: Stream, other: Stream, question: str, options: SamplingOptions) -> list[int]:
     """Tokens of an answer about the same frames, encoded and prefilled by another engine."""
     other.forget_features()
     other.planner, other._stream = of.planner, of._stream
@@ -90,8 +90,8 @@ def main() -> int:
 
     keep_heap_compact()
     bundle = Bundle.read(args.bundle)
-    session = StreamSession.open(bundle, threads=args.threads, budget=args.budget, cache=args.cache)
-    other = StreamSession(open_engine(bundle, threads=args.threads), session.tokenizer, budget=args.budget)
+    session = Stream.open(bundle, threads=args.threads, budget=args.budget, cache=args.cache)
+    other = Stream(open_engine(bundle, threads=args.threads), session.tokenizer, budget=args.budget)
     options = SamplingOptions(max_new_tokens=16)
     frames, seconds = round(3600 * args.hours * args.fps), 3600 * args.hours
     step = round(10 * args.fps)

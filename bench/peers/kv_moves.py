@@ -34,10 +34,10 @@ from penguin_edge.layers import rotate
 from penguin_edge.layout import media_source
 from penguin_edge.prompt import Tokenizer, part_kind
 from penguin_edge.records import read_records
-from penguin_edge.runtime.answer import Turn
 from penguin_edge.runtime.cache import Cache
 from penguin_edge.runtime.kv_shift import turn
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.stream import Stream
 
 KEPT, ANSWER = 200, 8
 """Positions that move, and tokens of an answer."""
@@ -108,18 +108,16 @@ def measure(
     kv = engine._caches.state(cache)
     form = kv.form
     assert form is not None
-    run = StreamSession(engine, tokenizer, window_s=1e9, max_frames=10_000, budget=10**6)
+    run = Stream(engine, tokenizer, window_s=1e9, max_frames=10_000, budget=10**6)
     for index, frame in enumerate(frames):
         run.push(Frame(frame.pixels, float(index), index))
     if len(run.prompt_keys()) < filled:
         return {}
     keys = run.prompt_keys()[:filled]
     begin, end = filled - KEPT, filled
-    layout = run._fit(
-        lambda plans, counts: run._turn_pieces([Turn(len(frames), texts[0], ())], plans[0]), [run._stream], 10**6
-    )
-    asked = run._embeds(run._keys(layout)[len(run.prompt_keys()) :])
-    embeds = run._embeds(keys)
+    list(run.ask(texts[0], options=SamplingOptions(max_new_tokens=1)))
+    asked = run.features.embeds([key for key in run.cache.keys[len(run.prompt_keys()) :] if key is not None])
+    embeds = run.features.embeds(keys)
     seen.clear()
     for at in range(0, len(keys), 256):
         engine.forward(cache, embeds[at : at + 256], np.empty(0, np.int64))

@@ -26,7 +26,7 @@ from penguin_edge.prompt import part_kind
 from penguin_edge.records import read_records
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra import size_ladder
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -81,11 +81,11 @@ def main() -> int:
                 if name == "offline":
                     run = Session(engine, tokenizer, budget=budget)
                 else:
-                    run = StreamSession(engine, tokenizer, budget=budget, **WAYS[name])
+                    run = Stream(engine, tokenizer, budget=budget, **WAYS[name])
                 for frame in frames:
                     run.push(frame)
                 answers.setdefault(name, []).append("".join(token.text for token in run.ask(text, options=choice)))
-                if isinstance(run, StreamSession):
+                if isinstance(run, Stream):
                     spent = run.stats.frames, run.stats.reencoded, run.stats.reprefilled_tokens
                     costs[name] = [a + b for a, b in zip(costs[name], spent, strict=True)]
                 run.close()

@@ -26,21 +26,23 @@ from penguin_edge.commands.common import (
     status,
     table,
 )
+from penguin_edge.commands.options import add_budget, add_engine, add_fps, add_json, add_window
 from penguin_edge.errors import InputError
 from penguin_edge.files import replacing
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
-from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamOptions, bench_stream
+from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamRun, bench_stream
 from penguin_edge.runtime.bench_video import QUESTION, VideoOptions, bench_video
 from penguin_edge.runtime.control import LatencyTarget
 from penguin_edge.runtime.engine import Engine
 from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.options import SessionOptions, StreamOptions
 from penguin_edge.runtime.power import Meter
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.sources import is_live, read_source
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 
 KV_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -63,19 +65,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--video", metavar="F", help="also ask about this clip from end to end, cold and warm")
     parser.add_argument("--prompt", default=QUESTION, metavar="TEXT", help="the question (default: %(default)s)")
     parser.add_argument("--stream", metavar="CLIP", help="stream this clip, again and again, and ask every 2 s instead")
-    parser.add_argument("--fps", type=above_zero, help="frames per second (default: the model's; 1 for a stream)")
+    add_fps(parser, note="the model's; 1 for a stream", usage=True)
     parser.add_argument("--duration", type=above_zero, default=30.0, metavar="S", help="default: %(default)s s")
-    parser.add_argument("--budget", type=positive, metavar="T", help="visual tokens; for a stream, at any time")
-    parser.add_argument("--window", type=above_zero, default=60.0, metavar="S", help="default: %(default)s s")
-    parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
-    parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
+    add_budget(parser, "for a stream, at any time", usage=True)
+    add_window(parser)
     latency.add(parser)
     parser.add_argument(
         "--slow-down", metavar="FACTOR@SECOND", help="make every stage FACTOR times slower from SECOND on"
     )
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_engine(parser)
+    add_json(parser)
     parser.add_argument(
         "-o", "--out", type=Path, metavar="FILE.json", help="also write the result to this file, for `compare`"
     )
@@ -209,7 +208,7 @@ def _model(
     with Meter() as meter:
         if args.video:  # first: a clip that cannot be read is found out at once
             clip = VideoOptions(args.video, args.prompt, args.fps, args.tokens, args.repeat, args.warmup)
-            video = bench_video(lambda: Session(engine, tokenizer, budget=args.budget), clip, status)
+            video = bench_video(lambda: Session(engine, tokenizer, SessionOptions(budget=args.budget)), clip, status)
         rows = bench_model(engine, choice, status, traffic(bundle, engine))
     result |= {
         "options": asdict(choice),
@@ -236,20 +235,16 @@ def _stream(
 ) -> None:
     keep_heap_compact()
     brake = Brake(*slow) if slow else None
-    session = StreamSession(
-        SlowedEngine(engine, brake) if brake else engine,
-        tokenizer,
-        budget=args.budget,
-        window_s=args.window,
-        shrink=args.shrink,
-        cache=args.cache,
-        answer_tokens=16,
+    kept = StreamOptions(
+        budget=args.budget, window_s=args.window, shrink=args.shrink, cache=args.cache, answer_tokens=16
     )
+    stream = Stream(SlowedEngine(engine, brake) if brake else engine, tokenizer, kept)
     cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
         trace = latency.trace(args, opened)
-        options = StreamOptions(args.duration, target=target, cost=cost, rate=args.fps or 1.0, brake=brake, trace=trace)
-        result |= bench_stream(session, _looped(args), options, _follow(args.duration))
+        rate = args.fps or 1.0
+        options = StreamRun(args.duration, target=target, cost=cost, rate=rate, brake=brake, observer=trace)
+        result |= bench_stream(stream, _looped(args), options, _follow(args.duration))
     result["options"] = {
         "source": args.stream,
         "fps": args.fps or 1.0,

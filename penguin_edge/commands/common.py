@@ -84,34 +84,6 @@ def nats(text: str) -> float:
     return value
 
 
-def add_allow_outside(parser: argparse._ActionsContainer) -> None:
-    """The one flag for every verb that reads annotations."""
-    parser.add_argument(
-        "--allow-outside", action="store_true", help="take media that annotations name outside their own folder"
-    )
-
-
-def add_media_limits(parser: argparse._ActionsContainer) -> None:
-    """The flags for every verb that reads media named on its command line."""
-    parser.add_argument(
-        "--max-pixels",
-        type=positive,
-        metavar="N",
-        help="most pixels of a picture (default: 134 million) or of a clip's frame (33.5 million)",
-    )
-    parser.add_argument("--max-packets", type=positive, metavar="N", help="most packets of a clip (16.8 million)")
-
-
-def checked_max_pixels(args: argparse.Namespace) -> int | None:
-    """Apply the flag's value to the whole process, since Pillow has a limit of its own, and return it."""
-    if args.max_pixels is not None:
-        from PIL import Image
-
-        Image.MAX_IMAGE_PIXELS = max(args.max_pixels, Image.MAX_IMAGE_PIXELS or 0)
-    pixels: int | None = args.max_pixels
-    return pixels
-
-
 WHOLE_FOLDERS = ("model", "against", "clip", "video", "stream", "source")
 """Arguments that may name a folder whose every file is read."""
 DATA_FILES = ("annotations.jsonl", "training_answers.json")

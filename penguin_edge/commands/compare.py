@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.commands.common import emit, say, table
+from penguin_edge.commands.options import add_json
 from penguin_edge.runtime.compare import LEAST, compare, read
 
 
@@ -18,7 +19,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="5%",
         help="end with exit code 1 when a test is slower by this share, or none can be judged",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from penguin_edge.commands.common import emit, table
+from penguin_edge.commands.options import add_json
 from penguin_edge.machine import describe, human_bytes, total_memory
 
 ENGINES = {"onnx": "onnxruntime", "executorch": "executorch", "eager": "torch", "tensorrt": "tensorrt"}
@@ -20,7 +21,7 @@ INSTALL = {
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("doctor", help="versions, engines found, processor, memory, and what fits")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser, "print one JSON object")
     parser.set_defaults(run=run)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from penguin_edge.budget_study import Ask, Reply, draw_study, study
-from penguin_edge.commands.common import add_allow_outside, check_outputs, emit, open_model, positive, say, table
+from penguin_edge.commands.common import check_outputs, emit, open_model, positive, say, table
 from penguin_edge.commands.eval_layers import run_layers
+from penguin_edge.commands.options import add_allow_outside, add_budget, add_engine, add_json, add_tra
 from penguin_edge.errors import InputError
 from penguin_edge.evaluate import (
     Answer,
@@ -30,6 +31,7 @@ from penguin_edge.evaluate import (
 from penguin_edge.machine import peak_mb
 from penguin_edge.prompt import Message
 from penguin_edge.records import missing_media, read_records
+from penguin_edge.runtime.options import SessionOptions
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 from penguin_edge.text_quality import measure_text
@@ -63,15 +65,14 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--answers", metavar="FILE", help="write every answer, one JSON object per line")
     parser.add_argument("--over", metavar="FILE", help="compare with the --answers of another model")
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
-    parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
-    parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
+    add_budget(parser, "(default: what the context leaves)", usage=False)
+    add_tra(parser)
+    add_engine(parser)
     parser.add_argument(
         "--budget-study", action="store_true", help="accuracy against budget for TRA, dropping and shrinking frames"
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study or the layers")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_json(parser)
     parser.set_defaults(run=run, usage=parser.error)
 
 
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     training = read_training_answers(data if data.is_dir() else data.parent)
     other = read_answers(args.over, questions) if args.over else None
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
-    session = Session(engine, tokenizer, budget=args.budget, tra=args.tra)
+    session = Session(engine, tokenizer, SessionOptions(budget=args.budget, tra=args.tra))
     begin = time.monotonic()
     if args.budget_study:
         result = study(questions, asker(session), engine.config, training=training, progress=Progress())

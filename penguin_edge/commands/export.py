@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from penguin_edge.commands.common import (
-    add_allow_outside,
     byte_count,
     emit,
     nats,
@@ -21,6 +20,7 @@ from penguin_edge.commands.common import (
     status,
     table,
 )
+from penguin_edge.commands.options import add_allow_outside, add_json
 from penguin_edge.errors import InputError
 from penguin_edge.machine import human_bytes
 
@@ -75,7 +75,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the bundle with the eager model")
     parser.add_argument("-o", "--out", required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser, "print one JSON object")
     parser.set_defaults(run=run, refuse=parser.error)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from penguin_edge.bundle import VERIFY, Bundle
 from penguin_edge.commands.common import emit, is_bundle, require_torch, table
+from penguin_edge.commands.options import add_json
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
 from penguin_edge.machine import human_bytes
@@ -22,7 +23,7 @@ VERIFIED = Record(
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser("info", help="what a checkpoint, preset or bundle is")
     parser.add_argument("source", metavar="CHECKPOINT|BUNDLE", help="folder, hub id, preset name, or bundle")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser, "print one JSON object")
     parser.set_defaults(run=run)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.commands.common import above_zero, is_bundle, say, status
@@ -14,6 +14,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.runtime.control import Decision, LatencyTarget
 from penguin_edge.runtime.cost import CostModel
 from penguin_edge.runtime.engine import Engine
+from penguin_edge.runtime.events import Observer
 from penguin_edge.runtime.profile import differences, load, profile
 
 
@@ -76,18 +77,28 @@ def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
     return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])
 
 
-def trace(args: argparse.Namespace, opened: ExitStack) -> Callable[[Decision], None]:
-    """Function that writes each decision down at once; `opened` closes its file.
+class Trace(Observer):
+    """Writes each decision to a file at once, as one line of JSON."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def decided(self, decision: Decision) -> None:
+        print(json.dumps(decision.to_json()), file=self._file, flush=True)
+
+
+def trace(args: argparse.Namespace, opened: ExitStack) -> Observer:
+    """The observer that --trace asks for; `opened` closes its file.
 
     Raises:
         InputError: the file cannot be written.
     """
     if args.trace is None:
-        return lambda decision: None
+        return Observer()
     try:
         file = opened.enter_context(args.trace.open("w", encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{args.trace}: cannot be written ({error.strerror}); name a file in a folder that is there"
         ) from error
-    return lambda decision: print(json.dumps(decision.to_json()), file=file, flush=True)
+    return Trace(file)

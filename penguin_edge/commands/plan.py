@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.bundle import Bounds
-from penguin_edge.commands.common import add_media_limits, check_outputs, checked_max_pixels, emit, positive, say
+from penguin_edge.commands.common import check_outputs, emit, positive, say
+from penguin_edge.commands.options import add_budget, add_fps, add_json, add_media_limits, add_tra, checked_max_pixels
 from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.media import Library
@@ -16,18 +17,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     defaults = ImageConfig()
     parser = verbs.add_parser("plan", help="draw the TRA plan of a clip")
     parser.add_argument("clip", metavar="CLIP", help="video file, gif, or folder of images")
-    parser.add_argument("--budget", type=int, required=True, metavar="N", help="visual tokens for the whole clip")
-    parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
-    parser.add_argument(
-        "--fps", type=float, default=defaults.fps, help="frames taken per second (default: %(default)s)"
-    )
+    add_budget(parser, "for the whole clip", usage=False, required=True)
+    add_tra(parser)
+    add_fps(parser, defaults.fps, usage=False)
     parser.add_argument("--max-frames", type=positive, default=defaults.max_frames, help="default: %(default)s")
     parser.add_argument("--start", type=float, help="seconds")
     parser.add_argument("--end", type=float, help="seconds")
     parser.add_argument("--min-image-tokens", type=positive, default=defaults.min_tokens, help="default: %(default)s")
     add_media_limits(parser)
     parser.add_argument("-o", "--out", metavar="PNG", help="write a picture")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the drawing")
+    add_json(parser, "print one JSON object instead of the drawing")
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from penguin_edge.bundle import PROFILE, Bundle
 from penguin_edge.commands.common import emit, positive, status, table
+from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines import open_engine
@@ -18,8 +19,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--repeat", type=positive, help=f"rounds (default: {ROUNDS}, and more until {LONG_S:.0f} s have passed)"
     )
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_threads(parser)
+    add_json(parser)
     parser.set_defaults(run=run)
 
 

@@ -7,11 +7,21 @@ import sys
 import time
 from typing import Any
 
-from penguin_edge.commands.common import add_media_limits, checked_max_pixels, emit, open_model, positive, say, table
+from penguin_edge.commands.common import emit, open_model, positive, say, table
+from penguin_edge.commands.options import (
+    add_budget,
+    add_engine,
+    add_fps,
+    add_json,
+    add_media_limits,
+    add_tra,
+    checked_max_pixels,
+)
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
 from penguin_edge.places import existing, is_data, local_path
 from penguin_edge.prompt import Message
+from penguin_edge.runtime.options import SessionOptions
 from penguin_edge.runtime.report import PHASES, Report
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
@@ -31,18 +41,17 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
     parser.add_argument("--max-ms", type=float, metavar="MS", help="end the answer MS milliseconds after the question")
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--fps", type=float, help="frames taken per second (default: the model's)")
+    add_engine(parser)
+    add_fps(parser, note="the model's", usage=False)
     parser.add_argument("--max-frames", type=positive, help="most frames taken (default: the model's)")
-    parser.add_argument("--budget", type=int, metavar="N", help="visual tokens (default: what the context leaves)")
-    parser.add_argument("--tra", choices=("strict", "reference"), default="strict", help="default: %(default)s")
+    add_budget(parser, "(default: what the context leaves)", usage=False)
+    add_tra(parser)
     parser.add_argument("--thinking", action="store_true", help="let the model think: no empty think block")
     parser.add_argument(
         "--shared-image-size", action="store_true", help="the first image's size for all, as the reference"
     )
     add_media_limits(parser)
-    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -77,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
             existing(local_path(source), "a picture or a clip")
     begin = time.monotonic()
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
-    session = Session(
-        engine,
-        tokenizer,
+    planned = SessionOptions(
         budget=args.budget,
         tra=args.tra,
         thinking=args.thinking,
@@ -87,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=checked_max_pixels(args),
         max_packets=args.max_packets,
     )
+    session = Session(engine, tokenizer, planned)
     load_ms = 1e3 * (time.monotonic() - begin)
     answer = session.converse(messages, options)
     code = 0

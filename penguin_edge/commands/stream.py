@@ -16,24 +16,35 @@ from typing import Any
 from penguin_edge.commands import latency
 from penguin_edge.commands.common import (
     above_zero,
-    add_media_limits,
     check_outputs,
-    checked_max_pixels,
     emit,
     open_model,
     positive,
     say,
     status,
 )
+from penguin_edge.commands.options import (
+    add_budget,
+    add_engine,
+    add_fps,
+    add_json,
+    add_media_limits,
+    add_window,
+    checked_max_pixels,
+)
 from penguin_edge.errors import InputError
 from penguin_edge.frames import Frame
 from penguin_edge.machine import keep_heap_compact, peak_mb
-from penguin_edge.runtime.live import QUEUE, Live, Watch
+from penguin_edge.runtime.events import Observers
+from penguin_edge.runtime.live import Live
+from penguin_edge.runtime.live_options import LiveOptions
+from penguin_edge.runtime.options import StreamOptions
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.sources import is_live, paced, read_source, without_password
-from penguin_edge.runtime.stream import StreamSession
+from penguin_edge.runtime.stream import Stream
 from penguin_edge.runtime.view import View
 from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
+from penguin_edge.runtime.watch import Watch
 
 ANSWERS = 1000
 """Most answers kept for `--json`: the last ones."""
@@ -50,26 +61,23 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--on-change", action="store_true", help="ask at key frames, with --every at least S seconds apart"
     )
-    parser.add_argument("--fps", type=above_zero, default=1.0, help="frames taken per second (default: %(default)s)")
+    add_fps(parser, 1.0, usage=True)
     parser.add_argument("--loop", action="store_true", help="begin the clip again when it ends")
     parser.add_argument(
         "--fast", action="store_true", help="read a clip as fast as it can be processed, dropping nothing"
     )
     parser.add_argument("--duration", type=above_zero, metavar="S", help="stop after S seconds of the stream")
-    parser.add_argument("--budget", type=positive, metavar="N", help="visual tokens at any time (default: the model's)")
-    parser.add_argument(
-        "--window", type=above_zero, default=60.0, metavar="S", help="seconds kept (default: %(default)s)"
-    )
-    parser.add_argument("--shrink", choices=("encode", "pool"), default="encode", help="default: %(default)s")
-    parser.add_argument("--cache", choices=("recompute", "rebase"), default="recompute", help="default: %(default)s")
+    add_budget(parser, "at any time (default: the model's)", usage=True)
+    add_window(parser)
     add_media_limits(parser)
-    parser.add_argument("--queue", type=positive, default=QUEUE, help="most frames that wait (default: %(default)s)")
+    parser.add_argument(
+        "--queue", type=positive, default=LiveOptions().queued, help="most frames that wait (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=64, help="most tokens of an answer (default: %(default)s)"
     )
     latency.add(parser)
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--max-seq-len", type=positive, default=4096, help="for a checkpoint; a bundle has its own")
+    add_engine(parser)
     parser.add_argument(
         "--ui",
         action="store_true",
@@ -79,7 +87,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--port", type=port_of, metavar="N", help=f"port of the page; 0: any free one (default: {PORT})"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -113,34 +121,22 @@ def run(args: argparse.Namespace) -> int:
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
     options = SamplingOptions(args.max_new_tokens)
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
-    session = StreamSession(
-        engine,
-        tokenizer,
+    kept = StreamOptions(
         budget=args.budget,
         window_s=args.window,
         shrink=args.shrink,
         cache=args.cache,
         answer_tokens=args.max_new_tokens,
     )
+    stream = Stream(engine, tokenizer, kept)
     answers: deque[dict[str, Any]] = deque(maxlen=ANSWERS)
     code = 0
     view = View(_named(args.source), f"{Path(args.model).name} on {engine.name}")
-    ready, said = (view.ready, view.said) if bound is not None else (None, None)
     cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
-        trace = latency.trace(args, opened)
-        live = opened.enter_context(
-            Live(
-                session,
-                queued=args.queue,
-                target=target,
-                cost=cost,
-                rate=args.fps,
-                trace=trace,
-                ready=ready,
-                said=said,
-            )
-        )
+        told = [latency.trace(args, opened), *([view] if bound is not None else [])]
+        taken = LiveOptions(queued=args.queue, target=target, cost=cost, rate=args.fps)
+        live = opened.enter_context(Live(stream, taken, observer=Observers(*told)))
         live.wait()  # for the engine to be warm
         server = None
         if bound is not None:
@@ -166,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         if watch is not None:
             reader.join()
     decisions = [decision.to_json() for decision in live.control.decisions] if live.control else []
-    result = {**live.status(), **_costs(session), "decisions": decisions, "answers": list(answers)}
+    result = {**live.status(), **_costs(stream), "decisions": decisions, "answers": list(answers)}
     result |= {"peak_mb": peak_mb(), "engine": engine.name}
     _report(result)
     if args.json:
@@ -214,10 +210,10 @@ def _read(watch: Watch, answers: deque[dict[str, Any]]) -> None:
 def _ask(live: Live, prompt: str, options: SamplingOptions, answers: deque[dict[str, Any]]) -> None:
     text, first, asked = "", None, time.monotonic()
     for token in live.ask(prompt, options=options, wait=True):
-        # Not the session's report, which may be of a question from the page by now.
+        # Not the stream's report, which may be of a question from the page by now.
         first = 1e3 * (time.monotonic() - asked) if first is None else first
         text += token.text
-    at = live.session.times[-1] if live.session.times else None
+    at = live.stream.times[-1] if live.stream.times else None
     _show(at, text)
     answers.append({"time": at, "text": text, "first_token_ms": first})
 
@@ -243,16 +239,16 @@ def _show(at: float | None, text: str) -> None:
     print(f"[{at or 0.0:.1f} s] {text.strip()}", flush=True)
 
 
-def _costs(session: StreamSession) -> dict[str, Any]:
-    stats = session.stats
+def _costs(stream: Stream) -> dict[str, Any]:
+    stats = stream.stats
     frames = max(1, stats.frames)
     return {
         "max_live_visual_tokens": stats.max_visual_tokens,
-        "saved_against_all_key": session.planner.saved_share,
+        "saved_against_all_key": stream.planner.saved_share,
         "reencodings_per_frame": stats.reencoded / frames,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames,
         "given_up": dict(stats.given_up),
-        "phases_ms_per_frame": {name: ns / 1e6 / frames for name, ns in session.clock.spent.items() if ns},
+        "phases_ms_per_frame": {name: ns / 1e6 / frames for name, ns in stream.clock.spent.items() if ns},
     }
 
 

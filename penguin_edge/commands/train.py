@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.commands.common import add_allow_outside, emit, positive, require_torch, say
+from penguin_edge.commands.common import emit, positive, require_torch, say
+from penguin_edge.commands.options import add_allow_outside, add_json
 from penguin_edge.errors import InputError
 from penguin_edge.recipe import STAGES, Lora, TrainConfig
 
@@ -126,7 +127,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _flag(how, "max_bad_share", "stop above this share of unusable samples", type=float)
     _flag(how, "peak_flops", "of one process, for MFU; measured unless given", type=float)
     how.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard")
-    how.add_argument("--json", action="store_true", help="print the JSON line only")
+    add_json(how, "print the JSON line only")
     parser.set_defaults(run=run)
 
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from penguin_edge.bundle import Bundle
-from penguin_edge.commands.common import add_allow_outside, emit, positive, require_torch, say, table
+from penguin_edge.commands.common import emit, require_torch, say, table
+from penguin_edge.commands.options import add_allow_outside, add_json, add_threads
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.runtime.engines import open_engine
 
@@ -22,8 +23,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_allow_outside(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of a preset's random weights (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, help="threads of the engine (default: all cores)")
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    add_threads(parser)
+    add_json(parser, "print the JSON line only")
     parser.set_defaults(run=run)
 
 
