@@ -30,16 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from penguin_edge.errors import PenguinError
-from penguin_edge.files import LONGEST_NAME, read_json
+from penguin_edge.files import LONGEST_NAME, read_json, sync
 
 MARK = "penguin-edge.json"
 SUFFIX = ".partial"
 HELD = ".held"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
-
-UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of fsync where the file system has none: it writes when it likes, and nothing is lost by that."""
 
 MayReplace = Callable[[Path, bool], None]
 """Takes what stands in a place, and whether it appeared while the new folder was written; raises if it has to stay."""
@@ -429,7 +426,7 @@ def _sync(folder: Path) -> None:
     """
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync_one(os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW))
+            sync(os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW))
         _sync_names(Path(parent))
 
 
@@ -440,14 +437,4 @@ def _sync_names(folder: Path) -> None:
         OSError: the disk is full or damaged.
     """
     with contextlib.suppress(PermissionError):
-        _sync_one(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-
-
-def _sync_one(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as found:
-        if found.errno not in UNSYNCED:
-            raise
-    finally:
-        os.close(descriptor)
+        sync(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))

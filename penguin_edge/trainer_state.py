@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 
 from penguin_edge.bundle_schema import FILES, SHA256
 from penguin_edge.checkpoint import write_published
-from penguin_edge.errors import CheckpointError, PenguinError
-from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, replacing, write_json
+from penguin_edge.errors import CheckpointError, PenguinError, WriteError
+from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, write_json, write_text
 from penguin_edge.folders import MayReplace, discard, refuse_any, whole
 from penguin_edge.model import PenguinModel
 from penguin_edge.recipe import Lora
@@ -188,11 +188,13 @@ def _before(folder: Path) -> str:
     return "no earlier checkpoint is whole: start a new run in another --out folder"
 
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS = (WriteError, OSError, RuntimeError, SafetensorError)
 """How files that cannot be written are reported: torch and safetensors have ways of their own."""
 
 
 def first_line(error: Exception) -> str:
+    if isinstance(error, WriteError):
+        return error.reason
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -258,8 +260,7 @@ def cut_log(out: Path, steps: int) -> None:
         if step > steps:
             break
         kept.append(line + "\n")
-    with replacing(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def optimizer_state(
