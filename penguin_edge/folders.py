@@ -25,7 +25,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,30 @@ def refuse_any(out: str | Path, error: type[PenguinError], *, but_empty: bool = 
     return may_replace
 
 
+def refuse_others(names: Collection[str], error: type[PenguinError]) -> MayReplace:
+    """Make a check for a folder that may hold plain files of these names, and nothing else."""
+
+    def may_replace(found: Path, appeared: bool) -> None:
+        for path in sorted(found.iterdir()):
+            if path.name not in names or path.is_symlink() or not path.is_file():
+                raise error(f"{path}: not one of the files that were written there; move it away first")
+
+    return may_replace
+
+
+def check_place(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -> Path:
+    """Refuse before long work what `whole` would refuse; return the absolute path that `out` means.
+
+    Raises:
+        PenguinError: what stands there may not be replaced.
+    """
+    place = place_of(out, error)
+    clear(place, error)
+    if os.path.lexists(place):
+        _check(place, False, may_replace, error)
+    return place
+
+
 def place_of(out: str | Path, error: type[PenguinError]) -> Path:
     """The absolute path that `out` means: through links, without `.` and `..`.
 
@@ -83,10 +107,7 @@ def whole(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -
     Raises:
         PenguinError: what stands there may not be replaced, or the parent cannot be written.
     """
-    place = place_of(out, error)
-    clear(place, error)
-    if os.path.lexists(place):
-        _check(place, False, may_replace, error)
+    place = check_place(out, may_replace, error)
     made = [parent for parent in place.parents if not os.path.lexists(parent)]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from penguin_edge.bundle_schema import FILES, SHA256
 from penguin_edge.checkpoint import write_published
 from penguin_edge.errors import CheckpointError, PenguinError, WriteError
 from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, write_json, write_text
-from penguin_edge.folders import MayReplace, discard, refuse_any, whole
+from penguin_edge.folders import discard, refuse_any, refuse_others, whole
 from penguin_edge.model import PenguinModel
 from penguin_edge.recipe import Lora
 from penguin_edge.schema import Record, Whole
@@ -103,7 +103,7 @@ def save_step(
         raise CheckpointError(f"{folder}: cannot be written ({first_line(error)}); {hint}") from error
     for old in checkpoints(out)[:-keep]:
         with contextlib.suppress(PenguinError, OSError):  # what holds anything of the user's stays
-            discard(old, _only({*names, STEP}), CheckpointError)
+            discard(old, refuse_others({*names, STEP}, CheckpointError), CheckpointError)
     return folder
 
 
@@ -147,15 +147,6 @@ def check_room(out: Path, begin: int, total: int) -> None:
         raise CheckpointError(
             f"{taken[0]} is there already, and the run stands at step {begin} of {total}; move it away"
         )
-
-
-def _only(names: set[str]) -> MayReplace:
-    def may_remove(folder: Path, appeared: bool) -> None:
-        for path in folder.iterdir():
-            if path.name not in names or path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"{path}: not of the step")
-
-    return may_remove
 
 
 def check_step(folder: Path) -> bool:
