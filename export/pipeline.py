@@ -289,7 +289,7 @@ def _export(
     target.check_installed()
     check_options(checkpoint, target, options)
     config = checkpoint.config
-    Tokenizer.open(checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
+    Tokenizer.of(checkpoint)
     need = estimate(checkpoint, target, options)
     check_room(need, options, Path(out))
     bounds = target.bounds(options.max_seq_len)

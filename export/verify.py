@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.bundle import CHECK, VERIFY, Bundle, Manifest
-from penguin_edge.errors import BundleError, InputError
+from penguin_edge.errors import BundleError, InputError, WriteError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json
 from penguin_edge.folders import scratch
@@ -327,6 +327,6 @@ def verify_bundle(
     }
     try:
         write_json(bundle.path(VERIFY), result)
-    except OSError as error:
-        progress(f"{VERIFY} not written: {error.strerror}")
+    except WriteError as error:
+        progress(f"{VERIFY} not written: {error.reason}")
     return result

@@ -130,12 +130,8 @@ def _record_check(part: str, model: Any, checkpoint: Checkpoint, folder: Path, t
     elif part == "projector":
         arrays |= check.check_projector(model, arrays)
     else:
-        config = checkpoint.config
-        tokenizer = Tokenizer.open(
-            checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-        )
         if part == "prefill" or "cache" not in arrays:
-            arrays["ids"] = check.check_ids(config, tokenizer)
+            arrays["ids"] = check.check_ids(checkpoint.config, Tokenizer.of(checkpoint))
             arrays |= check.check_prefill(model, arrays)
         if part == "decoder":
             arrays |= check.check_decoder(model, arrays, lambda index: teller.begin(step_name(index)))

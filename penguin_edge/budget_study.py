@@ -31,7 +31,7 @@ from penguin_edge.evaluate import (
     difference,
     score,
 )
-from penguin_edge.files import replacing
+from penguin_edge.files import write_picture
 from penguin_edge.prompt import Message, part_kind
 from penguin_edge.tra import DROPPED, KEY, FramePlan, Plan, Policy, plan_clip, size_ladder
 
@@ -207,11 +207,7 @@ def draw_study(result: dict[str, Any], path: str | Path) -> None:
     panels[0].legend(fontsize=8, frameon=False)
     figure.supxlabel("visual tokens, share of a clip's native tokens", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
-    try:
-        with replacing(path) as aside:
-            figure.savefig(aside, format="png")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None
+    write_picture(path, figure)
 
 
 def _draw_panel(axes: Any, result: dict[str, Any], task: str | None) -> None:

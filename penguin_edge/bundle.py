@@ -303,6 +303,16 @@ class Bundle:
     def path(self, name: str) -> Path:
         return self._place / name
 
+    @property
+    def tokenizer(self) -> Path:
+        """The path of `tokenizer.json`."""
+        return self.path(TOKENIZER)
+
+    @property
+    def config(self) -> PenguinConfig:
+        """The model's configuration, by the manifest."""
+        return self.manifest.model
+
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Read files of the bundle in the block: they are those that were there when it was opened.

@@ -14,10 +14,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from penguin_edge import folders
 from penguin_edge.bundle import MANIFEST, PROFILE, VERIFY, manifest_hash
 from penguin_edge.errors import BundleError
 from penguin_edge.files import read_json
-from penguin_edge.folders import MayReplace, clear, place_of, whole
+from penguin_edge.folders import MayReplace, whole
 
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})
 """What our verbs write into a bundle's folder; the manifest does not name it."""
@@ -42,11 +43,7 @@ def check_place(out: str | Path, *, overwrite: bool) -> Path:
     Raises:
         BundleError: as `writing`.
     """
-    place = place_of(out, BundleError)
-    clear(place, BundleError)
-    if os.path.lexists(place):
-        _rule(out, overwrite)(place, False)
-    return place
+    return folders.check_place(out, _rule(out, overwrite), BundleError)
 
 
 def _rule(out: str | Path, overwrite: bool) -> MayReplace:
@@ -102,8 +99,8 @@ def _strangers(folder: Path, named: frozenset[str]) -> Iterator[str]:
             "or choose another folder"
         )
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        for name in sorted(folders) + sorted(files):
+    for place, inner, files in os.walk(folder, onerror=refuse):
+        for name in sorted(inner) + sorted(files):
             path = Path(place) / name
             relative, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
             if stat.S_ISDIR(mode):

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     from penguin_edge.commands import (
         bench,
         compare,
+        convert,
         data,
         doctor,
         eval,
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"penguin-edge {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (doctor, info, plan, data, train, export, verify, run, stream, profile, bench, compare, eval):
+    for verb in (doctor, info, plan, data, convert, train, export, verify, run, stream, profile, bench, compare, eval):
         verb.add(verbs)
     return top
 

@@ -21,23 +21,28 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import PATCH, ImageConfig, PenguinConfig, VisionConfig
 from penguin_edge.encoder import Encoder
-from penguin_edge.errors import CheckpointError, InputError
-from penguin_edge.folders import refuse_any, whole
+from penguin_edge.errors import CheckpointError, InputError, WriteError
+from penguin_edge.files import file_hash, manifest_hash, read_json, write_json
+from penguin_edge.folders import MayReplace, check_place, refuse_any, refuse_others, whole
 from penguin_edge.hf_config import published_json
 from penguin_edge.layers import Block, RMSNorm
 from penguin_edge.model import PenguinModel
 from penguin_edge.weights import published_name
 
 Choice = Literal["first", "spaced"]
+RECORD = "conversion.json"
+"""Where an encoder came from, and its files. It is the mark of a folder that may be replaced, too: a downloaded encoder
+has files of the same names and no record."""
 
 
 def convert_language_model(
@@ -126,6 +131,75 @@ def save_encoder(encoder: Encoder, folder: str | Path, image: ImageConfig | None
     """
     with whole(folder, refuse_any(folder, CheckpointError), CheckpointError) as aside:
         _write_encoder(encoder, aside, image)
+
+
+def convert_checkpoint(
+    source: Checkpoint,
+    out: str | Path,
+    *,
+    layers: int | None = None,
+    choose: Choice = "first",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make the folder of an encoder from a language model's checkpoint; the folder appears whole or not at all.
+
+    Args:
+        layers: as in `convert_language_model`, as are `choose` and `seed`.
+        overwrite: replace a folder that an earlier conversion wrote and nobody has put anything into.
+    Returns:
+        What `conversion.json` says: `donor` and its `fingerprint`, `layers` that were kept (numbers of the donor's
+        blocks), `seed`, and `files` with bytes and SHA-256.
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `out` exists and may not be replaced, or cannot be written.
+        InputError: as `convert_language_model`.
+    """
+    rule = _may_replace(out, overwrite)
+    check_place(out, rule, CheckpointError)
+    kept = _chosen(source.config.text.num_hidden_layers, layers, choose)
+    donor = source.load(("embedding", "decoder"), dtype=torch.float32)
+    encoder, _ = convert_language_model(donor, layers=layers, choose=choose, seed=seed)
+    data: dict[str, Any] = {"schema": 1, "donor": source.source, "fingerprint": source.fingerprint()}
+    data |= {"layers": kept, "seed": seed}
+    try:
+        with whole(out, rule, CheckpointError) as aside:
+            _write_encoder(encoder, aside, source.config.image)
+            written = sorted(aside.iterdir())
+            data["files"] = {p.name: {"sha256": file_hash(p), "bytes": p.stat().st_size} for p in written}
+            write_json(aside / RECORD, {**data, "sha256": manifest_hash(data)})
+    except (WriteError, OSError, SafetensorError) as error:
+        reason = error.reason if isinstance(error, WriteError) else getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{out}: cannot be written ({reason}); make room, or choose another folder") from error
+    return data
+
+
+def check_out(out: str | Path, *, overwrite: bool) -> None:
+    """Refuse before any work what `convert_checkpoint` would refuse of its folder.
+
+    Raises:
+        CheckpointError: it exists and may not be replaced.
+    """
+    check_place(out, _may_replace(out, overwrite), CheckpointError)
+
+
+def _may_replace(out: str | Path, overwrite: bool) -> MayReplace:
+    def may_replace(found: Path, appeared: bool) -> None:
+        if not overwrite:
+            raise CheckpointError(f"{out} exists already; choose another folder or pass --overwrite")
+        if not found.is_dir():
+            raise CheckpointError(f"{out} exists and is not a folder; it is left as it is, choose another name")
+        if not any(found.iterdir()):
+            return
+        advice = f"{out} is left as it is: remove it yourself, or choose another folder"
+        if not (found / RECORD).is_file():
+            raise CheckpointError(f"{out} exists and holds no encoder that `convert` wrote; {advice}")
+        data = read_json(found / RECORD, what=f"{out}/{RECORD}", error=CheckpointError, advice=advice)
+        files = data.get("files") if isinstance(data, dict) else None
+        if not isinstance(files, dict) or data.get("sha256") != manifest_hash(data):
+            raise CheckpointError(f"{out}/{RECORD}: damaged, or not written by `convert`; {advice}")
+        refuse_others({*files, RECORD}, CheckpointError)(found, appeared)
+
+    return may_replace
 
 
 def _write_encoder(encoder: Encoder, folder: Path, image: ImageConfig | None) -> None:

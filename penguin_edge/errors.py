@@ -14,6 +14,17 @@ class InputError(PenguinError, ValueError):
     """An image, clip, prompt or option that cannot be used as it is."""
 
 
+class WriteError(InputError):
+    """A file that cannot be written, as on a full disk or in a folder that is not there; it is as it was.
+
+    `reason` is what the system said, such as "No space left on device".
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class CheckpointError(PenguinError):
     """A checkpoint that is missing, damaged, or does not fit its configuration."""
 

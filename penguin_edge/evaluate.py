@@ -32,7 +32,7 @@ from typing import Any
 
 from penguin_edge import schema
 from penguin_edge.errors import InputError
-from penguin_edge.files import parse_json, read_json, replacing
+from penguin_edge.files import parse_json, read_json, write_text
 from penguin_edge.prompt import EMPTY_THINK, Message
 from penguin_edge.records import Record
 
@@ -228,12 +228,7 @@ def save_answers(path: str | Path, questions: Sequence[Question], answers: Seque
         | {"right": is_right(q, a)}
         for q, a in zip(questions, answers, strict=True)
     ]
-    path = Path(path)
-    try:
-        with replacing(path) as aside:
-            aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file for the answers") from error
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows), advice="name another file for the answers")
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:

@@ -1,4 +1,4 @@
-"""JSON files: the one reader for everything that comes from outside, and the one writer that leaves no half of a file.
+"""Single files: the one reader of JSON that comes from outside, and the one writer that leaves no half of a file.
 
 What is read is input, whoever wrote it: its size, its depth and the length of its numbers are bounded before anything
 is made of it. What other readers would understand differently (a key twice, NaN, half a character) is refused. What a
@@ -8,6 +8,7 @@ value must be is said by a rule of `penguin_edge.schema`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from penguin_edge.errors import InputError, PenguinError
+from penguin_edge.errors import InputError, PenguinError, WriteError
 from penguin_edge.schema import Rule
 
 MAX_BYTES = 64 << 20
@@ -32,6 +33,10 @@ LONGEST_NAME = 48
 """Characters of a name that its temporary file repeats: a file system that takes one name takes the other."""
 STREAMS = ("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/proc/")
 """Names of what a process has open already: a file that stdout goes to is written to, not replaced."""
+NAME_ANOTHER = "name another file, or make room"
+"""What to do about a file that cannot be written."""
+UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of fsync where the file system has none: it writes when it likes, and nothing is lost by that."""
 
 
 def parse_json(
@@ -104,11 +109,34 @@ def read_json(
     return parse_json(text, what, rule=rule, error=error, advice=advice)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write aside, then rename, so that a reader never sees half a file. Numbers that are not finite become null."""
-    text = json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    with replacing(path) as aside:
+def write_json(path: str | Path, data: Any) -> None:
+    """Write a JSON file as `replacing` does. Numbers that are not finite become null.
+
+    Raises:
+        WriteError: it cannot be written.
+        TypeError: a value that JSON has no form for.
+    """
+    write_text(path, json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str, *, advice: str = NAME_ANOTHER) -> None:
+    """Write a file of UTF-8 text as `replacing` does; `advice` as there.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with replacing(path, advice=advice) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_picture(path: str | Path, figure: Any) -> None:
+    """Write a figure of matplotlib as a PNG file, whatever the name ends with, as `replacing` does.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with replacing(path, "cannot write the picture", advice="give a file in a folder that exists") as aside:
+        figure.savefig(aside, format="png")
 
 
 def manifest_hash(data: dict[str, Any]) -> str:
@@ -128,27 +156,54 @@ ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, what: str = "cannot be written", *, advice: str = NAME_ANOTHER) -> Iterator[Path]:
     """A file to write beside `path`, which it becomes when the block ends well; otherwise `path` stays as it was.
 
     A link stays a link: what it points to is replaced. What is no file, such as a pipe or `/dev/stdout`, is written to.
-    The new content of an existing file is readable by its owner alone until it has that file's mode.
+    The new content of an existing file is readable by its owner alone until it has that file's mode, and is on the disk
+    before the old is given up. No failure leaves the file beside, Ctrl-C included; a kill does.
+
+    Args:
+        what: what the message says of the path.
+        advice: the end of the message, which says what to do.
+    Raises:
+        WriteError: the system refuses to write or to rename, in the block or after it.
     """
     path = Path(path)
-    if os.path.abspath(path).startswith(STREAMS) or (path.exists() and not path.is_file()):
-        yield path
-        return
-    place = Path(os.path.realpath(path))
-    aside = place.with_name(f".{place.name[:LONGEST_NAME]}.{uuid.uuid4().hex[:8]}")
     try:
-        if place.exists():
-            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        yield aside
-        if place.exists():
-            shutil.copymode(place, aside)
-        aside.replace(place)
+        if os.path.abspath(path).startswith(STREAMS) or (path.exists() and not path.is_file()):
+            yield path
+            return
+        place = Path(os.path.realpath(path))
+        aside = place.with_name(f".{place.name[:LONGEST_NAME]}.{uuid.uuid4().hex[:8]}")
+        try:
+            if place.exists():
+                os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            yield aside
+            if place.exists():
+                shutil.copymode(place, aside)
+                sync(os.open(aside, os.O_RDONLY))
+            aside.replace(place)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as found:
+        reason = found.strerror or str(found)
+        raise WriteError(f"{path}: {what} ({reason}); {advice}", reason) from found
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, and close it.
+
+    Raises:
+        OSError: the disk is full or damaged.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as found:
+        if found.errno not in UNSYNCED:
+            raise
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _finite(value: Any) -> Any:

@@ -25,21 +25,18 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from penguin_edge.errors import PenguinError
-from penguin_edge.files import LONGEST_NAME, read_json
+from penguin_edge.files import LONGEST_NAME, read_json, sync
 
 MARK = "penguin-edge.json"
 SUFFIX = ".partial"
 HELD = ".held"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
-
-UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of fsync where the file system has none: it writes when it likes, and nothing is lost by that."""
 
 MayReplace = Callable[[Path, bool], None]
 """Takes what stands in a place, and whether it appeared while the new folder was written; raises if it has to stay."""
@@ -57,6 +54,30 @@ def refuse_any(out: str | Path, error: type[PenguinError], *, but_empty: bool = 
             )
 
     return may_replace
+
+
+def refuse_others(names: Collection[str], error: type[PenguinError]) -> MayReplace:
+    """Make a check for a folder that may hold plain files of these names, and nothing else."""
+
+    def may_replace(found: Path, appeared: bool) -> None:
+        for path in sorted(found.iterdir()):
+            if path.name not in names or path.is_symlink() or not path.is_file():
+                raise error(f"{path}: not one of the files that were written there; move it away first")
+
+    return may_replace
+
+
+def check_place(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -> Path:
+    """Refuse before long work what `whole` would refuse; return the absolute path that `out` means.
+
+    Raises:
+        PenguinError: what stands there may not be replaced.
+    """
+    place = place_of(out, error)
+    clear(place, error)
+    if os.path.lexists(place):
+        _check(place, False, may_replace, error)
+    return place
 
 
 def place_of(out: str | Path, error: type[PenguinError]) -> Path:
@@ -86,10 +107,7 @@ def whole(out: str | Path, may_replace: MayReplace, error: type[PenguinError]) -
     Raises:
         PenguinError: what stands there may not be replaced, or the parent cannot be written.
     """
-    place = place_of(out, error)
-    clear(place, error)
-    if os.path.lexists(place):
-        _check(place, False, may_replace, error)
+    place = check_place(out, may_replace, error)
     made = [parent for parent in place.parents if not os.path.lexists(parent)]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -429,7 +447,7 @@ def _sync(folder: Path) -> None:
     """
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync_one(os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW))
+            sync(os.open(Path(parent) / name, os.O_RDONLY | os.O_NOFOLLOW))
         _sync_names(Path(parent))
 
 
@@ -440,14 +458,4 @@ def _sync_names(folder: Path) -> None:
         OSError: the disk is full or damaged.
     """
     with contextlib.suppress(PermissionError):
-        _sync_one(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-
-
-def _sync_one(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as found:
-        if found.errno not in UNSYNCED:
-            raise
-    finally:
-        os.close(descriptor)
+        sync(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.config import PATCH
 from penguin_edge.errors import InputError, TargetUnavailable
-from penguin_edge.files import replacing
+from penguin_edge.files import write_picture
 from penguin_edge.preprocess import fit_area, preprocess_image
 from penguin_edge.runtime.engine import Engine
 
@@ -185,8 +185,4 @@ def draw_layers(rows: Sequence[Row], path: str | Path) -> None:
     handles["the layer's own error"] = own
     every[0].set_ylabel("SNR of a layer's outputs, dB", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
-    try:
-        with replacing(path) as aside:
-            figure.savefig(aside, format="png")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None
+    write_picture(path, figure)

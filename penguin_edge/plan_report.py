@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from penguin_edge.config import TraConfig
 from penguin_edge.errors import InputError, TargetUnavailable
-from penguin_edge.files import replacing
+from penguin_edge.files import write_picture
 from penguin_edge.tra import DROPPED, INTERMEDIATE, KEY, Plan
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -199,11 +199,7 @@ def draw_png(
     top.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    try:
-        with replacing(path) as aside:
-            figure.savefig(aside, format="png")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write the picture ({error}); give a file in a folder that exists") from None
+    write_picture(path, figure)
 
 
 def _shown_keys(plan: Plan, thumbnails: Sequence[NDArray[np.uint8] | None] | None) -> list[int]:

@@ -20,11 +20,12 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
+from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import CheckpointError, InputError
 
 START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
@@ -196,6 +197,20 @@ SHORT, REMEMBERED = 32, 1024
 """Texts of at most so many characters, such as time stamps, are remembered: a stream renders them with every frame."""
 
 
+class HasTokenizer(Protocol):
+    """A folder with a model and its tokenizer: a checkpoint or a bundle."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The path of `tokenizer.json`."""
+        ...
+
+    @property
+    def config(self) -> PenguinConfig:
+        """The model's configuration."""
+        ...
+
+
 class Tokenizer:
     """The checkpoint's `tokenizer.json`, with the image token added where the file lacks it."""
 
@@ -214,6 +229,16 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._inner.encode_special_tokens = True  # not part of what the library pickles
+
+    @classmethod
+    def of(cls, source: HasTokenizer) -> Tokenizer:
+        """Read the tokenizer of a checkpoint or of a bundle.
+
+        Raises:
+            CheckpointError: as `open`.
+        """
+        config = source.config
+        return cls.open(source.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
 
     @classmethod
     def open(cls, path: str | Path, *, image_token_id: int, vocab_size: int) -> Tokenizer:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.errors import InputError
-from penguin_edge.files import file_hash, manifest_hash, read_json, replacing
+from penguin_edge.errors import InputError, WriteError
+from penguin_edge.files import file_hash, manifest_hash, read_json, write_text
 from penguin_edge.schema import Free, Record, Rows, Table, Text, Whole
 
 INDEX_SCHEMA = 2
@@ -80,9 +80,8 @@ def write_index(annotations: Path, index: LengthIndex, settings: dict[str, Any])
         "problems": {str(number): why for number, why in index.problems.items()},
     }
     try:
-        with replacing(index_path(annotations)) as aside:
-            aside.write_text(json.dumps({**data, "sha256": manifest_hash(data)}), encoding="utf-8")
-    except OSError:
+        write_text(index_path(annotations), json.dumps({**data, "sha256": manifest_hash(data)}))
+    except WriteError:
         return False
     return True
 

@@ -119,7 +119,7 @@ class Trainer:
         options = config.options or STAGES[config.stage].data
         limit = min(options.model_max_length, self.shape.text.max_position_embeddings)
         self.options = dataclasses.replace(options, model_max_length=limit)
-        self.builder = SampleBuilder(self.shape, self._tokenizer(), self.options)
+        self.builder = SampleBuilder(self.shape, Tokenizer.of(self.checkpoint), self.options)
         lengths = self._lengths() if config.length_group else None
         self.order = Order(
             self.corpus.sizes,
@@ -141,12 +141,6 @@ class Trainer:
             raise InputError(f"{out} is a file; name a folder for --out")
         if not self.config.resume and out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} is not empty; continue that run with --resume, or choose another folder")
-
-    def _tokenizer(self) -> Tokenizer:
-        shape = self.shape
-        return Tokenizer.open(
-            self.checkpoint.tokenizer, image_token_id=shape.image_token_id, vocab_size=shape.text.vocab_size
-        )
 
     def _lengths(self) -> tuple[int, ...]:
         """Tokens of every record; measured by one process."""

@@ -28,9 +28,9 @@ from safetensors import SafetensorError
 
 from penguin_edge.bundle_schema import FILES, SHA256
 from penguin_edge.checkpoint import write_published
-from penguin_edge.errors import CheckpointError, PenguinError
-from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, replacing, write_json
-from penguin_edge.folders import MayReplace, discard, refuse_any, whole
+from penguin_edge.errors import CheckpointError, PenguinError, WriteError
+from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, write_json, write_text
+from penguin_edge.folders import discard, refuse_any, refuse_others, whole
 from penguin_edge.model import PenguinModel
 from penguin_edge.recipe import Lora
 from penguin_edge.schema import Record, Whole
@@ -103,7 +103,7 @@ def save_step(
         raise CheckpointError(f"{folder}: cannot be written ({first_line(error)}); {hint}") from error
     for old in checkpoints(out)[:-keep]:
         with contextlib.suppress(PenguinError, OSError):  # what holds anything of the user's stays
-            discard(old, _only({*names, STEP}), CheckpointError)
+            discard(old, refuse_others({*names, STEP}, CheckpointError), CheckpointError)
     return folder
 
 
@@ -149,15 +149,6 @@ def check_room(out: Path, begin: int, total: int) -> None:
         )
 
 
-def _only(names: set[str]) -> MayReplace:
-    def may_remove(folder: Path, appeared: bool) -> None:
-        for path in folder.iterdir():
-            if path.name not in names or path.is_symlink() or not path.is_file():
-                raise CheckpointError(f"{path}: not of the step")
-
-    return may_remove
-
-
 def check_step(folder: Path) -> bool:
     """Compare every file of a step with its SHA-256; False for a step without any.
 
@@ -188,11 +179,13 @@ def _before(folder: Path) -> str:
     return "no earlier checkpoint is whole: start a new run in another --out folder"
 
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS = (WriteError, OSError, RuntimeError, SafetensorError)
 """How files that cannot be written are reported: torch and safetensors have ways of their own."""
 
 
 def first_line(error: Exception) -> str:
+    if isinstance(error, WriteError):
+        return error.reason
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -258,8 +251,7 @@ def cut_log(out: Path, steps: int) -> None:
         if step > steps:
             break
         kept.append(line + "\n")
-    with replacing(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def optimizer_state(

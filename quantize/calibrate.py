@@ -76,9 +76,7 @@ def read_calibration(options: CalibrationOptions, checkpoint: Checkpoint) -> lis
         InputError: nothing there, nothing in it, not readable as text, or shorter than one piece.
     """
     path, config = Path(options.source), checkpoint.config
-    tokenizer = Tokenizer.open(
-        checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-    )
+    tokenizer = Tokenizer.of(checkpoint)
     rng = np.random.default_rng(options.seed)
     if path.is_dir() or path.suffix in (".json", ".jsonl"):
         records = read_records(path, allow_outside=options.allow_outside)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from penguin_edge.errors import InputError
-from penguin_edge.files import ASIDE, replacing
+from penguin_edge.files import ASIDE, replacing, write_text
 
 DIGEST = "digest.txt"
 """File that names what decides the tensors: weights, recipe, data. It is our mark, too: without it nothing in a folder
@@ -38,8 +38,7 @@ def prepare(work: Path, made_for: str) -> None:
         if not same or not _is_whole(path):
             path.unlink()
     if not same:
-        with replacing(mark) as aside:
-            aside.write_text(made_for, encoding="utf-8")
+        write_text(mark, made_for)
 
 
 def remove(work: Path) -> None:

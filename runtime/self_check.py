@@ -33,10 +33,9 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
     Raises:
         BundleError: unreadable, or not the one of the manifest's model.
     """
-    config, path = bundle.manifest.model, bundle.path(TOKENIZER)
     try:
         with bundle.unchanged():
-            return Tokenizer.open(path, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size)
+            return Tokenizer.of(bundle)
     except CheckpointError as error:
         raise BundleError(f"{error}; {COPY_AGAIN}") from error
 

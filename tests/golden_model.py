@@ -49,11 +49,7 @@ def vlm_of(name: str) -> Path:
 @cache
 def load_vlm(folder: Path) -> tuple[Checkpoint, PenguinModel, Tokenizer]:
     checkpoint = Checkpoint.open(folder, note=lambda line: None)
-    config = checkpoint.config
-    tokenizer = Tokenizer.open(
-        checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-    )
-    return checkpoint, checkpoint.load(dtype=torch.float32), tokenizer
+    return checkpoint, checkpoint.load(dtype=torch.float32), Tokenizer.of(checkpoint)
 
 
 def frames_of(arrays: Any) -> Iterator[Patches]:

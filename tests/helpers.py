@@ -33,8 +33,7 @@ def tiny_model() -> PenguinModel:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    checkpoint = Checkpoint.open("tiny", note=lambda line: None)
-    return Tokenizer.open(checkpoint.tokenizer, image_token_id=603, vocab_size=640)
+    return Tokenizer.of(Checkpoint.open("tiny", note=lambda line: None))
 
 
 def picture(seed: int, height: int = 84, width: int = 112) -> NDArray[np.uint8]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from penguin_edge.checkpoint import Checkpoint, read_encoder, save
+from penguin_edge import convert
+from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint, read_encoder, save
+from penguin_edge.cli import main
 from penguin_edge.config import PenguinConfig, TextConfig
-from penguin_edge.convert import convert_language_model, save_encoder
+from penguin_edge.convert import RECORD, convert_language_model, save_encoder
 from penguin_edge.errors import CheckpointError, InputError
+from penguin_edge.files import file_hash
+from penguin_edge.initialise import initialise
 from penguin_edge.layers import full_attention
 from penguin_edge.model import PenguinModel
+from penguin_edge.prompt import IMAGE, Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = TextConfig(64, 32, 48, 5, 4, 2, 16, rope_theta=5e4)
@@ -162,3 +170,131 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         convert_language_model(PenguinModel(PenguinConfig(vision=None, text=QWEN), ("decoder",)))
     with pytest.raises(CheckpointError, match="neither a checkpoint folder"):
         convert_language_model(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def donor(tmp_path: Path) -> Path:
+    """A language model's folder with a vocabulary that the small tokenizer fits."""
+    save(language_model(dataclasses.replace(QWEN, vocab_size=640)), tmp_path / "donor", DEFAULT_TOKENIZER)
+    return tmp_path / "donor"
+
+
+def test_the_verb_writes_what_the_functions_make(
+    donor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "encoder"
+    assert main(["convert", str(donor), "--layers", "3", "--choose", "spaced", "--seed", "7", "-o", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{out}\n" and "3 of 5 blocks" in said.err
+    wanted, config = convert_language_model(donor, layers=3, choose="spaced", seed=7)
+    read_config, read = read_encoder(out)
+    assert read_config.vision == config
+    for (name, a), b in zip(wanted.named_parameters(), read.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    record = json.loads((out / RECORD).read_text())
+    assert (record["donor"], record["layers"], record["seed"]) == (str(donor), [0, 2, 4], 7)
+    assert record["fingerprint"] == Checkpoint.open(donor).fingerprint()
+    assert sorted(os.listdir(out)) == sorted([*record["files"], RECORD])
+    assert all(entry["sha256"] == file_hash(out / name) for name, entry in record["files"].items())
+    assert sorted(os.listdir(tmp_path)) == ["donor", "encoder"]
+
+
+def test_a_model_begins_with_it(donor: Path, tmp_path: Path) -> None:
+    """As docs/training.md has it."""
+    assert main(["convert", str(donor), "-o", str(tmp_path / "encoder")]) == 0
+    with pytest.raises(CheckpointError, match="just an encoder"):
+        Checkpoint.open(tmp_path / "encoder")
+    answers = Checkpoint.open(donor)
+    seen, encoder = read_encoder(tmp_path / "encoder")
+    config = dataclasses.replace(answers.config, vision=seen.vision, image=seen.image, image_token_id=603)
+    model = PenguinModel(config)
+    initialise(model, seed=0)
+    known = answers.load(("embedding", "decoder"), dtype=torch.float32)
+    assert model.encoder and model.embedding and model.decoder and known.embedding and known.decoder
+    model.encoder.load_state_dict(encoder.state_dict())
+    model.embedding.load_state_dict(known.embedding.state_dict())
+    model.decoder.load_state_dict(known.decoder.state_dict())
+    save(model, tmp_path / "start", answers.tokenizer)
+    begun = Checkpoint.open(tmp_path / "start")
+    assert begun.config.vision == seen.vision and begun.config.text == answers.config.text
+    assert Tokenizer.of(begun).special(IMAGE) == 603
+    loaded = begun.load(dtype=torch.float32)
+    assert loaded.encoder is not None and loaded.projector is not None
+    for (name, a), b in zip(loaded.encoder.named_parameters(), encoder.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def refused(capsys: pytest.CaptureFixture[str], says: str, *arguments: object, code: int = 1) -> None:
+    """One sentence, nothing on stdout."""
+    capsys.readouterr()
+    assert main(["convert", *map(str, arguments)]) == code
+    said = capsys.readouterr()
+    assert said.out == "" and says in said.err.splitlines()[-1] and "Traceback" not in said.err, said.err
+
+
+def test_what_stands_there_stays(donor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "encoder"
+    assert main(["convert", str(donor), "--layers", "1", "-o", str(out)]) == 0
+    refused(capsys, "exists already; choose another folder or pass --overwrite", donor, "-o", out)
+    assert main(["convert", str(donor), "--layers", "2", "--overwrite", "-o", str(out)]) == 0
+    assert json.loads((out / RECORD).read_text())["layers"] == [0, 1]
+    (out / "notes.txt").write_text("years of work")
+    refused(capsys, "notes.txt: not one of the files", donor, "--overwrite", "-o", out)
+    assert (out / "notes.txt").read_text() == "years of work" and read_encoder(out)
+
+
+@pytest.mark.parametrize("case", ["downloaded", "changed record", "no JSON", "a file", "the donor"])
+def test_overwrite_replaces_what_a_conversion_wrote_and_nothing_else(
+    donor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    out = tmp_path / "encoder"
+    assert main(["convert", str(donor), "--layers", "1", "-o", str(out)]) == 0
+    if case == "downloaded":  # the same files, but from elsewhere
+        (out / RECORD).unlink()
+    elif case == "changed record":
+        data = json.loads((out / RECORD).read_text())
+        data["files"]["thesis.txt"] = {}
+        (out / RECORD).write_text(json.dumps(data))
+    elif case == "no JSON":
+        (out / RECORD).write_text("letter")
+    elif case == "a file":
+        out = out / "model.safetensors"
+    else:
+        out = donor
+    names = sorted(str(path) for path in tmp_path.rglob("*"))
+    refused(capsys, str(out), donor, "--overwrite", "-o", out)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == names
+
+
+def test_an_empty_folder_is_taken_with_overwrite(donor: Path, tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    assert main(["convert", str(donor), "--overwrite", "-o", str(tmp_path / "encoder")]) == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_no_half_of_a_folder_is_left(
+    donor: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(convert, "save_file", stop)
+    stopped = isinstance(error, KeyboardInterrupt)
+    says = "stopped" if stopped else "encoder: cannot be written (No space left on device); make room"
+    refused(capsys, says, donor, "-o", tmp_path / "encoder", code=130 if stopped else 1)
+    assert os.listdir(tmp_path) == ["donor"]
+
+
+def test_bad_options_are_named(donor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "encoder"
+    refused(capsys, "got 6 layers to keep, wanted 1 to 5", donor, "--layers", 6, "-o", out)
+    refused(capsys, "is neither a checkpoint folder", tmp_path / "nowhere", "-o", out)
+    for usage in ([str(donor)], [str(donor), "--layers", "0", "-o", str(out)], [str(donor), "--choose", "last"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", *usage])
+        assert ended.value.code == 2
+    assert os.listdir(tmp_path) == ["donor"]

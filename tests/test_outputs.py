@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from penguin_edge.files import replacing, write_json
+from penguin_edge.errors import InputError, WriteError
+from penguin_edge.files import replacing, write_json, write_picture, write_text
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
@@ -22,6 +24,67 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         aside.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["out.csv"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("moment", ["write", "sync", "rename"])
+def test_a_full_disk_is_one_sentence_and_the_old_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, there: bool
+) -> None:
+    path = tmp_path / "out.txt"
+    if there:
+        path.write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "aside"))
+
+    monkeypatch.setattr(
+        *{"write": (Path, "write_text"), "sync": (os, "fsync"), "rename": (Path, "replace")}[moment], full
+    )
+    if moment == "sync" and not there:  # nothing is given up, so nothing has to be on the disk before
+        write_text(path, "new")
+        assert path.read_text() == "new"
+        return
+    with pytest.raises(WriteError) as found:
+        write_text(path, "new", advice="buy a disk")
+    assert str(found.value) == f"{path}: cannot be written (No space left on device); buy a disk"
+    assert found.value.reason == "No space left on device"
+    assert os.listdir(tmp_path) == ["out.txt"] * there and (not there or path.read_text() == "old")
+
+
+def test_a_file_system_that_cannot_sync_costs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    for text in ("old", "new"):
+        write_text(tmp_path / "out.txt", text)
+    assert (tmp_path / "out.txt").read_text() == "new" and os.listdir(tmp_path) == ["out.txt"]
+
+
+@pytest.mark.parametrize("where", ["none/out.json", "file/out.json"])
+def test_a_folder_that_is_not_there_is_said_by_the_name_that_was_asked_for(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / where
+    for write in (write_json, write_text):
+        with pytest.raises(InputError) as found:
+            write(path, "x")
+        assert str(found.value).startswith(f"{path}: cannot be written (") and "\n" not in str(found.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_error_of_the_caller_stays_his(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), replacing(tmp_path / "out"):
+        raise KeyError("x")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_picture_is_a_png_by_any_name(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    write_picture(tmp_path / "plan", figure)
+    assert (tmp_path / "plan").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(WriteError, match=r"cannot write the picture \(No such file or directory\); give a file in"):
+        write_picture(tmp_path / "none" / "plan.png", figure)
 
 
 def test_a_link_stays_and_its_file_is_written(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.checkpoint import DEFAULT_TOKENIZER
+from penguin_edge.bundle import Bundle
+from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.prompt import END, IMAGE, START, TextStream, Tokenizer, as_text, render
 
@@ -94,6 +96,23 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
         Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=151_669, vocab_size=151_936)
     with pytest.raises(CheckpointError, match="ids up to 605"):
         Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=500)
+
+
+@pytest.mark.parametrize("name", ["tiny", "bundle"])
+def test_a_checkpoint_and_a_bundle_have_theirs(name: str) -> None:
+    kept = Path(__file__).parent / "bundles" / "onnx"
+    source = Bundle.read(kept) if name == "bundle" else Checkpoint.open(name, note=lambda line: None)
+    tokenizer = Tokenizer.of(source)
+    assert tokenizer.source == str(source.tokenizer)
+    assert tokenizer.image_token_id == tokenizer.special(IMAGE) == source.config.image_token_id
+
+
+def test_a_checkpoint_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open("tiny", note=lambda line: None)
+    with pytest.raises(CheckpointError, match="missing"):
+        Tokenizer.of(replace(checkpoint, tokenizer=tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="the model wants 9"):
+        Tokenizer.of(replace(checkpoint, config=replace(checkpoint.config, image_token_id=9)))
 
 
 def test_settings_of_training_in_the_tokenizer_are_not_obeyed(tmp_path: Path) -> None:

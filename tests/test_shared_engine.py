@@ -16,7 +16,7 @@ from helpers import Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import TOKENIZER, Bundle
+from penguin_edge.bundle import Bundle
 from penguin_edge.decoder import KVCache
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.generate import EagerEngine
@@ -77,10 +77,7 @@ def opened(
         return tiny
     target, _, quant = request.param.partition(" ")
     bundle = Bundle.read(nano_bundle(target, quant or "fp32"))
-    config = bundle.manifest.model
-    words = Tokenizer.open(
-        bundle.path(TOKENIZER), image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-    )
+    words = Tokenizer.of(bundle)
     return lambda: (open_engine(bundle, threads=1), words)
 
 

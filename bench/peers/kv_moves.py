@@ -176,9 +176,7 @@ def main() -> int:
     else:
         model.decoder.kv_form = Recording("fp16")
     engine = EagerEngine(model, max_seq_len=2048)
-    tokenizer = Tokenizer.open(
-        checkpoint.tokenizer, image_token_id=checkpoint.config.image_token_id, vocab_size=text.vocab_size
-    )
+    tokenizer = Tokenizer.of(checkpoint)
     streams = clips(questions_of(read_records(args.data)), checkpoint.config, args.filled // 14)
     rows: list[dict[int, dict[str, float]]] = []
     for clip in streams:

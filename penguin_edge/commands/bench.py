@@ -28,7 +28,7 @@ from penguin_edge.commands.common import (
 )
 from penguin_edge.commands.options import add_budget, add_engine, add_fps, add_json, add_window
 from penguin_edge.errors import InputError
-from penguin_edge.files import replacing
+from penguin_edge.files import write_text
 from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.prompt import Tokenizer
@@ -145,11 +145,11 @@ def run(args: argparse.Namespace) -> int:
         result["seconds"] = time.monotonic() - begin
         _model_table(result)
     if args.out:
-        write_aside(args.out, json.dumps(result, indent=1) + "\n")
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
     if args.csv:
-        write_aside(args.csv, csv_text(result))
+        write_text(args.csv, csv_text(result))
     if args.html:
-        write_aside(args.html, html_text(result))
+        write_text(args.html, html_text(result))
     if args.json:
         emit(result)
     return 0
@@ -167,19 +167,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path}: its folder is not there; make it, or name a file in a folder that exists")
     if not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"{path}: its folder cannot be written; name a file in another one")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write beside the file, then rename, so that a reader never sees half of it.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        with replacing(path) as aside:
-            aside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from error
 
 
 def traffic(bundle: Bundle | None, engine: Engine) -> Traffic | None:

