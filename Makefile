@@ -45,6 +45,7 @@ $(STAMP): pyproject.toml $(PINS)
 	@now="$$($(TORCH_BUILD))"; was="$$(cat $(VENV)/.torch)"; \
 	    [ "$$was" = "$$now" ] || { echo "torch was '$$was' and became '$$now': a dependency replaced it; remove $(VENV) and check $(PINS)" >&2; exit 1; }
 	$(BIN)/python -m pip check
+	@for room in export quantize runtime; do ln -sfn ../$$room penguin_edge/$$room; done
 	@touch $@
 
 CLIP := tests/media/polar_bear.mp4
@@ -131,7 +132,7 @@ nano: $(NANO_SETS)
 	    --data $(NANO)/single=0.1 $(NANO)/more-several=0.1 $(NANO)/still-more-reading=0.25 $(NANO)/sums \
 	        $(NANO)/clips=0.35 $(NANO)/large-clips=0.4 $(NANO)/cuts=0.1 \
 	    --tight-share 0.15 --learning-rate 1.5e-3 --min-lr-ratio 0.02 --max-steps 3500
-	cp $(NANO)/10/model/* penguin_edge/data/nano/
+	cp $(NANO)/10/model/* penguin_edge/assets/nano/
 
 # PEERS_ARGS: what bench/peers/decoder_peers.py takes, such as `--shape 0.6b --threads 2 --repeat 3`.
 PEERS := build/peers
@@ -147,8 +148,5 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow the mapping of export/, quantize/ and runtime/ into the package: it is given a tree of links.
 typecheck: $(STAMP)
-	@rm -rf build/typecheck && mkdir -p build/typecheck/penguin_edge
-	@ln -s $(CURDIR)/penguin_edge/* $(CURDIR)/export $(CURDIR)/quantize $(CURDIR)/runtime build/typecheck/penguin_edge/
-	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p penguin_edge
+	$(BIN)/mypy -p penguin_edge

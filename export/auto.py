@@ -12,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.config import PATCH_VALUES
 from penguin_edge.errors import InputError
 from penguin_edge.export.cases import CASES, STORED_LOGITS
-from penguin_edge.export.target import Target
+from penguin_edge.export.targets.base import Target
 from penguin_edge.files import manifest_hash, read_json, write_json
 from penguin_edge.machine import human_bytes, require_memory
+from penguin_edge.model.checkpoint import Checkpoint, meta_model
 from penguin_edge.quantize.apply import linears
-from penguin_edge.quantize.auto import (
+from penguin_edge.quantize.calibration.calibrate import digest, read_calibration
+from penguin_edge.quantize.linear import Scheme
+from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.search.choice import (
     AutoOptions,
     Option,
     candidates,
@@ -31,10 +34,7 @@ from penguin_edge.quantize.auto import (
     totals,
     within_size,
 )
-from penguin_edge.quantize.calibrate import digest, read_calibration
-from penguin_edge.quantize.linear import Scheme
-from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.quantize.sensitivity import (
+from penguin_edge.quantize.search.sensitivity import (
     EMBEDDING,
     INT8_TABLE,
     Measured,

@@ -1,22 +1,22 @@
 """Check data: fixed inputs and eager outputs of every stage, so that a device can verify a bundle without a checkpoint.
 
-| name                | shape       | dtype | what                                                                     |
-|---------------------|-------------|-------|-----------------------------------------------------------------------------|
-| image_{c}           | [H,W,3]     | u8    | native pixels of case c                                                  |
-| size_{c}            | [3]         | i64   | target height and width, merge size                                      |
-| pixels_{c}          | [h,w,3]     | u8    | after resizing                                                           |
-| patches_{c}         | [1,P,588]   | f32   | after normalising, in merge-block order                                  |
-| features_{c}        | [1,P,C]     | f32   | encoder output                                                           |
-| visual_{c}          | [1,T,H]     | f32   | projector output                                                         |
-| ids                 | [S]         | i64   | prompt, image tokens included                                            |
-| embeds              | [S,H]       | f32   | prompt after splicing                                                    |
-| prefill             | [1,V]       | f32   | logits after the prompt                                                  |
-| tokens              | [33]        | i64   | greedy answer                                                            |
-| cache               | [2L,kv,S,D] | f32   | keys and values of every layer after the prompt; not stored              |
-| decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone            |
-| decode_top          | [32]        | i64   | greedy choice after each token of the answer                             |
-| noise_features_{c}, | [2]         | f64   | where activations are rounded: relative error and cosine of the eager    |
-| noise_prefill       |             |       | result to itself, inputs moved by `MOVED`                                |
+| name                | shape       | dtype | what                                                                  |
+|---------------------|-------------|-------|-----------------------------------------------------------------------|
+| image_{c}           | [H,W,3]     | u8    | native pixels of case c                                               |
+| size_{c}            | [3]         | i64   | target height and width, merge size                                   |
+| pixels_{c}          | [h,w,3]     | u8    | after resizing                                                        |
+| patches_{c}         | [1,P,588]   | f32   | after normalising, in merge-block order                               |
+| features_{c}        | [1,P,C]     | f32   | encoder output                                                        |
+| visual_{c}          | [1,T,H]     | f32   | projector output                                                      |
+| ids                 | [S]         | i64   | prompt, image tokens included                                         |
+| embeds              | [S,H]       | f32   | prompt after splicing                                                 |
+| prefill             | [1,V]       | f32   | logits after the prompt                                               |
+| tokens              | [33]        | i64   | greedy answer                                                         |
+| cache               | [2L,kv,S,D] | f32   | keys and values of every layer after the prompt; not stored           |
+| decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone         |
+| decode_top          | [32]        | i64   | greedy choice after each token of the answer                          |
+| noise_features_{c}, | [2]         | f64   | where activations are rounded: relative error and cosine of the eager |
+| noise_prefill       |             |       | result to itself, inputs moved by `MOVED`                             |
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from penguin_edge.config import PenguinConfig
-from penguin_edge.decoder import KVCache
 from penguin_edge.export.cases import CASES, DECODED, MOVED, QUESTION, STORED_LOGITS, Arrays, check_image, distance
-from penguin_edge.generate import continue_greedy
-from penguin_edge.model import PenguinModel
-from penguin_edge.preprocess import positions, preprocess_image, resize
-from penguin_edge.prompt import Tokenizer, render
+from penguin_edge.media.preprocess import positions, preprocess_image, resize
+from penguin_edge.model.decoder import KVCache
+from penguin_edge.model.generate import continue_greedy
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.prompt.chat import Tokenizer, render
 from penguin_edge.quantize.linear import QuantizedLinear
 
 

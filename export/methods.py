@@ -1,9 +1,9 @@
-"""What is compiled: one module per graph, with the names and order of `penguin_edge.bundle.signature`.
+"""What is compiled: one module per graph, with the names and order of `penguin_edge.bundle.manifest.signature`.
 
-| graph     | forward arguments                                                                     | result   |
-|-----------|---------------------------------------------------------------------------------------|----------|
-| encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64                                      | features |
-| projector | features [B,T,M,C] f32                                                                | visual   |
+| graph     | forward arguments                                                                      | result   |
+|-----------|----------------------------------------------------------------------------------------|----------|
+| encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64                                       | features |
+| projector | features [B,T,M,C] f32                                                                 | visual   |
 | decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, and what the target's KV needs | logits   |
 
 Every module casts to its own dtype inside and gives f32 back, so that all precisions share one signature. The attention
@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from penguin_edge.decoder import Decoder
-from penguin_edge.encoder import Encoder
-from penguin_edge.layers import Attend
-from penguin_edge.projector import Projector
+from penguin_edge.model.decoder import Decoder
+from penguin_edge.model.encoder import Encoder
+from penguin_edge.model.layers import Attend
+from penguin_edge.model.projector import Projector
 
 
 class EncoderMethod(nn.Module):

@@ -19,26 +19,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from penguin_edge import bundle as contract
 from penguin_edge import child
-from penguin_edge.bundle import Bundle, GraphEntry, Manifest, TablePlace, signature
-from penguin_edge.bundle_folder import check_place, writing
-from penguin_edge.checkpoint import Checkpoint, meta_model
+from penguin_edge.bundle import manifest as contract
+from penguin_edge.bundle.manifest import Bundle, GraphEntry, Manifest, TablePlace, signature
+from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.stages import LINE, VERIFY, Follower, part_stages, seconds_of, verify_seconds
-from penguin_edge.export.target import Target
-from penguin_edge.export.targets import find_target
+from penguin_edge.export.targets.base import Target
+from penguin_edge.export.targets.known import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
 from penguin_edge.files import parse_json, read_json
 from penguin_edge.folders import held, place_of, scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb
-from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
-from penguin_edge.quantize import kept
+from penguin_edge.model.checkpoint import Checkpoint, meta_model
+from penguin_edge.prompt.chat import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
-from penguin_edge.quantize.auto import STAND_IN, AutoOptions
-from penguin_edge.quantize.calibrate import CalibrationOptions
+from penguin_edge.quantize.calibration import kept
+from penguin_edge.quantize.calibration.calibrate import CalibrationOptions
 from penguin_edge.quantize.recipe import PRESETS, Recipe
+from penguin_edge.quantize.search.choice import STAND_IN, AutoOptions
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "67108864"}
 """glibc would raise the first to 32 MB, and weights that are freed would stay as holes in the heap."""

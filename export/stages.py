@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.export.cases import CASES, DECODED
+from penguin_edge.model.checkpoint import Checkpoint, meta_model
 from penguin_edge.quantize.apply import DECODERS, chosen, linears
 from penguin_edge.quantize.recipe import Recipe
 

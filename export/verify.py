@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import CHECK, VERIFY, Bundle, Manifest
+from penguin_edge.bundle.manifest import CHECK, VERIFY, Bundle, Manifest
 from penguin_edge.errors import BundleError, InputError, WriteError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json
 from penguin_edge.folders import scratch
 from penguin_edge.machine import require_memory
-from penguin_edge.preprocess import positions, preprocess_image, resize
-from penguin_edge.runtime.cache import Cache
-from penguin_edge.runtime.engine import Engine, chunks
-from penguin_edge.runtime.self_check import open_tokenizer
+from penguin_edge.media.preprocess import positions, preprocess_image, resize
+from penguin_edge.runtime.engines.base import Engine, chunks
+from penguin_edge.runtime.engines.cache import Cache
+from penguin_edge.runtime.engines.self_check import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.model.checkpoint import Checkpoint
     from penguin_edge.quantize.apply import Ready
     from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
@@ -147,8 +147,8 @@ def integers_again(
         BundleError: the bundle was made from a model of another shape, or with other data.
         InputError: the bundle was calibrated, and no data is named.
     """
-    from penguin_edge.export.targets import find_target
-    from penguin_edge.quantize.calibrate import ready_from
+    from penguin_edge.export.targets.known import find_target
+    from penguin_edge.quantize.calibration.calibrate import ready_from
     from penguin_edge.quantize.recipe import PRESETS, Recipe
 
     config = bundle.manifest.model
@@ -173,7 +173,13 @@ def integers_again(
 def _calibrate_again(
     bundle: Bundle, checkpoint: Checkpoint, recipe: Recipe, calibration: str | None, allow_outside: bool, work: Path
 ) -> None:
-    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, calibrate, digest, read_calibration
+    from penguin_edge.quantize.calibration.calibrate import (
+        BUILTIN,
+        CalibrationOptions,
+        calibrate,
+        digest,
+        read_calibration,
+    )
 
     made = dict(bundle.manifest.quantization["calibration"])
     if calibration is None and made["source"] == BUILTIN:

@@ -18,20 +18,19 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from penguin_edge.bundle import EMBEDDING, Bounds, TablePlace, config_hash
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import EMBEDDING, Bounds, TablePlace, config_hash
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.auto import choose
 from penguin_edge.export.stages import CHECK, LOAD, PROMPT, WRITE, Teller, part_stages, progress_line, step_name
-from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.files import write_json
 from penguin_edge.machine import peak_mb, require_memory
-from penguin_edge.model import PARTS
-from penguin_edge.prompt import Tokenizer
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.penguin import PARTS
+from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, embedding_scheme, load_quantized, quantize_rows
-from penguin_edge.quantize.auto import AutoOptions
-from penguin_edge.quantize.calibrate import (
+from penguin_edge.quantize.calibration.calibrate import (
     CalibrationOptions,
     calibrate,
     needed_bytes,
@@ -41,6 +40,7 @@ from penguin_edge.quantize.calibrate import (
 )
 from penguin_edge.quantize.linear import quantize_weight
 from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.search.choice import AutoOptions
 
 CALIBRATION = "calibration"
 """The job that makes integers for all parts, before any is exported."""

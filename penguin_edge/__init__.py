@@ -9,7 +9,7 @@
             print(token.text, end="")
 
 Importing this package is cheap: no torch, no engine, no codec. A name below is loaded when it is first used; anything
-else is imported from its module, for instance `penguin_edge.model` where torch is installed.
+else is imported from its module, for instance `penguin_edge.model.penguin` where torch is installed.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from penguin_edge.bundle import Bundle as Bundle
-    from penguin_edge.frames import read_image as read_image
-    from penguin_edge.frames import read_video as read_video
-    from penguin_edge.prompt import Tokenizer as Tokenizer
-    from penguin_edge.runtime.engines import open_engine as open_engine
-    from penguin_edge.runtime.live import Live as Live
+    from penguin_edge.bundle.manifest import Bundle as Bundle
+    from penguin_edge.media.frames import read_image as read_image
+    from penguin_edge.media.frames import read_video as read_video
+    from penguin_edge.prompt.chat import Tokenizer as Tokenizer
+    from penguin_edge.runtime.engines.opening import open_engine as open_engine
+    from penguin_edge.runtime.live.live import Live as Live
     from penguin_edge.runtime.session import Session as Session
     from penguin_edge.runtime.stream import Stream as Stream
 
 _PLACES = {
-    "Bundle": "bundle.Bundle",
-    "Live": "runtime.live.Live",
+    "Bundle": "bundle.manifest.Bundle",
+    "Live": "runtime.live.live.Live",
     "Session": "runtime.session.Session",
     "Stream": "runtime.stream.Stream",
-    "Tokenizer": "prompt.Tokenizer",
-    "open_engine": "runtime.engines.open_engine",
-    "read_image": "frames.read_image",
-    "read_video": "frames.read_video",
+    "Tokenizer": "prompt.chat.Tokenizer",
+    "open_engine": "runtime.engines.opening.open_engine",
+    "read_image": "media.frames.read_image",
+    "read_video": "media.frames.read_video",
 }
 """Where each public name is defined, inside this package."""
 

@@ -15,7 +15,7 @@ with contextlib.suppress(OSError):  # a working directory that is gone
     if not sys.flags.safe_path and sys.path[:1] in ([""], [os.getcwd()]):
         del sys.path[0]
 
-from penguin_edge.cli import main
+from penguin_edge.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -256,7 +256,7 @@ PRESETS: dict[str, PenguinConfig] = {
         vision=VisionConfig(128, 256, 4, 4, 2, 32, rope_theta=100.0),
         text=TextConfig(4160, 128, 256, 3, 4, 2, 32, rope_theta=10_000.0, max_position_embeddings=4096),
         image=ImageConfig(min_tokens=1, image_merge_size=2),
-        # The first 4,096 tokens of Qwen's vocabulary, then its special tokens: see `penguin_edge.nano.vocabulary`.
+        # The first 4,096 tokens of Qwen's vocabulary, then its special tokens: `dataset/nano/vocabulary.py`.
         image_token_id=4122,
         eos_token_ids=(4098,),
         pad_token_id=4096,

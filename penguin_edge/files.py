@@ -38,6 +38,9 @@ NAME_ANOTHER = "name another file, or make room"
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of fsync where the file system has none: it writes when it likes, and nothing is lost by that."""
 
+ASSETS = Path(__file__).parent / "assets"
+"""What is installed beside the code: penguin-nano's weights, a tokenizer, pictures, the live view's page."""
+
 
 def parse_json(
     text: str | bytes,

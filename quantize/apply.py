@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.decoder import KVForm
 from penguin_edge.errors import InputError
-from penguin_edge.model import PenguinModel
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.decoder import KVForm
+from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
 from penguin_edge.quantize.smooth import apply_factors
@@ -277,7 +277,7 @@ def kv_form(recipe: Recipe, layers: int, ready: Ready | None) -> KVForm | None:
 
 
 def quantize_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An embedding table [V, H] as int8 [V, H] and one scale per row, f32 [V]; see `runtime/embedding.py`.
+    """An embedding table [V, H] as int8 [V, H] and one scale per row, f32 [V]; see `runtime/engines/embedding.py`.
 
     Raises:
         InputError: an entry is NaN or infinite.

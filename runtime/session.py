@@ -20,13 +20,12 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.frames import Frame
 from penguin_edge.guard import Guard
-from penguin_edge.layout import fit_media, spell_out
-from penguin_edge.prompt import Message, Piece, Tokenizer, part_kind, parts_of, render
-from penguin_edge.runtime.answer import (
+from penguin_edge.media.frames import Frame
+from penguin_edge.prompt.chat import Message, Piece, Tokenizer, part_kind, parts_of, render
+from penguin_edge.runtime.core.answer import (
     Answering,
     Layout,
     Render,
@@ -38,18 +37,19 @@ from penguin_edge.runtime.answer import (
     refuse_media,
     shapes,
 )
-from penguin_edge.runtime.cache import Visual
-from penguin_edge.runtime.checks import check_options
-from penguin_edge.runtime.decode import Parts, answer
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.features import Features
-from penguin_edge.runtime.media import Clip, Library, Picture, open_media, own
-from penguin_edge.runtime.options import PROMPT, SessionChanges, SessionOptions, given_options
-from penguin_edge.runtime.report import Clock, Report
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.turns import Turn, Turns
-from penguin_edge.tra import KEY, Plan
+from penguin_edge.runtime.core.checks import check_options
+from penguin_edge.runtime.core.decode import Parts, answer
+from penguin_edge.runtime.core.features import Features
+from penguin_edge.runtime.core.media import Clip, Library, Picture, open_media, own
+from penguin_edge.runtime.core.options import PROMPT, SessionChanges, SessionOptions, given_options
+from penguin_edge.runtime.core.report import Clock, Report
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.core.turns import Turn, Turns
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.engines.cache import Visual
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.tra.clip import KEY, Plan
+from penguin_edge.tra.layout import fit_media, spell_out
 
 
 class Session:

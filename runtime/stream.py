@@ -13,7 +13,7 @@
 | KV cache       | `max_seq_len` of the bundle; frames leave room for a question and its answer      |
 | anything else  | one entry per kept frame, and the turns that were kept                            |
 
-Sizes come from `penguin_edge.stream_plan`. When a frame changes or goes, the KV cache follows in one of two ways:
+Sizes come from `penguin_edge.tra.stream`. When a frame changes or goes, the KV cache follows in one of two ways:
 
 - `recompute`: from that frame on. What the cache holds is what a new session would compute for the same frames at the
   same sizes.
@@ -35,14 +35,13 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BudgetError, BusyError, InputError
-from penguin_edge.frames import Frame
 from penguin_edge.guard import Guard
-from penguin_edge.layout import cap_size
-from penguin_edge.preprocess import preprocess_image
-from penguin_edge.prompt import Tokenizer, frame_tag
-from penguin_edge.runtime.answer import (
+from penguin_edge.media.frames import Frame
+from penguin_edge.media.preprocess import preprocess_image
+from penguin_edge.prompt.chat import Tokenizer, frame_tag
+from penguin_edge.runtime.core.answer import (
     Answering,
     Layout,
     Token,
@@ -52,27 +51,28 @@ from penguin_edge.runtime.answer import (
     layout,
     refuse_media,
 )
-from penguin_edge.runtime.cache import Key, Visual
-from penguin_edge.runtime.checks import check_options
-from penguin_edge.runtime.decode import Parts, answer
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.features import Calls, Features
-from penguin_edge.runtime.ledger import last_frame, rebase, to_last_frame
-from penguin_edge.runtime.media import Clip, Library, Picture, own
-from penguin_edge.runtime.options import PROMPT, StreamChanges, StreamOptions, given_options
-from penguin_edge.runtime.pool import pooled, retained
-from penguin_edge.runtime.report import Clock, Kept, Report, StreamStats, Work
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.turns import Turn, Turns
+from penguin_edge.runtime.core.checks import check_options
+from penguin_edge.runtime.core.decode import Parts, answer
+from penguin_edge.runtime.core.features import Calls, Features
+from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
+from penguin_edge.runtime.core.media import Clip, Library, Picture, own
+from penguin_edge.runtime.core.options import PROMPT, StreamChanges, StreamOptions, given_options
+from penguin_edge.runtime.core.pool import pooled, retained
+from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.core.turns import Turn, Turns
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.engines.cache import Key, Visual
+from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.schema import LARGEST, Whole
-from penguin_edge.stream_plan import Change, Limits, StreamPlanner
+from penguin_edge.tra.layout import cap_size
+from penguin_edge.tra.stream import Change, Limits, StreamPlanner
 
 WARM_PATCHES = 256
 
 
 class Stream:
-    """One stream over one engine, for one thread: `penguin_edge.runtime.live` puts a thread and a queue before it.
+    """One stream over one engine, for one thread: `penguin_edge.runtime.live.live` puts a thread and a queue before it.
 
     What changes the window is refused with `BusyError` while an answer is being read.
     """

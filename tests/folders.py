@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
+from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -15,12 +15,12 @@ from golden_set import GOLDEN, TABLES
 from safetensors.torch import load_file
 from torch import nn
 
-from penguin_edge.checkpoint import read_encoder
-from penguin_edge.losses import Distiller, DistillLoss, cross_entropy
-from penguin_edge.model import PenguinModel
-from penguin_edge.packing import forward_packed, pack, prompt_order
-from penguin_edge.samples import Sample
-from penguin_edge.weights import canonical_name
+from penguin_edge.dataset.samples import Sample
+from penguin_edge.model.checkpoint import read_encoder
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.model.weights import canonical_name
+from penguin_edge.training.losses import Distiller, DistillLoss, cross_entropy
+from penguin_edge.training.packing import forward_packed, pack, prompt_order
 
 LOSS, GRADIENT, FEATURES = 1e-4, 1e-3, 5e-5
 """Relative; of the gradients to their norm; features are absolute. fp32, where summation order alone may differ."""

@@ -15,14 +15,14 @@ from golden_set import GOLDEN, TABLES
 from safetensors.numpy import load_file
 from torch import nn
 
-from penguin_edge.checkpoint import Checkpoint, meta_model, read_encoder
-from penguin_edge.encoder import rotary_2d
-from penguin_edge.generate import generate
-from penguin_edge.layers import rotary_angles, rotate
-from penguin_edge.model import PenguinModel
-from penguin_edge.preprocess import Patches, positions
-from penguin_edge.prompt import IMAGE, Tokenizer, as_text, render
-from penguin_edge.weights import canonical_name, published_name
+from penguin_edge.media.preprocess import Patches, positions
+from penguin_edge.model.checkpoint import Checkpoint, meta_model, read_encoder
+from penguin_edge.model.encoder import rotary_2d
+from penguin_edge.model.generate import generate
+from penguin_edge.model.layers import rotary_angles, rotate
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.model.weights import canonical_name, published_name
+from penguin_edge.prompt.chat import IMAGE, Tokenizer, as_text, render
 
 ROPE, ENCODER, HIDDEN, LOGITS = 1e-6, 5e-5, 2e-4, 3e-4
 """Absolute, fp32: another implementation differs in summation order alone."""

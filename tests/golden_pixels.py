@@ -19,8 +19,8 @@ from golden_set import GOLDEN, MEDIA, TABLES
 from PIL import Image
 
 from penguin_edge.config import PATCH, ImageConfig
-from penguin_edge.frames import read_image, read_video, read_video_by_number, sample_numbers
-from penguin_edge.preprocess import image_size, image_sizes, positions, preprocess_image
+from penguin_edge.media.frames import read_image, read_video, read_video_by_number, sample_numbers
+from penguin_edge.media.preprocess import image_size, image_sizes, positions, preprocess_image
 
 EXACT_PIXELS = 1e-5
 """Float32 rounding; the resampler is the recorded one."""

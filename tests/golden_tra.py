@@ -11,9 +11,9 @@ import pytest
 from golden_set import GOLDEN, MEDIA, TABLES
 
 from penguin_edge.config import PATCH
-from penguin_edge.frames import read_video, read_video_by_number
-from penguin_edge.keyframes import KeyFrameDetector, compare_size, similarity
-from penguin_edge.tra import INTERMEDIATE, KEY, Plan, plan_clip
+from penguin_edge.media.frames import read_video, read_video_by_number
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, Plan, plan_clip
+from penguin_edge.tra.keyframes import KeyFrameDetector, compare_size, similarity
 
 KINDS = (KEY, INTERMEDIATE)
 LOADERS = {"load_video": read_video, "load_video_from_ids": read_video_by_number}

@@ -17,9 +17,9 @@ from golden_pixels import EXACT_PIXELS, GREY_LEVEL, is_picture
 from golden_set import GOLDEN, MEDIA, TABLES
 from PIL import Image
 
-from penguin_edge.preprocess import Patches
-from penguin_edge.records import ANNOTATIONS, Record, missing_media, read_records
-from penguin_edge.samples import NO_TARGET, DataOptions, SampleBuilder, encode_conversation
+from penguin_edge.dataset.records import ANNOTATIONS, Record, missing_media, read_records
+from penguin_edge.dataset.samples import NO_TARGET, DataOptions, SampleBuilder, encode_conversation
+from penguin_edge.media.preprocess import Patches
 
 LABELS = TABLES.get("labels", {}) if VLMS else {}
 DATASET = TABLES.get("dataset", {}) if VLMS and (GOLDEN / ANNOTATIONS).is_file() else {}

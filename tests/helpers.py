@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.config import PenguinConfig
-from penguin_edge.generate import EagerEngine
-from penguin_edge.model import PenguinModel
-from penguin_edge.prompt import Tokenizer
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear
-from penguin_edge.runtime.cache import Cache, Key
-from penguin_edge.runtime.engine import F32, I64, Engine
+from penguin_edge.runtime.engines.base import F32, I64, Engine
+from penguin_edge.runtime.engines.cache import Cache, Key
 
 TESTS = Path(__file__).parent
 CLIP = TESTS / "media" / "polar_bear.mp4"

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle import MANIFEST, VERIFY, manifest_hash
-from penguin_edge.bundle_folder import writing
+from penguin_edge.bundle.manifest import MANIFEST, VERIFY, manifest_hash
+from penguin_edge.bundle.writing import writing
 
 
 def bundle(folder: Path, content: str = "old", **more: Any) -> Path:

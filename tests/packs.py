@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from penguin_edge.config import PATCH_VALUES
-from penguin_edge.preprocess import Patches, positions
-from penguin_edge.samples import NO_TARGET, Sample
+from penguin_edge.dataset.samples import NO_TARGET, Sample
+from penguin_edge.media.preprocess import Patches, positions
 
 IMAGE_TOKEN = 603
 """That of the tiny preset."""

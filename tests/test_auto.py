@@ -19,15 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.cli import main
+from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.commands.cli import main
+from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError, MemoryLimitError
+from penguin_edge.evaluation.text import compare_piece
 from penguin_edge.export.auto import bundle_bytes, choose, layer_bytes
-from penguin_edge.export.targets import TARGETS
-from penguin_edge.model import PenguinModel
+from penguin_edge.export.targets.known import TARGETS
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.apply import linears, load_quantized, quantize_part
-from penguin_edge.quantize.auto import (
+from penguin_edge.quantize.calibration.calibrate import CalibrationOptions, read_calibration
+from penguin_edge.quantize.linear import QuantizedLinear, Scheme, quantize_weight
+from penguin_edge.quantize.recipe import INT8_ROWS, Recipe
+from penguin_edge.quantize.search.choice import (
     AutoOptions,
     Option,
     after,
@@ -39,12 +44,7 @@ from penguin_edge.quantize.auto import (
     totals,
     within_size,
 )
-from penguin_edge.quantize.calibrate import CalibrationOptions, read_calibration
-from penguin_edge.quantize.linear import QuantizedLinear, Scheme, quantize_weight
-from penguin_edge.quantize.recipe import INT8_ROWS, Recipe
-from penguin_edge.quantize.sensitivity import Measured, Walk, parts_read
-from penguin_edge.samples import Sample
-from penguin_edge.text_quality import compare_piece
+from penguin_edge.quantize.search.sensitivity import Measured, Walk, parts_read
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ def test_what_is_not_finite_is_named(tiny: Checkpoint, samples: list[Sample]) ->
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(4, 32, symmetric=False), Scheme(8), INT8_ROWS, None])
 def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
-    from penguin_edge.export.onnx import BlockProduct, Product, RowProduct
+    from penguin_edge.export.targets.onnx.graphs import BlockProduct, Product, RowProduct
 
     linear = nn.Linear(192, 24, bias=False)
     module: nn.Module = Product(linear)

@@ -16,19 +16,19 @@ from helpers import CLIP, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.bench import traffic
 from penguin_edge.errors import BudgetError, InputError, PenguinError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.bench import BenchOptions, Traffic, bench_model, percentiles
-from penguin_edge.runtime.bench_stream import Brake, SlowedClock, SlowedEngine, _deadlines, slope
-from penguin_edge.runtime.bench_video import VideoOptions, bench_video
-from penguin_edge.runtime.compare import change, compare, read
-from penguin_edge.runtime.control import LatencyTarget
-from penguin_edge.runtime.live import Live
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.runtime.bench.clips import VideoOptions, bench_video
+from penguin_edge.runtime.bench.compare import change, compare, read
+from penguin_edge.runtime.bench.stages import BenchOptions, Traffic, bench_model, percentiles
+from penguin_edge.runtime.bench.streams import Brake, SlowedClock, SlowedEngine, _deadlines, slope
+from penguin_edge.runtime.bench.timeline import Timeline
+from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.runtime.timeline import Timeline
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -117,8 +117,8 @@ def test_a_clip_is_asked_about_cold_and_warm() -> None:
 
 def test_an_engine_is_slowed_from_its_second_on(monkeypatch: pytest.MonkeyPatch) -> None:
     now, slept = [0.0], []
-    monkeypatch.setattr("penguin_edge.runtime.bench_stream.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("penguin_edge.runtime.bench_stream.time.sleep", slept.append)
+    monkeypatch.setattr("penguin_edge.runtime.bench.streams.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("penguin_edge.runtime.bench.streams.time.sleep", slept.append)
 
     class Second(CountingEngine):
         def project(self, features: Any) -> Any:

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from penguin_edge.budget_study import SHARES, Reply, drop_frames, policies, shrink_frames, study, within
 from penguin_edge.commands.eval import asker
 from penguin_edge.errors import InputError
-from penguin_edge.evaluate import Question
+from penguin_edge.evaluation.budget_study import SHARES, Reply, drop_frames, policies, shrink_frames, study, within
+from penguin_edge.evaluation.score import Question
 from penguin_edge.runtime.session import Session
-from penguin_edge.tra import DROPPED, KEY, Plan, Policy, plan_clip, size_ladder
+from penguin_edge.tra.clip import DROPPED, KEY, Plan, Policy, plan_clip, size_ladder
 
 CASES = st.tuples(st.integers(1, 40), st.integers(14, 700), st.integers(14, 700), st.integers(1, 900))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from penguin_edge.bundle import MANIFEST, Bounds, manifest_hash, signature
-from penguin_edge.bundle_folder import writing
+from penguin_edge.bundle.manifest import MANIFEST, Bounds, manifest_hash, signature
+from penguin_edge.bundle.writing import writing
 from penguin_edge.config import PRESETS
 from penguin_edge.errors import BundleError
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from exports import stamps
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.cli import main
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.commands.cli import main
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 BUNDLES = Path(__file__).parent / "bundles"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle import EMBEDDING, MANIFEST, TOKENIZER, Bundle
-from penguin_edge.bundle_folder import writing
+from penguin_edge.bundle.manifest import EMBEDDING, MANIFEST, TOKENIZER, Bundle
+from penguin_edge.bundle.writing import writing
 from penguin_edge.errors import BundleError
-from penguin_edge.runtime.embedding import STORED, EmbeddingTable
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.engines.embedding import STORED, EmbeddingTable
+from penguin_edge.runtime.engines.opening import open_engine
 
 CHANGED = "replaced, changed or removed while the bundle was open; open the bundle again"
 

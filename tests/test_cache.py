@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penguin_edge.errors import InputError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.cache import Caches, Key, Visual
-from penguin_edge.runtime.prefill import extend_to
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.runtime.core.prefill import extend_to
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.cache import Caches, Key, Visual
 from penguin_edge.runtime.session import Session
 
 VISUAL = Visual("picture", 28, 28, 2)

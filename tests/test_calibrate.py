@@ -18,14 +18,15 @@ import torch
 from helpers import asked_pictures, tiny_model
 from torch import nn
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.config import TextConfig
+from penguin_edge.dataset.samples import NO_TARGET, Sample
 from penguin_edge.errors import InputError
-from penguin_edge.layers import Block, full_attention, rotary_angles
+from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint
+from penguin_edge.model.layers import Block, full_attention, rotary_angles
 from penguin_edge.quantize.apply import chosen, quantize_part
-from penguin_edge.quantize.builtin import PHOTOS
-from penguin_edge.quantize.calibrate import (
+from penguin_edge.quantize.calibration.builtin import PHOTOS
+from penguin_edge.quantize.calibration.calibrate import (
     CalibrationOptions,
     calibrate,
     digest,
@@ -39,7 +40,6 @@ from penguin_edge.quantize.gptq import gptq
 from penguin_edge.quantize.linear import Integers, QuantizedLinear, Scheme, bounds_of, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
 from penguin_edge.quantize.smooth import GROUPS, READ, apply_factors, awq_factor, smooth_factor
-from penguin_edge.samples import NO_TARGET, Sample
 
 SCHEMES = [
     Scheme(4, 64, method="gptq"),

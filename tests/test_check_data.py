@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.decoder import KVForm
 from penguin_edge.export import check
 from penguin_edge.export.cases import DECODED, Arrays
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.decoder import KVForm
 from penguin_edge.quantize import linear
 from penguin_edge.quantize.apply import load_quantized
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight

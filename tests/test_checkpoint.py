@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from penguin_edge.checkpoint import DEFAULT_IDS, Checkpoint, meta_model, save
 from penguin_edge.config import PRESETS, PenguinConfig, TextConfig
 from penguin_edge.errors import CheckpointError
-from penguin_edge.model import PARTS
-from penguin_edge.weights import published_name
+from penguin_edge.model.checkpoint import DEFAULT_IDS, Checkpoint, meta_model, save
+from penguin_edge.model.penguin import PARTS
+from penguin_edge.model.weights import published_name
 
 VLM = Path(__file__).parent / "golden" / "vlm"
 QUIET = {"note": lambda line: None}
@@ -154,7 +154,7 @@ def test_loading_peaks_below_a_fifth_above_the_weights(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors"))
     code = (
         "import resource, sys, torch\n"
-        "from penguin_edge.checkpoint import Checkpoint\n"
+        "from penguin_edge.model.checkpoint import Checkpoint\n"
         "Checkpoint.open('tiny', note=lambda line: None).load()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "model = Checkpoint.open(sys.argv[1], note=lambda line: None).load(dtype=torch.bfloat16)\n"
@@ -255,7 +255,7 @@ def test_unknown_source_lists_what_is_known() -> None:
 def test_a_hub_id_offline_gets_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = (
-        "from penguin_edge.checkpoint import Checkpoint\n"
+        "from penguin_edge.model.checkpoint import Checkpoint\n"
         "from penguin_edge.errors import CheckpointError\n"
         "try: Checkpoint.open('tencent/Penguin-VL-2B-that-is-not-cached')\n"
         "except CheckpointError as error: print(error)\n"

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import CheckpointError
 from penguin_edge.files import MAX_BYTES
-from penguin_edge.tensorfile import read_header
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.tensorfile import read_header
 
 QUICK = settings(
     max_examples=120,

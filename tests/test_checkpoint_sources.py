@@ -14,8 +14,8 @@ from folders import ROPE, TOLERANCE, Edit, both, config, ids, make, off, ours, t
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from penguin_edge.checkpoint import Checkpoint, read_encoder
 from penguin_edge.errors import CheckpointError
+from penguin_edge.model.checkpoint import Checkpoint, read_encoder
 
 Q = "model.layers.0.self_attn.q_proj"
 VLM = Path(__file__).parent / "golden" / "vlm"

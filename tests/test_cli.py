@@ -21,11 +21,11 @@ from helpers import CLIP
 from PIL import Image
 
 from penguin_edge import machine
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint, save
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.common import open_model
 from penguin_edge.errors import MemoryLimitError
 from penguin_edge.export.verify import reference_arrays
+from penguin_edge.model.checkpoint import Checkpoint, save
 
 SHORT = ["--max-new-tokens", "6"]
 
@@ -163,7 +163,7 @@ def test_doctor_and_info() -> None:
 
 def test_check_data_are_verified_without_torch(bundle: Path) -> None:
     code = (
-        "import sys; from penguin_edge.cli import main;"
+        "import sys; from penguin_edge.commands.cli import main;"
         f"code = main(['verify', {str(bundle)!r}, '--json']); sys.exit(code or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

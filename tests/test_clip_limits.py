@@ -18,9 +18,9 @@ from golden_set import MEDIA
 from test_clip_times import write
 from test_frames import numbers
 
-from penguin_edge import containers, video
 from penguin_edge.errors import InputError
-from penguin_edge.frames import probe_video, read_image, read_video, read_video_by_number
+from penguin_edge.media import containers, video
+from penguin_edge.media.frames import probe_video, read_image, read_video, read_video_by_number
 
 av = pytest.importorskip("av")
 
@@ -211,7 +211,7 @@ def test_a_table_cannot_claim_more_frames_than_there_are_bytes(tmp_path: Path) -
 CUT = """
 import os, struct, sys
 from penguin_edge.errors import InputError
-from penguin_edge.frames import read_video
+from penguin_edge.media.frames import read_video
 unpack = struct.unpack_from
 def cutting(*arguments):
     os.truncate(sys.argv[1], 0)

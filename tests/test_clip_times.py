@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_frames import even, ffmpeg_filter, number_of, numbers, picture, write_clip
 
-from penguin_edge import video
-from penguin_edge.clock import ABSURD_S, MICROSECONDS, Clock, Presentation
 from penguin_edge.errors import InputError
-from penguin_edge.frames import probe_video, read_video, read_video_by_number
+from penguin_edge.media import video
+from penguin_edge.media.clock import ABSURD_S, MICROSECONDS, Clock, Presentation
+from penguin_edge.media.frames import probe_video, read_video, read_video_by_number
 
 av = pytest.importorskip("av")
 

@@ -13,14 +13,14 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bounds
+from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.runtime.control import KEPT, Decision, Device, LatencyControl, LatencyTarget
-from penguin_edge.runtime.control import settings as all_settings
-from penguin_edge.runtime.cost import fit
-from penguin_edge.runtime.report import Work
-from penguin_edge.runtime.steering import choices
-from penguin_edge.runtime.steering import device as device_of
+from penguin_edge.runtime.core.report import Work
+from penguin_edge.runtime.live.control import KEPT, Decision, Device, LatencyControl, LatencyTarget
+from penguin_edge.runtime.live.control import settings as all_settings
+from penguin_edge.runtime.live.cost import fit
+from penguin_edge.runtime.live.steering import choices
+from penguin_edge.runtime.live.steering import device as device_of
 from penguin_edge.runtime.stream import Stream
 
 SIDES = [4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0]

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from penguin_edge import convert
-from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint, read_encoder, save
-from penguin_edge.cli import main
+from penguin_edge.commands.cli import main
 from penguin_edge.config import PenguinConfig, TextConfig
-from penguin_edge.convert import RECORD, convert_language_model, save_encoder
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.files import file_hash
-from penguin_edge.initialise import initialise
-from penguin_edge.layers import full_attention
-from penguin_edge.model import PenguinModel
-from penguin_edge.prompt import IMAGE, Tokenizer
+from penguin_edge.model import convert
+from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint, read_encoder, save
+from penguin_edge.model.convert import RECORD, convert_language_model, save_encoder
+from penguin_edge.model.layers import full_attention
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.prompt.chat import IMAGE, Tokenizer
+from penguin_edge.training.initialise import initialise
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = TextConfig(64, 32, 48, 5, 4, 2, 16, rope_theta=5e4)

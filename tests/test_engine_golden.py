@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from golden_model import LOGITS, VLM_CASES, VLMS, close, frames_of, vlm_of
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.export.pipeline import ExportOptions, export_bundle
-from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.export.verify import prefill
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.runtime.engines.opening import open_engine
 
 
 class Silent:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from penguin_edge.commands.eval import answerer, read_questions
+from penguin_edge.dataset.records import Record
 from penguin_edge.errors import InputError
-from penguin_edge.evaluate import (
+from penguin_edge.evaluation.score import (
     SLACK,
     Question,
     by_media,
@@ -33,9 +34,8 @@ from penguin_edge.evaluate import (
     score,
     wilson,
 )
-from penguin_edge.prompt import EMPTY_THINK, Message
-from penguin_edge.records import Record
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.prompt.chat import EMPTY_THINK, Message
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 WORDS = st.sampled_from(["red", "green", "blue", "white"])

@@ -17,15 +17,15 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("executorch", reason="executorch is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature  # noqa: E402
+from penguin_edge.bundle.manifest import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature  # noqa: E402
 from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
-from penguin_edge.decoder import KVCache  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
-from penguin_edge.export import executorch as export  # noqa: E402
-from penguin_edge.generate import EagerEngine  # noqa: E402
-from penguin_edge.model import PenguinModel  # noqa: E402
-from penguin_edge.runtime.executorch import ExecutorchEngine  # noqa: E402
-from penguin_edge.runtime.sampling import SamplingOptions  # noqa: E402
+from penguin_edge.export.targets.executorch import programs as export  # noqa: E402
+from penguin_edge.model.decoder import KVCache  # noqa: E402
+from penguin_edge.model.generate import EagerEngine  # noqa: E402
+from penguin_edge.model.penguin import PenguinModel  # noqa: E402
+from penguin_edge.runtime.core.sampling import SamplingOptions  # noqa: E402
+from penguin_edge.runtime.engines.executorch import ExecutorchEngine  # noqa: E402
 from penguin_edge.runtime.stream import Stream  # noqa: E402
 
 TINY = PRESETS["tiny"]
@@ -442,8 +442,8 @@ def test_opening_imports_no_compiler_and_writes_nothing(nano_bundle: Callable[[s
     code = f"""
 import sys
 import numpy as np
-from penguin_edge.bundle import Bundle
-from penguin_edge.runtime.executorch import ExecutorchEngine
+from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.runtime.engines.executorch import ExecutorchEngine
 engine = ExecutorchEngine.open(Bundle.read({str(nano_bundle("executorch", "fp32"))!r}), threads=1)
 engine.forward(engine.new_cache(), engine.embed(np.array([1, 2])), np.array([-1]))
 assert "executorch.exir" not in sys.modules

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle import Bounds
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.commands import export as command
 from penguin_edge.export import worker
 from penguin_edge.export.pipeline import ExportOptions, expected_seconds, parts_of
@@ -27,7 +26,8 @@ from penguin_edge.export.stages import (
     progress_line,
     seconds_of,
 )
-from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.targets.known import TARGETS
+from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.quantize.recipe import PRESETS
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from folders import config, make, weights
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.export.pipeline import ExportOptions, check_options
-from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.export.worker import _write_embedding
+from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.quantize.apply import load_quantized
 from penguin_edge.quantize.linear import Scheme
 from penguin_edge.quantize.recipe import PRESETS, Recipe, find_recipe

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from penguin_edge import frames, video
 from penguin_edge.errors import InputError
-from penguin_edge.frames import probe_video, read_image, read_video, read_video_by_number, sample_numbers
+from penguin_edge.media import frames, video
+from penguin_edge.media.frames import probe_video, read_image, read_video, read_video_by_number, sample_numbers
 
 av = pytest.importorskip("av")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penguin_edge.checkpoint import meta_model
 from penguin_edge.config import PRESETS, PenguinConfig
-from penguin_edge.initialise import initialise
-from penguin_edge.model import PenguinModel
+from penguin_edge.model.checkpoint import meta_model
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.training.initialise import initialise
 
 
 def initialised(shape: PenguinConfig, seed: int) -> PenguinModel:

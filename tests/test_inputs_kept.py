@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from helpers import CLIP, asked_pictures
 
-from penguin_edge.cli import main
+from penguin_edge.commands.cli import main
 from penguin_edge.config import ImageConfig
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.folders import held
-from penguin_edge.layout import media_source
+from penguin_edge.tra.layout import media_source
 
 CASES = {
     "a picture over its clip": ["plan", "CLIP", "--budget", "100", "-o", "CLIP"],

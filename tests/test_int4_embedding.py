@@ -11,14 +11,14 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from penguin_edge.bundle import EMBEDDING, Bundle, TablePlace
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import EMBEDDING, Bundle, TablePlace
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.pipeline import shares_table
+from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.quantize.apply import embedding_scheme, load_quantized
 from penguin_edge.quantize.linear import QuantizedLinear, Scheme
 from penguin_edge.quantize.recipe import PRESETS, Recipe
-from penguin_edge.runtime.embedding import EmbeddingTable
+from penguin_edge.runtime.engines.embedding import EmbeddingTable
 
 
 @pytest.fixture(scope="module")

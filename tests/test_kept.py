@@ -10,7 +10,7 @@ import torch
 
 from penguin_edge.errors import InputError
 from penguin_edge.folders import held
-from penguin_edge.quantize.kept import DIGEST, prepare, remove, write_tensors
+from penguin_edge.quantize.calibration.kept import DIGEST, prepare, remove, write_tensors
 
 TENSORS = {"levels": torch.arange(64, dtype=torch.uint8), "scale": torch.tensor(0.5), "half": torch.ones(3).bfloat16()}
 

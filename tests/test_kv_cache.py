@@ -13,23 +13,23 @@ import pytest
 import torch
 from helpers import Alone
 
-from penguin_edge.bundle import EMBEDDING, KV_SCALES, Bundle, GraphEntry, Manifest, finish, signature
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import EMBEDDING, KV_SCALES, Bundle, GraphEntry, Manifest, finish, signature
 from penguin_edge.config import PRESETS
-from penguin_edge.decoder import KVForm
+from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.export.executorch import ExecutorchTarget
-from penguin_edge.export.onnx import OnnxTarget
 from penguin_edge.export.pipeline import ExportOptions, check_options, kv_bytes
-from penguin_edge.generate import EagerEngine
-from penguin_edge.layers import full_attention
+from penguin_edge.export.targets.executorch.programs import ExecutorchTarget
+from penguin_edge.export.targets.onnx.graphs import OnnxTarget
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.decoder import KVForm
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.layers import full_attention
 from penguin_edge.quantize.apply import kv_form
-from penguin_edge.quantize.calibrate import calibrate, ready_from
+from penguin_edge.quantize.calibration.calibrate import calibrate, ready_from
 from penguin_edge.quantize.recipe import PRESETS as RECIPES
 from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
-from penguin_edge.samples import Sample
+from penguin_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from penguin_edge.runtime.engines.opening import open_engine
 
 TINY = PRESETS["tiny"]
 LENGTH = 48

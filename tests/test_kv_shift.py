@@ -12,13 +12,13 @@ from helpers import Alone, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.decoder import KVCache, KVForm
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import InputError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.kv_shift import move_positions
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.decoder import KVCache, KVForm
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.runtime.engines.kv_shift import move_positions
+from penguin_edge.runtime.engines.opening import open_engine
 
 SPAN = st.tuples(st.integers(0, 599), st.integers(0, 599), st.integers(0, 599)).map(sorted)
 

@@ -18,18 +18,24 @@ from helpers import CLIP, picture, tiny_model
 from PIL import Image
 from torch import nn
 
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.cli import parser
+from penguin_edge.commands.cli import parser
+from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError, PenguinError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.layer_study import draw_layers, feature_cosines, picture_size, split_name, summary, worst
-from penguin_edge.preprocess import preprocess_image
+from penguin_edge.evaluation.layer_study import draw_layers, feature_cosines, picture_size, split_name, summary, worst
+from penguin_edge.media.preprocess import preprocess_image
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.generate import EagerEngine
 from penguin_edge.quantize.apply import load_quantized, quantize_part
-from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, calibrate, read_calibration, ready_from
-from penguin_edge.quantize.layer_errors import Distance, LayerError, layer_errors
+from penguin_edge.quantize.calibration.calibrate import (
+    BUILTIN,
+    CalibrationOptions,
+    calibrate,
+    read_calibration,
+    ready_from,
+)
 from penguin_edge.quantize.linear import QuantizedLinear, Scheme
 from penguin_edge.quantize.recipe import PRESETS, Recipe
-from penguin_edge.samples import Sample
+from penguin_edge.quantize.search.layer_errors import Distance, LayerError, layer_errors
 
 MEDIA = CLIP.parent
 

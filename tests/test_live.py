@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 from helpers import CLIP, CountingEngine, picture, tiny_tokenizer
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands import latency
 from penguin_edge.errors import BudgetError, InputError, PenguinError
-from penguin_edge.frames import Frame
-from penguin_edge.runtime.bench_stream import Brake, SlowedEngine
-from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
-from penguin_edge.runtime.cost import AXES, fit
-from penguin_edge.runtime.events import Observer, Observers, Ready, Said
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.profile import SCHEMA, keep
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.steering import Steering
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.bench.streams import Brake, SlowedEngine
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.live.control import Decision, LatencyTarget, Setting
+from penguin_edge.runtime.live.cost import AXES, fit
+from penguin_edge.runtime.live.events import Observer, Observers, Ready, Said
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.profile import SCHEMA, keep
+from penguin_edge.runtime.live.steering import Steering
 from penguin_edge.runtime.stream import Stream
 
 SHORT = SamplingOptions(max_new_tokens=4)

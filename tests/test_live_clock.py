@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from penguin_edge.errors import InputError
-from penguin_edge.frames import Frame
-from penguin_edge.runtime.live_clock import LiveClock
-from penguin_edge.runtime.sources import LIVE, is_live, read_source, without_password
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.live.live_clock import LiveClock
+from penguin_edge.runtime.live.sources import LIVE, is_live, read_source, without_password
 
 av = pytest.importorskip("av")
 
@@ -302,7 +302,7 @@ def test_pictures_without_times_are_as_old_as_their_arrival(
 ) -> None:
     arrivals = itertools.count(500.0, 0.75)  # the demuxer makes up 25 per second
     clock = SimpleNamespace(monotonic=lambda: next(arrivals), sleep=lambda seconds: None)
-    monkeypatch.setattr("penguin_edge.runtime.sources.time", clock)
+    monkeypatch.setattr("penguin_edge.runtime.live.sources.time", clock)
     frames, _ = read(f"{server[0]}/camera")
     assert len(frames) >= 10 and [frame.time for frame in frames] == [i * 0.75 for i in range(len(frames))]
 

@@ -14,14 +14,14 @@ from packs import mixed, patches, sample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from penguin_edge import losses
 from penguin_edge.config import TextConfig, VisionConfig
-from penguin_edge.decoder import Decoder
-from penguin_edge.encoder import Encoder
+from penguin_edge.dataset.samples import NO_TARGET, Sample
 from penguin_edge.errors import InputError
-from penguin_edge.losses import BETA, Distiller, Form, count_items, cross_entropy
-from penguin_edge.packing import Batch, encode_groups, pack
-from penguin_edge.samples import NO_TARGET, Sample
+from penguin_edge.model.decoder import Decoder
+from penguin_edge.model.encoder import Encoder
+from penguin_edge.training import losses
+from penguin_edge.training.losses import BETA, Distiller, Form, count_items, cross_entropy
+from penguin_edge.training.packing import Batch, encode_groups, pack
 
 WIDTH, TAUGHT = 24, 40
 EXACT = {"rtol": 1e-5, "atol": 1e-6}

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.machine import page_out, resident_mb, trim_heap
-from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine
+from penguin_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone says which pages are resident")
 
@@ -89,7 +89,7 @@ def test_an_engine_gives_back_the_weights_that_it_has_copied(
         return mapped_kb(data), engine
 
     with monkeypatch.context() as without:
-        without.setattr("penguin_edge.runtime.onnxruntime.page_out", lambda path: None)
+        without.setattr("penguin_edge.runtime.engines.onnxruntime.page_out", lambda path: None)
         kept, engine = loaded()
         wanted = engine.forward(engine.new_cache(), engine.embed(np.arange(20)), np.array([-1]))
         del engine

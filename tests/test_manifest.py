@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save_file
 
-from penguin_edge.bundle import CHECK, EMBEDDING, MANIFEST, TOKENIZER, Bundle, file_hash, manifest_hash
+from penguin_edge.bundle.manifest import CHECK, EMBEDDING, MANIFEST, TOKENIZER, Bundle, file_hash, manifest_hash
 from penguin_edge.errors import BundleError
 from penguin_edge.export.cases import stored_arrays
-from penguin_edge.frames import Frame
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 DROP = object()

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from penguin_edge.dataset.records import ANNOTATIONS, MediaFolder, Record, missing_media, read_records
 from penguin_edge.errors import InputError
-from penguin_edge.frames import read_video, read_video_by_number
-from penguin_edge.records import ANNOTATIONS, MediaFolder, Record, missing_media, read_records
+from penguin_edge.media.frames import read_video, read_video_by_number
 
 
 def annotate(folder: Path, *names: Any) -> Path:

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from penguin_edge.config import PRESETS
+from penguin_edge.dataset.nano import split as held
+from penguin_edge.dataset.nano.assets import OBJECTS, Assets, load_assets
+from penguin_edge.dataset.nano.build import ALL_TASKS, Blank, build, draw, training_answers, write_record
+from penguin_edge.dataset.nano.scenes import CELL, FRAMES, SIDE, Array, Painter, Placed
+from penguin_edge.dataset.nano.tasks import NAMES, TASKS, Scene
+from penguin_edge.dataset.nano.vocabulary import KEPT, SPECIAL, cut_tokenizer, special_id
+from penguin_edge.dataset.records import read_records
 from penguin_edge.errors import InputError
-from penguin_edge.frames import read_video
-from penguin_edge.keyframes import KeyFrameDetector
-from penguin_edge.nano import split as held
-from penguin_edge.nano.assets import OBJECTS, Assets, load_assets
-from penguin_edge.nano.build import ALL_TASKS, Blank, build, draw, training_answers, write_record
-from penguin_edge.nano.scenes import CELL, FRAMES, SIDE, Array, Painter, Placed
-from penguin_edge.nano.tasks import NAMES, TASKS, Scene
-from penguin_edge.nano.vocabulary import KEPT, SPECIAL, cut_tokenizer, special_id
-from penguin_edge.prompt import Tokenizer
-from penguin_edge.records import read_records
+from penguin_edge.media.frames import read_video
+from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.tra.keyframes import KeyFrameDetector
 
 TOKENIZER = Path(__file__).parent.parent / "penguin_edge" / "data" / "nano" / "tokenizer.json"
 DRAWS = 400

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from penguin_edge.checkpoint import EMBEDDED, Checkpoint, meta_model
 from penguin_edge.config import PRESETS
-from penguin_edge.nano.tasks import TASKS
+from penguin_edge.dataset.nano.tasks import TASKS
+from penguin_edge.model.checkpoint import EMBEDDED, Checkpoint, meta_model
 
 FOLDER = EMBEDDED["nano"]
 WANTED = {"naming": 0.95, "lookup": 0.95, "position": 0.95, "counting": 0.9, "reading": 0.8, "motion": 0.9}

@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import PenguinError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.runtime.answer import UnusablePicture
-from penguin_edge.runtime.cache import Cache, Key
-from penguin_edge.runtime.engine import F32, I64
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.executorch import ExecutorchEngine
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.sampling import Sampler, SamplingOptions
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.runtime.core.answer import UnusablePicture
+from penguin_edge.runtime.core.sampling import Sampler, SamplingOptions
+from penguin_edge.runtime.engines.base import F32, I64
+from penguin_edge.runtime.engines.cache import Cache, Key
+from penguin_edge.runtime.engines.executorch import ExecutorchEngine
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
 

@@ -18,16 +18,16 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from penguin_edge.bundle import EMBEDDING, Bundle, GraphEntry, Manifest, finish, kv_names, signature  # noqa: E402
+from penguin_edge.bundle.manifest import EMBEDDING, Bundle, GraphEntry, Manifest, finish, kv_names, signature  # noqa: E402
 from penguin_edge.config import PRESETS  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
-from penguin_edge.export import onnx as export  # noqa: E402
-from penguin_edge.export.onnx_blocks import Joined  # noqa: E402
-from penguin_edge.model import PenguinModel  # noqa: E402
+from penguin_edge.export.targets.onnx import graphs as export  # noqa: E402
+from penguin_edge.export.targets.onnx.blocks import Joined  # noqa: E402
+from penguin_edge.model.penguin import PenguinModel  # noqa: E402
 from penguin_edge.quantize.linear import QuantizedLinear, Scheme, quantize_weight  # noqa: E402
-from penguin_edge.runtime.embedding import EmbeddingTable  # noqa: E402
-from penguin_edge.runtime.engine import F32  # noqa: E402
-from penguin_edge.runtime.onnxruntime import OnnxRuntimeEngine  # noqa: E402
+from penguin_edge.runtime.engines.base import F32  # noqa: E402
+from penguin_edge.runtime.engines.embedding import EmbeddingTable  # noqa: E402
+from penguin_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
 
 TINY = PRESETS["tiny"]
 VOCAB = TINY.text.vocab_size
@@ -283,7 +283,9 @@ def test_graphs_hold_the_fast_operators(bundles: dict[str, Bundle]) -> None:
 
 
 def test_a_graph_without_them_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("penguin_edge.export.onnx_blocks.multi_head_attention", lambda q, k, v, heads: q + k + v)
+    monkeypatch.setattr(
+        "penguin_edge.export.targets.onnx.blocks.multi_head_attention", lambda q, k, v, heads: q + k + v
+    )
     target = export.OnnxTarget()
     with pytest.raises(PenguinError, match="0 MultiHeadAttention nodes, wanted 2"):
         target.export_part("encoder", tiny(torch.float32, ("encoder",)), target.bounds(MAX_SEQ_LEN), tmp_path)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from overwriting import bundle, listing, write_new
 
-from penguin_edge.bundle import MANIFEST, VERIFY
-from penguin_edge.bundle_folder import check_place, writing
+from penguin_edge.bundle.manifest import MANIFEST, VERIFY
+from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError
 
 

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 from overwriting import bundle, listing, write_new
 
-from penguin_edge.bundle import MANIFEST
-from penguin_edge.bundle_folder import check_place, writing
+from penguin_edge.bundle.manifest import MANIFEST
+from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError
 from penguin_edge.folders import MARK, discard, held, scratch
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from penguin_edge.bundle_folder import writing
+from penguin_edge.bundle.writing import writing
 count = int(sys.argv[2])
 def after(event, arguments):  # every call that changes a file system, before it is done
     global count
@@ -348,7 +348,7 @@ def test_only_rests_that_are_provably_ours_are_cleared(tmp_path: Path) -> None:
 
 def test_a_writer_that_lives_is_left_in_peace(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom penguin_edge.bundle_folder import writing\n"
+        "import sys\nfrom penguin_edge.bundle.writing import writing\n"
         "with writing(sys.argv[1], overwrite=True) as f:\n"
         "    (f / 'bundle.json').write_text('first'); print('ready', flush=True); sys.stdin.read()"
     )

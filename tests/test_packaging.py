@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE_DIRS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 PINS = ROOT / ".ci" / "constraints.txt"
 MAX_BYTES = 3 << 20
-WEIGHTS = Path("penguin_edge/data/nano/model.safetensors")
+WEIGHTS = Path("penguin_edge/assets/nano/model.safetensors")
 
 
 # Which module may import which. A package stands for all of its modules unless one of them has a line of its own.
@@ -264,27 +264,47 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "said"),
     [
-        ("penguin_edge.tra", "from penguin_edge.model import PenguinModel", "imports penguin_edge.model.PenguinModel"),
-        ("penguin_edge.tra", "from penguin_edge import model", "imports penguin_edge.model"),
-        ("penguin_edge.tra", "from . import model", "imports penguin_edge.model"),
-        ("penguin_edge.tra", "def f():\n    import torch", "used on devices without torch"),
-        ("penguin_edge.bundle", "from safetensors.torch import save_file", "used on devices without torch"),
-        ("penguin_edge.model", "from penguin_edge.cli import main", "imports penguin_edge.cli.main"),
-        ("penguin_edge.quantize.schemes", "import penguin_edge.export.onnx", "imports penguin_edge.export.onnx"),
-        ("penguin_edge.export.onnx", "from penguin_edge.runtime import Session", "imports penguin_edge.runtime"),
-        ("penguin_edge.export.onnx", "from ..runtime import Session", "imports penguin_edge.runtime"),
-        ("penguin_edge.export.onnx", "from runtime import Session", "wanted penguin_edge.runtime"),
-        ("penguin_edge.runtime.session", "from penguin_edge.model import PenguinModel", "imports penguin_edge.model"),
+        (
+            "penguin_edge.tra.clip",
+            "from penguin_edge.model.penguin import PenguinModel",
+            "imports penguin_edge.model.penguin.PenguinModel",
+        ),
+        ("penguin_edge.tra.clip", "from penguin_edge import model", "imports penguin_edge.model.penguin"),
+        ("penguin_edge.tra.clip", "from . import model", "imports penguin_edge.model.penguin"),
+        ("penguin_edge.tra.clip", "def f():\n    import torch", "used on devices without torch"),
+        ("penguin_edge.bundle.manifest", "from safetensors.torch import save_file", "used on devices without torch"),
+        (
+            "penguin_edge.model.penguin",
+            "from penguin_edge.commands.cli import main",
+            "imports penguin_edge.commands.cli.main",
+        ),
+        (
+            "penguin_edge.quantize.schemes",
+            "import penguin_edge.export.targets.onnx.graphs",
+            "imports penguin_edge.export.targets.onnx.graphs",
+        ),
+        (
+            "penguin_edge.export.targets.onnx.graphs",
+            "from penguin_edge.runtime import Session",
+            "imports penguin_edge.runtime",
+        ),
+        ("penguin_edge.export.targets.onnx.graphs", "from ..runtime import Session", "imports penguin_edge.runtime"),
+        ("penguin_edge.export.targets.onnx.graphs", "from runtime import Session", "wanted penguin_edge.runtime"),
+        (
+            "penguin_edge.runtime.session",
+            "from penguin_edge.model.penguin import PenguinModel",
+            "imports penguin_edge.model.penguin",
+        ),
         ("penguin_edge.runtime.session", "import onnxruntime", "at module level"),
         ("penguin_edge.runtime.session", "def f():\n    import torch", "only the ExecuTorch engine"),
-        ("penguin_edge.runtime.executorch", "import torch", "at module level"),
+        ("penguin_edge.runtime.engines.executorch", "import torch", "at module level"),
         (
-            "penguin_edge.runtime.onnxruntime",
+            "penguin_edge.runtime.engines.onnxruntime",
             "import importlib\nort = importlib.import_module('onnxruntime')",
             "module",
         ),
         ("penguin_edge.novelty", "", "place it in ALLOWED"),
-        ("penguin_edge.tra", "from penguin_edge.novelty import x", "place it in ALLOWED"),
+        ("penguin_edge.tra.clip", "from penguin_edge.novelty import x", "place it in ALLOWED"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, source: str, said: str) -> None:
@@ -296,10 +316,10 @@ def test_a_wrong_import_is_found(module: str, source: str, said: str) -> None:
     ("module", "source"),
     [
         ("penguin_edge.export.verify", "from penguin_edge.runtime import Session"),
-        ("penguin_edge.runtime.executorch", "def load():\n    import torch\n    import executorch.runtime"),
-        ("penguin_edge.runtime.onnxruntime", "def load():\n    import onnxruntime"),
+        ("penguin_edge.runtime.engines.executorch", "def load():\n    import torch\n    import executorch.runtime"),
+        ("penguin_edge.runtime.engines.onnxruntime", "def load():\n    import onnxruntime"),
         ("penguin_edge.runtime.session", "from .engine import Engine\nfrom penguin_edge import tra, __version__"),
-        ("penguin_edge.frames", "import av\nimport numpy as np"),
+        ("penguin_edge.media.frames", "import av\nimport numpy as np"),
     ],
 )
 def test_a_right_import_is_left_alone(module: str, source: str) -> None:
@@ -475,7 +495,7 @@ def test_base_install_works_without_torch_and_engines(tmp_path: Path) -> None:
 
     script = (
         "import importlib.util, sys\n"
-        "import penguin_edge.runtime, penguin_edge.tra, penguin_edge.frames\n"
+        "import penguin_edge.runtime, penguin_edge.tra.clip, penguin_edge.media.frames\n"
         "present = [n for n in ('torch', 'onnxruntime', 'executorch', 'tensorrt') if importlib.util.find_spec(n)]\n"
         "assert not present, present\n"
         "print(penguin_edge.__file__)\n"

@@ -17,12 +17,19 @@ from packs import mixed, patches, sample
 from torch import Tensor
 from torch.nn import functional
 
+from penguin_edge.dataset.samples import NO_TARGET, Sample
 from penguin_edge.errors import InputError
-from penguin_edge.layers import full_attention
-from penguin_edge.losses import cross_entropy
-from penguin_edge.model import PenguinModel
-from penguin_edge.packing import checkpoint_blocks, encode_groups, forward_packed, pack, packed_attention, prompt_order
-from penguin_edge.samples import NO_TARGET, Sample
+from penguin_edge.model.layers import full_attention
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.training.losses import cross_entropy
+from penguin_edge.training.packing import (
+    checkpoint_blocks,
+    encode_groups,
+    forward_packed,
+    pack,
+    packed_attention,
+    prompt_order,
+)
 
 ATTENTION = 1e-5
 """Absolute, fp32 at unit scale: the kernels differ in summation order alone."""

@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from penguin_edge import images
 from penguin_edge.config import ImageConfig
 from penguin_edge.errors import InputError
-from penguin_edge.frames import read_image, read_video
-from penguin_edge.places import SHOWN
-from penguin_edge.runtime.media import Library, open_media
-from penguin_edge.runtime.report import Clock
+from penguin_edge.media import images
+from penguin_edge.media.frames import read_image, read_video
+from penguin_edge.media.places import SHOWN
+from penguin_edge.runtime.core.media import Library, open_media
+from penguin_edge.runtime.core.report import Clock
 
 CASES = Path(__file__).parent / "cases" / "pictures"
 
@@ -121,7 +121,7 @@ def test_every_place_that_opens_pictures_names_the_formats() -> None:
 MEASURED = """
 import resource, sys
 from penguin_edge.errors import InputError
-from penguin_edge.frames import read_image, read_video
+from penguin_edge.media.frames import read_image, read_video
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     path = sys.argv[1]

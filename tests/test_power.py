@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from penguin_edge.runtime import power
-from penguin_edge.runtime.power import Meter
+from penguin_edge.runtime.bench import power
+from penguin_edge.runtime.bench.power import Meter
 
 NOTHING = {
     "power_w": None,

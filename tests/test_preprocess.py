@@ -12,8 +12,8 @@ from PIL import Image
 
 from penguin_edge.config import PATCH, ImageConfig
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.frames import Frame
-from penguin_edge.preprocess import (
+from penguin_edge.media.frames import Frame
+from penguin_edge.media.preprocess import (
     fit_area,
     image_size,
     image_sizes,

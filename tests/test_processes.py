@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from penguin_edge import child, stopping
-from penguin_edge.nano.assets import cache_folder
+from penguin_edge.dataset.nano.assets import cache_folder
 
-CONSOLE = "import sys; from penguin_edge.cli import main; sys.exit(main())"
+CONSOLE = "import sys; from penguin_edge.commands.cli import main; sys.exit(main())"
 """What the console script does."""
 MEDIA = Path(__file__).parent / "media"
 
@@ -306,7 +306,8 @@ def test_neither_by_python_m(hostile: Path) -> None:
 
 FAILING = """
 import sys
-from penguin_edge import cli, commands
+from penguin_edge.commands import cli
+from penguin_edge import commands
 from penguin_edge.commands import doctor
 def fail(args): {statement}
 doctor.run = fail

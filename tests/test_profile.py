@@ -17,10 +17,10 @@ from helpers import CountingEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bounds, Bundle
+from penguin_edge.bundle.manifest import Bounds, Bundle
 from penguin_edge.errors import BundleError
-from penguin_edge.runtime.cost import AXES, CostModel, errors, fit
-from penguin_edge.runtime.profile import PROFILE, SCHEMA, differences, load, profile
+from penguin_edge.runtime.live.cost import AXES, CostModel, errors, fit
+from penguin_edge.runtime.live.profile import PROFILE, SCHEMA, differences, load, profile
 
 COUNTS, PASTS = (1.0, 8.0, 64.0, 256.0), (0.0, 512.0, 3000.0)
 MS = st.floats(1e-3, 1e4)
@@ -82,8 +82,8 @@ def test_all_stages_are_measured() -> None:
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (8.0, 7)])
 def test_short_rounds_are_made_more_often(seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which each round, that of warming up included, takes one second."""
-    monkeypatch.setattr("penguin_edge.runtime.profile.LONG_S", seconds)
-    monkeypatch.setattr("penguin_edge.runtime.profile.time.monotonic", itertools.count().__next__)
+    monkeypatch.setattr("penguin_edge.runtime.live.profile.LONG_S", seconds)
+    monkeypatch.setattr("penguin_edge.runtime.live.profile.time.monotonic", itertools.count().__next__)
     told: list[str] = []
     result = profile(CountingEngine(max_seq_len=256), progress=told.append)
     assert {len(samples) for points in result["samples"]["fitted"].values() for _, samples in points} == {rounds}
@@ -98,8 +98,8 @@ def test_what_waking_takes_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] += seconds
         return clock[0]
 
-    monkeypatch.setattr("penguin_edge.runtime.profile.time.perf_counter", lambda: passes(1e-6))
-    monkeypatch.setattr("penguin_edge.runtime.profile.time.sleep", lambda seconds: asleep.append(True))
+    monkeypatch.setattr("penguin_edge.runtime.live.profile.time.perf_counter", lambda: passes(1e-6))
+    monkeypatch.setattr("penguin_edge.runtime.live.profile.time.sleep", lambda seconds: asleep.append(True))
 
     class SleepyEngine(CountingEngine):
         def encode(self, pixels: Any, rows: Any, cols: Any) -> Any:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import CheckpointError, InputError
-from penguin_edge.prompt import END, IMAGE, START, TextStream, Tokenizer, as_text, render
+from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint
+from penguin_edge.prompt.chat import END, IMAGE, START, TextStream, Tokenizer, as_text, render
 
 TOKENIZER = Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=640)
 

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch import nn
 
-from penguin_edge.bundle import CHECK, Bounds, Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import CHECK, Bounds, Bundle
 from penguin_edge.errors import InputError
-from penguin_edge.export.targets import TARGETS
+from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.export.verify import QUANTIZED, beyond_noise
-from penguin_edge.preprocess import positions
+from penguin_edge.media.preprocess import positions
+from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.quantize.apply import check_layers, linears, module_of, quantize_part, quantize_rows
-from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, read_calibration, ready_from
+from penguin_edge.quantize.calibration.calibrate import CalibrationOptions, calibrate, read_calibration, ready_from
 from penguin_edge.quantize.linear import (
     QuantizedLinear,
     Scheme,
@@ -37,9 +37,9 @@ from penguin_edge.quantize.linear import (
     rounded_symmetric_rows,
 )
 from penguin_edge.quantize.recipe import PRESETS, Recipe, find_recipe
-from penguin_edge.runtime.embedding import EmbeddingTable
-from penguin_edge.runtime.engine import chunks
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.engines.base import chunks
+from penguin_edge.runtime.engines.embedding import EmbeddingTable
+from penguin_edge.runtime.engines.opening import open_engine
 
 SCHEMES = st.builds(
     Scheme,
@@ -420,7 +420,7 @@ def test_giving_memory_back_changes_no_number(
     pixels = np.random.default_rng(2).standard_normal((2, 24, 588)).astype(np.float32)
     rows, cols = positions((4, 6), 1)
     wanted = engine.encode(pixels, rows, cols)
-    monkeypatch.setattr("penguin_edge.runtime.onnxruntime.KEPT_PATCHES", 47)
+    monkeypatch.setattr("penguin_edge.runtime.engines.onnxruntime.KEPT_PATCHES", 47)
     assert np.array_equal(engine.encode(pixels, rows, cols), wanted)
 
 
@@ -431,7 +431,7 @@ def test_a_processor_without_vnni_computes_the_same(
     pixels = np.random.default_rng(1).standard_normal((1, 24, 588)).astype(np.float32)
     rows, cols = positions((4, 6), 1)
     wanted = open_engine(bundle).encode(pixels, rows, cols)
-    monkeypatch.setattr("penguin_edge.runtime.onnxruntime.int8_overflows", lambda: True)
+    monkeypatch.setattr("penguin_edge.runtime.engines.onnxruntime.int8_overflows", lambda: True)
     got = open_engine(bundle).encode(pixels, rows, cols)
     assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from penguin_edge.dataset.records import ANNOTATIONS, Record, missing_media, read_records
 from penguin_edge.errors import InputError
-from penguin_edge.records import ANNOTATIONS, Record, missing_media, read_records
 
 
 def turns(*values: str) -> list[dict[str, str]]:

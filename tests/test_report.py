@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from helpers import CLIP
 
-from penguin_edge.bench_figures import _clusters, number
-from penguin_edge.bench_report import COLUMNS, csv_text, html_text
-from penguin_edge.cli import main
+from penguin_edge.commands.cli import main
 from penguin_edge.errors import TargetUnavailable
+from penguin_edge.reports.bench import COLUMNS, csv_text, html_text
+from penguin_edge.reports.figures import _clusters, number
 
 # Boxes of text that lie over each other in a picture that is shown, by more than rounding.
 OVERLAPS = """() => {

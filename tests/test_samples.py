@@ -19,16 +19,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from penguin_edge import samples
-from penguin_edge.bundle import Bounds
+from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.config import PRESETS, ImageConfig, PenguinConfig
-from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.prompt import END, IMAGE, START, Message, render
-from penguin_edge.records import ANNOTATIONS, Record, read_records
-from penguin_edge.runtime.cache import Cache, Caches, Key
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.session import Session
-from penguin_edge.samples import (
+from penguin_edge.dataset import samples
+from penguin_edge.dataset.records import ANNOTATIONS, Record, read_records
+from penguin_edge.dataset.samples import (
     NO_TARGET,
     DataOptions,
     Sample,
@@ -36,6 +31,11 @@ from penguin_edge.samples import (
     SampleTooLong,
     encode_conversation,
 )
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.prompt.chat import END, IMAGE, START, Message, render
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.cache import Cache, Caches, Key
+from penguin_edge.runtime.session import Session
 
 TOKENIZER = tiny_tokenizer()
 CONFIG = replace(PRESETS["tiny"], image_token_id=603, image=ImageConfig(min_tokens=2, max_frames=6))

@@ -11,11 +11,11 @@ import torch
 from helpers import CLIP, Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.frames import read_video
-from penguin_edge.generate import EagerEngine, generate
-from penguin_edge.preprocess import preprocess_image
-from penguin_edge.prompt import render
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.media.frames import read_video
+from penguin_edge.media.preprocess import preprocess_image
+from penguin_edge.model.generate import EagerEngine, generate
+from penguin_edge.prompt.chat import render
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 SHORT = SamplingOptions(max_new_tokens=8)
@@ -113,7 +113,7 @@ def test_kept_turns_stay_and_others_are_forgotten() -> None:
 def test_a_clip_is_decoded_once_and_a_large_one_again_for_its_pixels(
     monkeypatch: pytest.MonkeyPatch, held: int, times: int
 ) -> None:
-    import penguin_edge.runtime.media as media
+    import penguin_edge.runtime.core.media as media
 
     opened = []
     monkeypatch.setattr(media, "read_video", lambda *a, **k: opened.append(a) or read_video(*a, **k))
@@ -130,7 +130,7 @@ def test_a_clip_is_decoded_once_and_a_large_one_again_for_its_pixels(
 
 
 def test_held_frames_stay_within_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import penguin_edge.runtime.media as media
+    import penguin_edge.runtime.core.media as media
 
     frame = 608 * 342 * 3
     monkeypatch.setattr(media, "HELD_BYTES", 5 * frame)

@@ -16,20 +16,20 @@ from helpers import Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.decoder import KVCache
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BusyError, InputError, PenguinError
-from penguin_edge.generate import EagerEngine
 from penguin_edge.guard import Guard
-from penguin_edge.prompt import Tokenizer
-from penguin_edge.runtime.answer import Token
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.live_options import LiveChanges, LiveOptions
-from penguin_edge.runtime.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.self_check import open_tokenizer
+from penguin_edge.model.decoder import KVCache
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.runtime.core.answer import Token
+from penguin_edge.runtime.core.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.engines.self_check import open_tokenizer
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.live_options import LiveChanges, LiveOptions
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
 

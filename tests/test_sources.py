@@ -20,8 +20,8 @@ from helpers import CLIP, picture
 from PIL import Image
 
 from penguin_edge.errors import InputError
-from penguin_edge.frames import Frame, read_video
-from penguin_edge.runtime.sources import is_live, paced, read_source
+from penguin_edge.media.frames import Frame, read_video
+from penguin_edge.runtime.live.sources import is_live, paced, read_source
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def test_a_clip_may_go_on_for_ever() -> None:
 def test_frames_come_when_their_time_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now, waited = [100.0], []
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("penguin_edge.runtime.sources.time", clock)
+    monkeypatch.setattr("penguin_edge.runtime.live.sources.time", clock)
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)

@@ -17,19 +17,25 @@ import torch
 from helpers import asked_pictures, products_of
 from torch import nn
 
-from penguin_edge.bundle import Bundle
-from penguin_edge.checkpoint import Checkpoint
+from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError
-from penguin_edge.export.targets import TARGETS
-from penguin_edge.preprocess import positions
+from penguin_edge.export.targets.known import TARGETS
+from penguin_edge.media.preprocess import positions
+from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.quantize.apply import check_layers, module_of, quantize_part
-from penguin_edge.quantize.calibrate import CalibrationOptions, calibrate, digest, read_calibration, ready_from
+from penguin_edge.quantize.calibration.calibrate import (
+    CalibrationOptions,
+    calibrate,
+    digest,
+    read_calibration,
+    ready_from,
+)
 from penguin_edge.quantize.linear import QuantizedLinear, Scheme, quantize_weight, rounded_static
 from penguin_edge.quantize.recipe import Recipe, find_recipe
 from penguin_edge.quantize.smooth import apply_factors
 from penguin_edge.quantize.static import BINS, Spread, measure
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.samples import Sample
+from penguin_edge.runtime.engines.opening import open_engine
 
 STATIC = Scheme(8, activations="static")
 PLAIN = Scheme(8, method="rtn", activations="static")
@@ -398,7 +404,7 @@ def test_a_processor_without_vnni_computes_the_same(exported: Bundle, monkeypatc
     rows, cols = positions((4, 6), 1)
     run: Callable[[], np.ndarray] = lambda: open_engine(exported, threads=1).encode(pixels, rows, cols)  # noqa: E731
     wanted = run()
-    monkeypatch.setattr("penguin_edge.runtime.onnxruntime.int8_overflows", lambda: True)
+    monkeypatch.setattr("penguin_edge.runtime.engines.onnxruntime.int8_overflows", lambda: True)
     assert np.abs(run() - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.generate import EagerEngine
-from penguin_edge.preprocess import preprocess_image
-from penguin_edge.runtime.pool import pooled
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.media.preprocess import preprocess_image
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.runtime.core.pool import pooled
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.stream_plan import Change, Limits, StreamPlanner
-from penguin_edge.tra import INTERMEDIATE, KEY, plan_clip, size_ladder
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, plan_clip, size_ladder
+from penguin_edge.tra.stream import Change, Limits, StreamPlanner
 
 SIDES = st.one_of(st.integers(1, 200), st.integers(28, 2160))
 LIMITS = st.builds(

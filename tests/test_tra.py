@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from penguin_edge import keyframes
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.frames import read_video
-from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
-from penguin_edge.tra import (
+from penguin_edge.media.frames import read_video
+from penguin_edge.reports.plan import draw_png, draw_terminal, plan_json
+from penguin_edge.tra import keyframes
+from penguin_edge.tra.clip import (
     DROPPED,
     INTERMEDIATE,
     KEY,

@@ -22,22 +22,22 @@ import torch
 from helpers import TESTS, picture, tiny_tokenizer
 from PIL import Image
 
-from penguin_edge.checkpoint import Checkpoint, save
 from penguin_edge.commands.train import source
+from penguin_edge.dataset.records import Record, read_records
+from penguin_edge.dataset.samples import Sample, SampleBuilder
 from penguin_edge.errors import CheckpointError, InputError, MemoryLimitError, PenguinError
-from penguin_edge.feed import Micro, Run, deliveries
-from penguin_edge.initialise import initialise
-from penguin_edge.losses import cross_entropy
-from penguin_edge.model import PenguinModel
-from penguin_edge.packing import forward_packed, pack
-from penguin_edge.recipe import STAGES, Lora, TrainConfig
-from penguin_edge.records import Record, read_records
-from penguin_edge.sampler import Order
-from penguin_edge.samples import Sample, SampleBuilder
-from penguin_edge.schedule import Rates, cosine_with_min_lr
-from penguin_edge.train import NonFiniteLoss, train
-from penguin_edge.trainee import Trainee, add_lora, named_tensors, published_model
-from penguin_edge.trainer_state import STATE, checkpoints
+from penguin_edge.model.checkpoint import Checkpoint, save
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.training.feed import Micro, Run, deliveries
+from penguin_edge.training.initialise import initialise
+from penguin_edge.training.losses import cross_entropy
+from penguin_edge.training.packing import forward_packed, pack
+from penguin_edge.training.recipe import STAGES, Lora, TrainConfig
+from penguin_edge.training.sampler import Order
+from penguin_edge.training.schedule import Rates, cosine_with_min_lr
+from penguin_edge.training.state import STATE, checkpoints
+from penguin_edge.training.trainee import Trainee, add_lora, named_tensors, published_model
+from penguin_edge.training.trainer import NonFiniteLoss, train
 
 pytest.importorskip("accelerate", reason="training needs the [train] extra")
 

@@ -20,19 +20,19 @@ from PIL import Image
 from test_live import SHORT, GatedEngine, held
 
 from penguin_edge.errors import BudgetError, InputError, TargetUnavailable
-from penguin_edge.frames import Frame
-from penguin_edge.runtime import view as bounds
-from penguin_edge.runtime.control import Decision, LatencyTarget, Setting
-from penguin_edge.runtime.cost import AXES, fit
-from penguin_edge.runtime.events import Observer, Ready, Said
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.report import Kept
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.core.report import Kept
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.live import view as bounds
+from penguin_edge.runtime.live.control import Decision, LatencyTarget, Setting
+from penguin_edge.runtime.live.cost import AXES, fit
+from penguin_edge.runtime.live.events import Observer, Ready, Said
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.view import View, thumbnail
+from penguin_edge.runtime.live.view_limits import Limits
+from penguin_edge.runtime.live.view_server import BODY, PROMPT, ViewServer, socket_at
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.runtime.view import View, thumbnail
-from penguin_edge.runtime.view_limits import Limits
-from penguin_edge.runtime.view_server import BODY, PROMPT, ViewServer, socket_at
-from penguin_edge.tra import KEY
+from penguin_edge.tra.clip import KEY
 
 CHEAP = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
 

@@ -15,12 +15,12 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 
 pytest.importorskip("uvicorn", reason="the live view's packages are not installed")
 
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.view import View
+from penguin_edge.runtime.live.view_limits import Limits
+from penguin_edge.runtime.live.view_server import ViewServer, socket_at
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.runtime.view import View
-from penguin_edge.runtime.view_limits import Limits
-from penguin_edge.runtime.view_server import ViewServer, socket_at
 
 LONG = 60.0
 """Seconds after which a test has failed; nothing here takes long on an idle machine."""
@@ -178,7 +178,7 @@ def test_a_reader_that_takes_nothing_loses_its_place() -> None:
         silent = visitors.open(f"GET /events HTTP/1.1\r\nHost: localhost:{visitors.port}\r\n\r\n", receive=1)
         # More than the system buffers, for a reader that reads nothing: answers of the longest kind.
         view, until = visitors.server.view, time.monotonic() + LONG
-        from penguin_edge.runtime.events import Said
+        from penguin_edge.runtime.live.events import Said
 
         number = 0
         while visitors.server._open or not number:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from penguin_edge.evaluate import is_right, questions_of
-from penguin_edge.records import read_records
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.dataset.records import read_records
+from penguin_edge.evaluation.score import is_right, questions_of
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from penguin_edge.runtime.report import PHASES
+from penguin_edge.runtime.core.report import PHASES
 
 KINDS = (("keys", "key"), ("intermediates", "intermediate"), ("dropped", "dropped"))
 

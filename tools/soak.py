@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.machine import keep_heap_compact, peak_mb, resident_mb
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.sources import read_source
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.sources import read_source
 from penguin_edge.runtime.stream import Stream
 
 QUESTIONS = ("What is happening now?", "Where is it?", "What was there before?", "How many are there?")

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from penguin_edge.checkpoint import EMBEDDED, Checkpoint, save
 from penguin_edge.commands.common import byte_count
 from penguin_edge.export.auto import choose, layer_bytes
-from penguin_edge.export.onnx import OnnxTarget
-from penguin_edge.quantize.auto import AutoOptions
-from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, read_calibration
+from penguin_edge.export.targets.onnx.graphs import OnnxTarget
+from penguin_edge.model.checkpoint import EMBEDDED, Checkpoint, save
+from penguin_edge.quantize.calibration.calibrate import BUILTIN, CalibrationOptions, read_calibration
 from penguin_edge.quantize.linear import Scheme
-from penguin_edge.quantize.sensitivity import Walk
+from penguin_edge.quantize.search.choice import AutoOptions
+from penguin_edge.quantize.search.sensitivity import Walk
 
 TEXT = Path("/usr/share/games/fortunes/literature")
 

@@ -5,11 +5,11 @@
 PYTHON has what that kind needs, ours `penguin_edge`. The process takes an order from stdin, a line of JSON, and answers
 on stdout in the same way; it first says `null`, when it is loaded.
 
-| order                 | answer                                                                             |
-|-----------------------|------------------------------------------------------------------------------------|
-| ["prefill", N]        | [seconds] from N ids, with an empty cache, to the first greedy token                |
-| ["decode", N, T]      | [seconds] of each of T single steps after N positions; fills the cache before, untimed |
-| ["report", N]         | memory, idle CPU, weights and versions of the process, logits after a prompt of N  |
+| order            | answer                                                                                 |
+|------------------|----------------------------------------------------------------------------------------|
+| ["prefill", N]   | [seconds] from N ids, with an empty cache, to the first greedy token                   |
+| ["decode", N, T] | [seconds] of each of T single steps after N positions; fills the cache before, untimed |
+| ["report", N]    | memory, idle CPU, weights and versions of the process, logits after a prompt of N      |
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Bundled(Contestant):
     """A bundle of ours, for ONNX Runtime or ExecuTorch."""
 
     def __init__(self, path: Path, threads: int, capacity: int) -> None:
-        from penguin_edge.bundle import Bundle
-        from penguin_edge.runtime.engine import chunks
-        from penguin_edge.runtime.engines import open_engine
+        from penguin_edge.bundle.manifest import Bundle
+        from penguin_edge.runtime.engines.base import chunks
+        from penguin_edge.runtime.engines.opening import open_engine
 
         bundle = Bundle.read(path)
         self.engine, self.chunks = open_engine(bundle, threads=threads), chunks

@@ -45,7 +45,7 @@ from contestants import WARM
 from models import BUNDLES, CAPACITY, PEER_FILES, bundle_folder, note, peer_python, prepare
 from shapes import SHAPES
 
-from penguin_edge.runtime.bench import read_bandwidth
+from penguin_edge.runtime.bench.stages import read_bandwidth
 
 RUNS = [("0.6b", 2), ("1.7b", 2), ("0.6b", 1)]
 """Shape and threads, when nothing else is asked for."""

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from shapes import SHAPES, VOCAB
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.machine import describe, peak_mb
-from penguin_edge.runtime.cache import Cache
-from penguin_edge.runtime.engine import Engine, chunks
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.engines.base import Engine, chunks
+from penguin_edge.runtime.engines.cache import Cache
+from penguin_edge.runtime.engines.opening import open_engine
 
 POSITIONS = (64, 256, 1024)
 
@@ -34,8 +34,8 @@ def make(folder: Path, name: str) -> None:
     """The checkpoint of a shape, in bf16."""
     import torch
 
-    from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint, save
     from penguin_edge.config import PenguinConfig, TextConfig
+    from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint, save
 
     of = SHAPES[name]
     text = TextConfig(VOCAB, of.width, of.feed_forward, of.layers, of.heads, of.kv_heads, of.head_dim)

@@ -7,10 +7,10 @@ encoder of a model whose projector, embedding and decoder are those of the prese
 and which `penguin-edge train` then trains.
 The starting points differ in the encoder's blocks alone; patch embedding and final norm are the same in all:
 
-| arm      | blocks of the encoder                                                                             |
-|----------|---------------------------------------------------------------------------------------------------|
-| donor    | the donor's, as `penguin_edge.convert` makes them                                                 |
-| random   | as `penguin_edge.initialise` makes them, all norms one                                            |
+| arm      | blocks of the encoder                                                                              |
+|----------|----------------------------------------------------------------------------------------------------|
+| donor    | the donor's, as `penguin_edge.model.convert` makes them                                            |
+| random   | as `penguin_edge.training.initialise` makes them, all norms one                                    |
 | shuffled | the donor's numbers, each tensor's in random order: its scale and outliers without what it learned |
 
 Runs that are there are not repeated. Needs `pip install gguf tokenizers`. The last line is JSON.
@@ -30,11 +30,11 @@ from typing import Any
 import smollm2
 import torch
 
-from penguin_edge.checkpoint import Checkpoint, save
 from penguin_edge.config import PRESETS
-from penguin_edge.convert import convert_language_model
-from penguin_edge.initialise import initialise
-from penguin_edge.model import PenguinModel
+from penguin_edge.model.checkpoint import Checkpoint, save
+from penguin_edge.model.convert import convert_language_model
+from penguin_edge.model.penguin import PenguinModel
+from penguin_edge.training.initialise import initialise
 
 ARMS = ("donor", "random", "shuffled")
 WINDOW = 50

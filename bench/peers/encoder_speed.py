@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.machine import describe, peak_mb
-from penguin_edge.preprocess import positions, preprocess_image
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.media.preprocess import positions, preprocess_image
+from penguin_edge.runtime.engines.opening import open_engine
 
 PICTURE = Path(__file__).parents[2] / "tests" / "media"
 SIDES = {256: (16, 16), 1024: (32, 32), 2048: (32, 64), 4096: (64, 64)}
@@ -37,8 +37,8 @@ def make(folder: Path, layers: int) -> None:
     """A checkpoint with the encoder of the 2B model, or some layers of it, and as little decoder as can be."""
     import torch
 
-    from penguin_edge.checkpoint import DEFAULT_TOKENIZER, Checkpoint, save
     from penguin_edge.config import PRESETS, PenguinConfig, TextConfig
+    from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint, save
 
     vision = PRESETS["2b"].vision
     assert vision is not None

@@ -16,8 +16,8 @@ from itertools import islice
 import cv2
 import numpy as np
 
-from penguin_edge.frames import read_video
-from penguin_edge.keyframes import KeyFrameDetector
+from penguin_edge.media.frames import read_video
+from penguin_edge.tra.keyframes import KeyFrameDetector
 
 
 def main() -> int:

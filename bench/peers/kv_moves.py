@@ -24,20 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penguin_edge.bundle import KV_SCALES, Bundle
-from penguin_edge.checkpoint import Checkpoint
-from penguin_edge.decoder import KVForm
-from penguin_edge.evaluate import Question, questions_of
-from penguin_edge.frames import Frame, read_video
-from penguin_edge.generate import EagerEngine
-from penguin_edge.layers import rotate
-from penguin_edge.layout import media_source
-from penguin_edge.prompt import Tokenizer, part_kind
-from penguin_edge.records import read_records
-from penguin_edge.runtime.cache import Cache
-from penguin_edge.runtime.kv_shift import turn
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.bundle.manifest import KV_SCALES, Bundle
+from penguin_edge.dataset.records import read_records
+from penguin_edge.evaluation.score import Question, questions_of
+from penguin_edge.media.frames import Frame, read_video
+from penguin_edge.model.checkpoint import Checkpoint
+from penguin_edge.model.decoder import KVForm
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.layers import rotate
+from penguin_edge.prompt.chat import Tokenizer, part_kind
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.cache import Cache
+from penguin_edge.runtime.engines.kv_shift import turn
 from penguin_edge.runtime.stream import Stream
+from penguin_edge.tra.layout import media_source
 
 KEPT, ANSWER = 200, 8
 """Positions that move, and tokens of an answer."""

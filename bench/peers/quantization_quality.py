@@ -27,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from penguin_edge.checkpoint import EMBEDDED, Checkpoint, save
-from penguin_edge.generate import EagerEngine
-from penguin_edge.model import PenguinModel
+from penguin_edge.evaluation.text import measure_text
+from penguin_edge.model.checkpoint import EMBEDDED, Checkpoint, save
+from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.apply import embedding_scheme, kv_form, quantize_part, quantize_rows
-from penguin_edge.quantize.calibrate import calibrate, ready_from, text_samples
+from penguin_edge.quantize.calibration.calibrate import calibrate, ready_from, text_samples
 from penguin_edge.quantize.linear import Activations, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
-from penguin_edge.text_quality import measure_text
 
 FORTUNES = Path("/usr/share/games/fortunes")
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")

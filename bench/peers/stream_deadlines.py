@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.runtime.profile import PROFILE
+from penguin_edge.runtime.live.profile import PROFILE
 
 
 def command(*arguments: Any) -> str:
@@ -37,7 +37,7 @@ def make(folder: Path) -> Path:
         return bundle
     import torch
 
-    from penguin_edge.checkpoint import Checkpoint, meta_model, random_tensor, save
+    from penguin_edge.model.checkpoint import Checkpoint, meta_model, random_tensor, save
 
     if not checkpoint.exists():
         preset = Checkpoint.open("2b", random_weights=True)

@@ -16,18 +16,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.budget_study import about_clips
 from penguin_edge.commands.common import open_model
 from penguin_edge.config import PATCH
-from penguin_edge.evaluate import Question, answer_tokens, is_right, limited, questions_of, wilson
-from penguin_edge.frames import Frame, read_video
-from penguin_edge.layout import media_source
-from penguin_edge.prompt import part_kind
-from penguin_edge.records import read_records
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.dataset.records import read_records
+from penguin_edge.evaluation.budget_study import about_clips
+from penguin_edge.evaluation.score import Question, answer_tokens, is_right, limited, questions_of, wilson
+from penguin_edge.media.frames import Frame, read_video
+from penguin_edge.prompt.chat import part_kind
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.tra import size_ladder
+from penguin_edge.tra.clip import size_ladder
+from penguin_edge.tra.layout import media_source
 
 WAYS: dict[str, dict[str, Any]] = {
     "encode, recompute": {},

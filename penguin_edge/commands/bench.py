@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bench_report import csv_text, html_text, require_matplotlib
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands import latency
 from penguin_edge.commands.common import (
     above_zero,
@@ -29,19 +28,20 @@ from penguin_edge.commands.common import (
 from penguin_edge.commands.options import add_budget, add_engine, add_fps, add_json, add_window
 from penguin_edge.errors import InputError
 from penguin_edge.files import write_text
-from penguin_edge.frames import Frame
 from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
-from penguin_edge.prompt import Tokenizer
-from penguin_edge.runtime.bench import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
-from penguin_edge.runtime.bench_stream import Brake, SlowedEngine, StreamRun, bench_stream
-from penguin_edge.runtime.bench_video import QUESTION, VideoOptions, bench_video
-from penguin_edge.runtime.control import LatencyTarget
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.options import SessionOptions, StreamOptions
-from penguin_edge.runtime.power import Meter
+from penguin_edge.media.frames import Frame
+from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.reports.bench import csv_text, html_text, require_matplotlib
+from penguin_edge.runtime.bench.clips import QUESTION, VideoOptions, bench_video
+from penguin_edge.runtime.bench.power import Meter
+from penguin_edge.runtime.bench.stages import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
+from penguin_edge.runtime.bench.streams import Brake, SlowedEngine, StreamRun, bench_stream
+from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.sources import is_live, read_source
 from penguin_edge.runtime.session import Session
-from penguin_edge.runtime.sources import is_live, read_source
 from penguin_edge.runtime.stream import Stream
 
 KV_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}

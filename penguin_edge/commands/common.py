@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle import MANIFEST, Bundle
+from penguin_edge.bundle.manifest import MANIFEST, Bundle
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import require_memory
-from penguin_edge.prompt import Tokenizer
-from penguin_edge.runtime.engine import Engine, check_threads
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.self_check import open_tokenizer
+from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.runtime.engines.base import Engine, check_threads
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.engines.self_check import open_tokenizer
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -152,8 +152,8 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     require_torch()
     import torch
 
-    from penguin_edge.checkpoint import Checkpoint
-    from penguin_edge.generate import EagerEngine
+    from penguin_edge.model.checkpoint import Checkpoint
+    from penguin_edge.model.generate import EagerEngine
 
     check_threads(threads)
     if threads:

@@ -6,7 +6,7 @@ import argparse
 
 from penguin_edge.commands.common import emit, say, table
 from penguin_edge.commands.options import add_json
-from penguin_edge.runtime.compare import LEAST, compare, read
+from penguin_edge.runtime.bench.compare import LEAST, compare, read
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

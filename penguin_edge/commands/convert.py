@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     require_torch()
     import torch
 
-    from penguin_edge.checkpoint import Checkpoint
-    from penguin_edge.convert import check_out, convert_checkpoint
+    from penguin_edge.model.checkpoint import Checkpoint
+    from penguin_edge.model.convert import check_out, convert_checkpoint
 
     check_out(args.out, overwrite=args.overwrite)
     checkpoint = Checkpoint.open(args.model)

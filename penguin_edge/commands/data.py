@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import get_args
 
 from penguin_edge.commands.common import positive
-from penguin_edge.nano.build import build
-from penguin_edge.nano.scenes import SIDE
-from penguin_edge.nano.tasks import Split
+from penguin_edge.dataset.nano.build import build
+from penguin_edge.dataset.nano.scenes import SIDE
+from penguin_edge.dataset.nano.tasks import Split
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -28,9 +28,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def what_fits() -> list[dict[str, Any]]:
     """Exports of the published shapes: peak memory against this machine's; empty without the exporters."""
     try:
-        from penguin_edge.checkpoint import Checkpoint
         from penguin_edge.export.pipeline import ExportOptions, estimate
-        from penguin_edge.export.targets import TARGETS
+        from penguin_edge.export.targets.known import TARGETS
+        from penguin_edge.model.checkpoint import Checkpoint
         from penguin_edge.quantize.recipe import PRESETS
     except ImportError:
         return []

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.budget_study import Ask, Reply, draw_study, study
 from penguin_edge.commands.common import check_outputs, emit, open_model, positive, say, table
 from penguin_edge.commands.eval_layers import run_layers
 from penguin_edge.commands.options import add_allow_outside, add_budget, add_engine, add_json, add_tra
+from penguin_edge.dataset.records import missing_media, read_records
 from penguin_edge.errors import InputError
-from penguin_edge.evaluate import (
+from penguin_edge.evaluation.budget_study import Ask, Reply, draw_study, study
+from penguin_edge.evaluation.score import (
     Answer,
     Question,
     ask_all,
@@ -28,14 +29,13 @@ from penguin_edge.evaluate import (
     save_answers,
     score,
 )
+from penguin_edge.evaluation.text import measure_text
 from penguin_edge.machine import peak_mb
-from penguin_edge.prompt import Message
-from penguin_edge.records import missing_media, read_records
-from penguin_edge.runtime.options import SessionOptions
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.prompt.chat import Message
+from penguin_edge.runtime.core.options import SessionOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
-from penguin_edge.text_quality import measure_text
-from penguin_edge.tra import Policy
+from penguin_edge.tra.clip import Policy
 
 LENGTH = 256
 """Tokens of a piece of text."""

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.common import TORCH_BYTES, emit, is_bundle, require_torch, say, table
+from penguin_edge.dataset.records import missing_media, read_records
 from penguin_edge.errors import InputError
+from penguin_edge.evaluation.layer_study import PATCHES, draw_layers, feature_cosines, summary, worst
 from penguin_edge.folders import scratch
-from penguin_edge.frames import read_image
-from penguin_edge.layer_study import PATCHES, draw_layers, feature_cosines, summary, worst
-from penguin_edge.layout import media_source
 from penguin_edge.machine import peak_mb, require_memory
-from penguin_edge.prompt import part_kind, parts_of
-from penguin_edge.records import missing_media, read_records
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.media.frames import read_image
+from penguin_edge.prompt.chat import part_kind, parts_of
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.tra.layout import media_source
 
 if TYPE_CHECKING:
-    from penguin_edge.checkpoint import Checkpoint
+    from penguin_edge.dataset.samples import Sample
+    from penguin_edge.model.checkpoint import Checkpoint
     from penguin_edge.quantize.apply import Ready
     from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
-    from penguin_edge.samples import Sample
 
     Again = tuple[Recipe, Activations, Ready | None]
 
@@ -62,8 +62,8 @@ def run_layers(args: argparse.Namespace, progress: Progress) -> int:
     require_torch()
     import torch
 
-    from penguin_edge.checkpoint import Checkpoint
-    from penguin_edge.quantize.layer_errors import layer_errors
+    from penguin_edge.model.checkpoint import Checkpoint
+    from penguin_edge.quantize.search.layer_errors import layer_errors
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -116,7 +116,7 @@ def read_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sampl
     Raises:
         InputError: as `read_calibration`.
     """
-    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, read_calibration
+    from penguin_edge.quantize.calibration.calibrate import BUILTIN, CalibrationOptions, read_calibration
 
     def read(source: str, count: int) -> list[Sample]:
         return read_calibration(
@@ -157,7 +157,7 @@ def read_data(args: argparse.Namespace, read: Callable[[str, int], list[Sample]]
 
 def read_pictures(args: argparse.Namespace, checkpoint: Checkpoint) -> list[NDArray[np.uint8]]:
     """Whole pictures for the encoder: those of --data, one record after another, or the built-in photographs."""
-    from penguin_edge.quantize.builtin import builtin_photos
+    from penguin_edge.quantize.calibration.builtin import builtin_photos
 
     config = checkpoint.config
     if config.vision is None:
@@ -177,9 +177,15 @@ def read_pictures(args: argparse.Namespace, checkpoint: Checkpoint) -> list[NDAr
 def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]:
     """Recipe, rounding of activations and results of calibration, from the bundle or from --quant."""
     from penguin_edge.export.pipeline import MIN_SEQ_LEN, ExportOptions, check_options
-    from penguin_edge.export.targets import find_target
+    from penguin_edge.export.targets.known import find_target
     from penguin_edge.export.verify import integers_again
-    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, calibrate, read_calibration, ready_from
+    from penguin_edge.quantize.calibration.calibrate import (
+        BUILTIN,
+        CalibrationOptions,
+        calibrate,
+        read_calibration,
+        ready_from,
+    )
     from penguin_edge.quantize.recipe import find_recipe
 
     if not args.quant:
@@ -212,7 +218,7 @@ def _engine(args: argparse.Namespace, checkpoint: Checkpoint, again: Again) -> E
 
 def _eager(model: Any) -> Engine:
     """An engine that encodes."""
-    from penguin_edge.generate import EagerEngine
+    from penguin_edge.model.generate import EagerEngine
 
     return EagerEngine(model, max_seq_len=1)
 
@@ -220,7 +226,7 @@ def _eager(model: Any) -> Engine:
 def _check_memory(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) -> None:
     """Refuse the work if memory cannot hold the largest part twice and what calibration needs beside one."""
     from penguin_edge.quantize.apply import DTYPES
-    from penguin_edge.quantize.calibrate import needed_bytes
+    from penguin_edge.quantize.calibration.calibrate import needed_bytes
 
     dtype = None if recipe.quantized else DTYPES[recipe.precision]
     parts = ("encoder", "decoder") if checkpoint.config.vision else ("decoder",)

@@ -175,7 +175,6 @@ def run(args: argparse.Namespace) -> int:
     if args.quant != AUTO and limits:
         args.refuse(f"{limits[0]} is for --quant auto alone, got --quant {args.quant}")
     require_torch()
-    from penguin_edge.checkpoint import Checkpoint
     from penguin_edge.export.pipeline import (
         ExportOptions,
         check_options,
@@ -185,11 +184,12 @@ def run(args: argparse.Namespace) -> int:
         export_bundle,
     )
     from penguin_edge.export.stages import TimeLeft
-    from penguin_edge.export.targets import find_target
+    from penguin_edge.export.targets.known import find_target
+    from penguin_edge.model.checkpoint import Checkpoint
     from penguin_edge.quantize.apply import DECODERS
-    from penguin_edge.quantize.auto import STAND_IN, AutoOptions
-    from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions
+    from penguin_edge.quantize.calibration.calibrate import BUILTIN, CalibrationOptions
     from penguin_edge.quantize.recipe import find_recipe
+    from penguin_edge.quantize.search.choice import STAND_IN, AutoOptions
 
     target = find_target(args.target)
     checkpoint = Checkpoint.open(args.model, random_weights=args.random_weights, seed=args.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from penguin_edge.bundle import VERIFY, Bundle
+from penguin_edge.bundle.manifest import VERIFY, Bundle
 from penguin_edge.commands.common import emit, is_bundle, require_torch, table
 from penguin_edge.commands.options import add_json
 from penguin_edge.errors import InputError
@@ -62,7 +62,7 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
 
 def checkpoint_info(source: str) -> dict[str, Any]:
     require_torch()
-    from penguin_edge.checkpoint import Checkpoint, meta_model
+    from penguin_edge.model.checkpoint import Checkpoint, meta_model
 
     checkpoint = Checkpoint.open(source)
     model = meta_model(checkpoint.config)

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.common import above_zero, is_bundle, say, status
 from penguin_edge.errors import InputError
-from penguin_edge.runtime.control import Decision, LatencyTarget
-from penguin_edge.runtime.cost import CostModel
-from penguin_edge.runtime.engine import Engine
-from penguin_edge.runtime.events import Observer
-from penguin_edge.runtime.profile import differences, load, profile
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.live.control import Decision, LatencyTarget
+from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.live.events import Observer
+from penguin_edge.runtime.live.profile import differences, load, profile
 
 
 def add(parser: argparse.ArgumentParser) -> None:

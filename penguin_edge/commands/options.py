@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.commands.common import above_zero, positive
-from penguin_edge.runtime.options import SessionOptions, StreamOptions
+from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
 
 MAX_SEQ_LEN = 4096
 """KV positions of a checkpoint that is run, or exported, without a wish."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from penguin_edge.bundle import Bounds
+from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.commands.common import check_outputs, emit, positive, say
 from penguin_edge.commands.options import add_budget, add_fps, add_json, add_media_limits, add_tra, checked_max_pixels
 from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
-from penguin_edge.runtime.media import Library
-from penguin_edge.runtime.report import Clock
+from penguin_edge.runtime.core.media import Library
+from penguin_edge.runtime.core.report import Clock
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +31,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from penguin_edge.plan_report import draw_png, draw_terminal, plan_json
+    from penguin_edge.reports.plan import draw_png, draw_terminal, plan_json
 
     check_outputs(args, ["out"], ["clip"])
     if args.budget < 1:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from penguin_edge.bundle import PROFILE, Bundle
+from penguin_edge.bundle.manifest import PROFILE, Bundle
 from penguin_edge.commands.common import emit, positive, status, table
 from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError, WriteError
 from penguin_edge.machine import describe
-from penguin_edge.runtime.engines import open_engine
-from penguin_edge.runtime.profile import LONG_S, ROUNDS, keep, profile
+from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.live.profile import LONG_S, ROUNDS, keep, profile
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

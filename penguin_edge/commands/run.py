@@ -19,11 +19,11 @@ from penguin_edge.commands.options import (
 )
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
-from penguin_edge.places import existing, is_data, local_path
-from penguin_edge.prompt import Message
-from penguin_edge.runtime.options import SessionOptions
-from penguin_edge.runtime.report import PHASES, Report
-from penguin_edge.runtime.sampling import SamplingOptions
+from penguin_edge.media.places import existing, is_data, local_path
+from penguin_edge.prompt.chat import Message
+from penguin_edge.runtime.core.options import SessionOptions
+from penguin_edge.runtime.core.report import PHASES, Report
+from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
 

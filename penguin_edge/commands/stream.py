@@ -33,18 +33,18 @@ from penguin_edge.commands.options import (
     checked_max_pixels,
 )
 from penguin_edge.errors import InputError
-from penguin_edge.frames import Frame
 from penguin_edge.machine import keep_heap_compact, peak_mb
-from penguin_edge.runtime.events import Observers
-from penguin_edge.runtime.live import Live
-from penguin_edge.runtime.live_options import LiveOptions
-from penguin_edge.runtime.options import StreamOptions
-from penguin_edge.runtime.sampling import SamplingOptions
-from penguin_edge.runtime.sources import is_live, paced, read_source, without_password
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.core.options import StreamOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.live.events import Observers
+from penguin_edge.runtime.live.live import Live
+from penguin_edge.runtime.live.live_options import LiveOptions
+from penguin_edge.runtime.live.sources import is_live, paced, read_source, without_password
+from penguin_edge.runtime.live.view import View
+from penguin_edge.runtime.live.view_server import PORT, ViewServer, socket_at
+from penguin_edge.runtime.live.watch import Watch
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.runtime.view import View
-from penguin_edge.runtime.view_server import PORT, ViewServer, socket_at
-from penguin_edge.runtime.watch import Watch
 
 ANSWERS = 1000
 """Most answers kept for `--json`: the last ones."""

@@ -10,7 +10,7 @@ from typing import Any
 from penguin_edge.commands.common import emit, positive, require_torch, say
 from penguin_edge.commands.options import add_allow_outside, add_json
 from penguin_edge.errors import InputError
-from penguin_edge.recipe import STAGES, Lora, TrainConfig
+from penguin_edge.training.recipe import STAGES, Lora, TrainConfig
 
 RATES = ("llm", "projector", "encoder", "patch_embedding", "distill")
 OPTIONS = ("model_max_length", "mm_max_length", "tight_share", "fps", "max_frames")
@@ -134,7 +134,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     require_torch()
     _check_preset(args.model, args.random_weights)
-    from penguin_edge.train import train
+    from penguin_edge.training.trainer import train
 
     stage = STAGES[args.stage]
     taken = {"data", "rates", "options", "lora"}
@@ -185,8 +185,8 @@ def _lora(args: argparse.Namespace) -> Lora | None:
 
 
 def _check_preset(model: str, random_weights: bool) -> None:
-    from penguin_edge.checkpoint import EMBEDDED
     from penguin_edge.config import PRESETS
+    from penguin_edge.model.checkpoint import EMBEDDED
 
     preset = model in PRESETS and not Path(model).is_dir()
     if random_weights and not preset:

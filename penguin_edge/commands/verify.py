@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from penguin_edge.bundle import Bundle
+from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.common import emit, require_torch, say, table
 from penguin_edge.commands.options import add_allow_outside, add_json, add_threads
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.runtime.engines import open_engine
+from penguin_edge.runtime.engines.opening import open_engine
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--calibration is for --against, which makes the integers again; the check data needs none")
     if args.against:
         require_torch()
-        from penguin_edge.checkpoint import Checkpoint
+        from penguin_edge.model.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(args.against, seed=args.seed)
     from penguin_edge.export.verify import verify_bundle

@@ -1,0 +1,1 @@
+"""Targets, one folder each: what it takes, how its graphs look, what they weigh."""

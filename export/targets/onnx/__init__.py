@@ -1,0 +1,1 @@
+"""ONNX Runtime: graphs, their nodes, and explicit roundings."""

@@ -1,0 +1,1 @@
+"""Scores: questions, answers, and studies of budgets and layers."""

@@ -1,0 +1,1 @@
+"""Penguin-VL in PyTorch, and the checkpoints that hold its weights."""

@@ -1,0 +1,1 @@
+"""Text: the chat format, image placeholders and the tokenizer."""

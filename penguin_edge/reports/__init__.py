@@ -1,0 +1,1 @@
+"""Reports for people: drawings of plans and of measurements."""

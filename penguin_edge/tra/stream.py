@@ -1,0 +1,348 @@
+"""TRA over a stream: sizes of the frames of a moving window, decided as frames arrive, never above the budget.
+
+`tra.plan_clip` sees a whole clip and gives all key frames one size, all intermediate frames another. Here a frame gets
+its size when it comes, and keeps it as long as it can: only what has to shrink is encoded again. The cascade is the
+paper's, cut into levels whose areas differ by a factor of 4:
+
+| level | key frames              | intermediate frames      |
+|-------|-------------------------|--------------------------|
+| 0     | native                  | native                   |
+| 1     | native                  | 1/16 of native           |
+| 2 …   | 1/4, 1/16 … of native   | 1/16 of the key frames'  |
+| n     | the floor               | the floor                |
+
+When all are at the floor, intermediate frames are thinned evenly, then key frames: the one whose neighbours are closest
+to each other in time goes, never the newest. No frame is below the floor (`tra.py`) but the newest, when it alone is
+more than the budget. The oldest frames step down first, so a window holds two neighbouring levels, or more while the
+scene gets quieter: levels never rise with time. A frame steps at most once per level, and levels are four apart, so a
+window that fills for the first time encodes each frame at most 4/3 times more, and one that moves on at most once more.
+
+A step down goes on until `LOW` of the limit is reached, so that the next frames find room: what follows a changed frame
+in a KV cache has to be computed again, and that should be rare. New frames rise to a better level when the whole window
+would fit `LOW` there.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+
+from penguin_edge.config import PATCH, TraConfig
+from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, FramePlan, Plan, size_ladder
+
+STEP = 4
+"""Area of a level over that of the next."""
+LOW = 0.85
+"""Share of the limit down to which frames step."""
+COARSE = 0.75
+"""Share of the limit below which the last frame to step down takes a larger size that still fits `LOW`."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a window may hold. `room`: visual tokens and the text of time stamps together; None: no such limit."""
+
+    budget: int
+    room: int | None = None
+    window_s: float = 60.0
+    max_frames: int = 180
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise BudgetError(f"got a budget of {self.budget} visual tokens, wanted at least 1")
+        if self.room is not None and self.room < 1:
+            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten the text around them")
+        if not self.window_s > 0 or self.max_frames < 1:
+            raise InputError(f"a window of {self.window_s} s and {self.max_frames} frames, wanted more than nothing")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One frame that got another size than it had. `tokens` 0: it was given up."""
+
+    frame: int
+    before: int
+    tokens: int
+    reason: str
+
+
+@dataclass
+class _Held:
+    """A frame of the window. `rung` is its size in the ladder of its native size."""
+
+    number: int
+    kind: str
+    time: float
+    size: tuple[int, int]
+    level: int
+    rung: int
+
+
+@lru_cache(maxsize=64)
+def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple[tuple[int, int], ...]:
+    """Rungs of the ladder, (key, intermediate), at each level for frames of a native size (height, width)."""
+    tokens = [rows * columns for rows, columns in size_ladder(*size, factor)]
+    native = len(tokens) - 1
+    floor = next((i for i, t in enumerate(tokens) if t >= t_min), native)
+
+    def at(area: float) -> int:
+        return max(floor, bisect_right(tokens, area) - 1)
+
+    levels = [(native, native)]
+    area = float(tokens[native])
+    while True:
+        pair = at(area), min(at(area), at(area / ratio))
+        if pair != levels[-1]:
+            levels.append(pair)
+        if pair == (floor, floor):
+            break
+        area /= STEP
+    return tuple(levels)
+
+
+class StreamPlanner:
+    """Plans a stream frame by frame; see the top of this file."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        tag_tokens: int = 0,
+        min_tokens: int = 16,
+        merge_size: int = 2,
+        config: TraConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            tag_tokens: text tokens that a kept frame takes besides, counted against `limits.room`.
+        Raises:
+            BudgetError: no frame would fit.
+        """
+        self.config = config or TraConfig()
+        self.factor = PATCH * merge_size
+        self.limits = limits
+        self.tag_tokens = tag_tokens
+        self.least_tokens = self.config.min_factor * min_tokens
+        _check(limits, tag_tokens)
+        self._held: deque[_Held] = deque()
+        self._level = self._next = self._total = 0
+
+    @property
+    def level(self) -> int:
+        """Level of new frames."""
+        return self._level
+
+    @property
+    def total_tokens(self) -> int:
+        """Visual tokens of the window."""
+        return self._total
+
+    @property
+    def saved_share(self) -> float:
+        """Share of tokens saved, against a window whose frames are all key frames of their level; 0 when empty."""
+        wanted = 0
+        for held in self._held:
+            levels = self._levels(held)
+            key = levels[min(held.level, len(levels) - 1)][0]
+            rows, columns = size_ladder(*held.size, self.factor)[max(held.rung, key)]
+            wanted += rows * columns
+        return 1 - self._total / wanted if wanted else 0.0
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the kept frames, in order; the first frame pushed was 0."""
+        return tuple(held.number for held in self._held)
+
+    def plan(self) -> Plan:
+        """The window as a plan: one entry for each kept frame."""
+        frames = []
+        for held in self._held:
+            rows, columns = size_ladder(*held.size, self.factor)[held.rung]
+            frames.append(FramePlan(held.kind, columns * self.factor, rows * self.factor, rows * columns))
+        stage = "native" if all(held.level == 0 for held in self._held) else f"level {self._level}"
+        return Plan(tuple(frames), self.limits.budget, self.factor, "stream", stage)
+
+    def push(self, kind: str, size: tuple[int, int], time: float) -> list[Change]:
+        """Add a frame of `size` (height, width) at `time` seconds, and return what became of others. The frame becomes
+        key where the window has no key frame.
+
+        Raises:
+            InputError: an unknown label, an empty size, or a time before the last frame's.
+        """
+        if kind not in (KEY, INTERMEDIATE):
+            raise InputError(f"unknown kind of frame {kind!r}; known: {KEY}, {INTERMEDIATE}")
+        if min(size) < 1:
+            raise InputError(f"a frame of {size[1]}x{size[0]} pixels, wanted at least one")
+        if self._held and time < self._held[-1].time:
+            raise InputError(
+                f"a frame at {time:g} s after one at {self._held[-1].time:g} s; time stamps must not go back: begin a "
+                "new stream"
+            )
+        before = self._sizes()
+        changes: list[Change] = []
+        while self._held and (reason := self._leaves(self._held[0], time)):
+            changes.append(Change(self._held[0].number, before.pop(self._held[0].number), 0, reason))
+            self._remove(self._held[0])
+        if all(held.kind != KEY for held in self._held):
+            kind = KEY
+        newest = _Held(self._next, kind, time, size, 0, 0)
+        self._next += 1
+        self._rise(newest)
+        newest.level = self._level
+        newest.rung = self._rung(newest, newest.level)
+        self._held.append(newest)
+        self._total += self._tokens(newest)
+        self._settle()
+        return changes + self._changes(before)
+
+    def set_limits(self, limits: Limits) -> list[Change]:
+        """Keep other limits from now on; returns which frames that shrinks or drops.
+
+        Raises:
+            BudgetError: no frame would fit.
+        """
+        _check(limits, self.tag_tokens)
+        before = self._sizes()
+        self.limits = limits
+        while len(self._held) > limits.max_frames:
+            self._remove(self._held[0])
+        self._settle()
+        return self._changes(before)
+
+    def discard(self, number: int) -> int:
+        """Forget one frame, which turned out to be of no use; the others keep their sizes. Returns its tokens."""
+        held = next(held for held in self._held if held.number == number)
+        self._remove(held)
+        return self._tokens(held)
+
+    def clear(self) -> None:
+        """Forget all frames, and begin at native size again."""
+        self._held.clear()
+        self._total = self._level = 0
+
+    def _leaves(self, held: _Held, time: float) -> str:
+        if time - held.time > self.limits.window_s:
+            return "window"
+        return "full" if len(self._held) >= self.limits.max_frames else ""
+
+    def _remove(self, held: _Held) -> None:
+        self._held.remove(held)
+        self._total -= self._tokens(held)
+
+    def _resize(self, held: _Held, rung: int) -> None:
+        self._total -= self._tokens(held)
+        held.rung = rung
+        self._total += self._tokens(held)
+
+    def _tokens(self, held: _Held) -> int:
+        rows, columns = size_ladder(*held.size, self.factor)[held.rung]
+        return rows * columns
+
+    def _levels(self, held: _Held) -> tuple[tuple[int, int], ...]:
+        return rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
+
+    def _rung(self, held: _Held, level: int) -> int:
+        levels = self._levels(held)
+        return levels[min(level, len(levels) - 1)][held.kind != KEY]
+
+    def _sizes(self) -> dict[int, int]:
+        return {held.number: self._tokens(held) for held in self._held}
+
+    def _changes(self, before: dict[int, int]) -> list[Change]:
+        """Frames whose tokens differ from `before`."""
+        after = self._sizes()
+        found = []
+        for number, tokens in before.items():
+            left = after.get(number, 0)
+            if left != tokens:
+                found.append(Change(number, tokens, left, "budget" if left else "dropped"))
+        return found
+
+    def _share(self, tokens: int, frames: int) -> float:
+        """Share of the tighter limit that so many visual tokens and frames fill."""
+        share = tokens / self.limits.budget
+        if self.limits.room is not None:
+            share = max(share, (tokens + frames * self.tag_tokens) / self.limits.room)
+        return share
+
+    def _filled(self) -> float:
+        return self._share(self._total, len(self._held))
+
+    def _rise(self, newest: _Held) -> None:
+        """Give new frames a better level while all of the window would fit `LOW` there."""
+        while self._level:
+            tokens = frames = 0
+            for held in (*self._held, newest):
+                rows, columns = size_ladder(*held.size, self.factor)[self._rung(held, self._level - 1)]
+                tokens += rows * columns
+                frames += 1
+            if self._share(tokens, frames) > LOW:
+                return
+            self._level -= 1
+
+    def _settle(self) -> None:
+        """Step frames down, the oldest first, when the limits are exceeded; thin them at the floor."""
+        if self._filled() <= 1:
+            return
+        while self._filled() > LOW:
+            if len(self._held) == 1:
+                self._shrink_last(self._held[0])
+                return
+            held = next((held for held in self._held if held.level <= self._level), None)
+            if held is None:
+                self._level += 1
+                continue
+            if all(one.level >= len(self._levels(one)) - 1 for one in self._held):
+                thinnest = self._thinnest()
+                left = self._share(self._total - self._tokens(thinnest), len(self._held) - 1)
+                if self._filled() <= 1 and left < COARSE:
+                    return
+                self._remove(thinnest)
+                continue
+            rung = self._rung(held, self._level + 1)
+            held.level = self._level + 1
+            if rung < held.rung:
+                before = held.rung
+                self._resize(held, rung)
+                if self._filled() < COARSE:
+                    self._widen(held, before)
+
+    def _thinnest(self) -> _Held:
+        """The frame whose loss leaves the smallest gap, never the newest; an intermediate frame if there is one, the
+        oldest of several."""
+        frames = list(self._held)
+        kind = KEY if all(held.kind == KEY for held in frames[:-1]) else INTERMEDIATE
+        gaps = [
+            (frames[i + 1].time - frames[i - 1].time if i else math.inf, i)
+            for i, held in enumerate(frames[:-1])
+            if held.kind == kind
+        ]
+        return frames[min(gaps)[1]]
+
+    def _widen(self, held: _Held, before: int) -> None:
+        """Take the largest size below the one before that leaves the window within `LOW`."""
+        for rung in range(before - 1, held.rung, -1):
+            least = held.rung
+            self._resize(held, rung)
+            if self._filled() <= LOW:
+                held.level = self._level  # The next step makes it smaller.
+                return
+            self._resize(held, least)
+
+    def _shrink_last(self, held: _Held) -> None:
+        """The one frame left: the largest size that fits, below the floor if need be."""
+        while self._filled() > 1 and held.rung:
+            self._resize(held, held.rung - 1)
+        held.level = self._level
+
+
+def _check(limits: Limits, tag_tokens: int) -> None:
+    if limits.room is not None and limits.room <= tag_tokens:
+        raise BudgetError(
+            f"the context leaves {limits.room} tokens for frames, and a time stamp alone takes {tag_tokens}; shorten "
+            "the text, or export with a larger --max-seq-len"
+        )

@@ -1,0 +1,1 @@
+"""Training: stages, what learns, batches, losses, and steps that can be resumed."""

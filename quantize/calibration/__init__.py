@@ -1,0 +1,1 @@
+"""What quantization learns from data: statistics of activations, and the data."""

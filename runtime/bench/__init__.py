@@ -1,0 +1,1 @@
+"""Measuring: stages, clips, streams, power, and the comparison of two results."""

@@ -1,0 +1,1 @@
+"""What sessions and streams are made of: features, prefill, decoding, turns, media, options."""

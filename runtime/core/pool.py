@@ -1,0 +1,42 @@
+"""What becomes of a frame that shrinks: its pixels resized, or its visual tokens averaged over a coarser grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from penguin_edge.media.frames import Frame
+from penguin_edge.media.preprocess import resize
+from penguin_edge.runtime.engines.base import F32
+from penguin_edge.runtime.engines.cache import Visual
+
+
+def retained(frames: Sequence[Frame], visuals: Sequence[Visual]) -> list[Frame]:
+    """Frames with pixels of their size in the prompt, never enlarged."""
+    return [
+        replace(frame, pixels=resize(frame.pixels, visual.height, visual.width))
+        if math.prod(frame.pixels.shape[:2]) > visual.height * visual.width
+        else frame
+        for frame, visual in zip(frames, visuals, strict=True)
+    ]
+
+
+def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:
+    """Visual tokens [rows*columns, H] of a grid as means over a coarser one, each cell weighted by its overlap."""
+    rows, columns = before
+    grid = features.reshape(rows, columns, -1)
+    down, across = _weights(rows, after[0]), _weights(columns, after[1])
+    out = np.einsum("ar,rch,bc->abh", down, grid, across, optimize=True)
+    return np.ascontiguousarray(out.reshape(after[0] * after[1], -1), dtype=np.float32)
+
+
+def _weights(before: int, after: int) -> F32:
+    """[after, before], rows of sum 1."""
+    edges = np.arange(before + 1) * (after / before)
+    low = np.maximum(edges[None, :-1], np.arange(after)[:, None])
+    high = np.minimum(edges[None, 1:], np.arange(1, after + 1)[:, None])
+    weights = np.clip(high - low, 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,217 @@
+"""KV caches: what lies at each position, and whose they are.
+
+An engine keeps the numbers of a cache, in whatever form its graphs take them; `Caches` holds these states. The `Cache`
+that a caller gets holds the key of every position. Whoever writes a position says what it is, so that what a cache
+holds is never a matter of belief.
+
+| name | meaning                                                                           |
+|------|-----------------------------------------------------------------------------------|
+| Key  | a token id, or (a picture at a size, the number of one of its tokens)             |
+| None | a position whose writer gave no key, or whose write failed; it is equal to no key |
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+from penguin_edge.errors import BusyError, InputError
+from penguin_edge.guard import Guard
+from penguin_edge.runtime.engines.base import check_truncate
+from penguin_edge.tra.layout import token_count
+
+
+class Visual(NamedTuple):
+    """One image or frame as it enters the prompt: whose pixels, at what size. Compared for every visual token."""
+
+    digest: str
+    height: int
+    width: int
+    merge_size: int
+
+    @property
+    def tokens(self) -> int:
+        return token_count((self.height, self.width), self.merge_size)
+
+
+Key: TypeAlias = int | tuple[Visual, int]
+State = TypeVar("State")
+
+
+class Cache:
+    """The KV cache of one conversation, made by `Engine.new_cache`. Close it, or drop it, when it is done with.
+
+    Positions from `length` on keep what was written there until they are written again: they can still be moved.
+    """
+
+    def __init__(self, guard: Guard, release: Callable[[Cache], None]) -> None:
+        """Use `Engine.new_cache`; `guard` is the engine's, and `release` gives the engine its memory back."""
+        self._guard, self._release = guard, release
+        self._keys: list[Key | None] = []
+        self._length = 0
+        self._closed = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    @property
+    def keys(self) -> list[Key | None]:
+        """What stands at each position below `length`."""
+        return self._keys[: self._length]
+
+    def common(self, keys: Sequence[Key]) -> int:
+        """Positions from the first on that hold what `keys` want there."""
+        same = 0
+        for held, wanted in zip(self.keys, keys, strict=False):
+            if held != wanted:
+                break
+            same += 1
+        return same
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens, at no cost.
+
+        Raises:
+            InputError: `length` is no whole number of 0 to `length`, or the cache was closed.
+            BusyError: another thread uses the engine.
+        """
+        with self._guard:
+            self.check_open()
+            check_truncate(self._length, length)
+            self._length = int(length)
+
+    def forget(self) -> None:
+        """Hold nothing, and nothing that could be moved: what was written is not to be trusted."""
+        self._keys.clear()
+        self._length = 0
+
+    def check_open(self) -> None:
+        """Refuse a cache that was closed.
+
+        Raises:
+            InputError: it was, or its engine was.
+        """
+        if self._closed:
+            raise InputError(f"this {self._closed} was closed, and its cache with it; open another one")
+
+    @contextmanager
+    def writing(self, count: int, keys: Sequence[Key]) -> Iterator[None]:
+        """For engines: append `count` positions. They are nobody's until the block has ended well.
+
+        Raises:
+            InputError: keys for another number of positions.
+        """
+        if keys and len(keys) != count:
+            raise InputError(f"{len(keys)} keys for {count} positions, wanted one for each, or none")
+        end = self._length + count
+        self._keys[self._length : end] = [None] * count
+        yield
+        self._keys[self._length : end] = [*keys] if keys else [None] * count
+        self._length = end
+
+    @contextmanager
+    def moving(self, begin: int, end: int, to: int) -> Iterator[None]:
+        """For engines: give positions another place. After a failure the cache ends before them."""
+        self._keys += [None] * (end - len(self._keys))
+        moved = self._keys[begin:end]
+        self._keys[to : to + len(moved)] = [None] * len(moved)
+        self._length = min(self._length, to)
+        yield
+        self._keys[to : to + len(moved)] = moved
+        self._length = to + len(moved)
+
+    def close(self, what: str = "session") -> None:
+        """Give the memory back to the engine; the cache cannot be used again. `what` was closed, for messages."""
+        self._closed = self._closed or what
+        self.forget()
+        self._release(self)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close("cache")
+
+
+class Caches(Generic[State]):
+    """The open caches of one engine, each with the engine's own state of it, and whether the engine is open."""
+
+    def __init__(self, capacity: int | None, make: Callable[[], State]) -> None:
+        """
+        Args:
+            capacity: caches that may be open at once; None: as many as memory holds.
+            make: an empty state.
+        """
+        self.guard = Guard("engine")
+        self.capacity, self._make = capacity, make
+        self._states: weakref.WeakKeyDictionary[Cache, State] = weakref.WeakKeyDictionary()
+        self._closed = False
+        self._making = threading.RLock()
+
+    def new(self) -> Cache:
+        """An empty cache.
+
+        Raises:
+            BusyError: the engine has no more of them.
+            InputError: the engine was closed.
+        """
+        with self._making:
+            self.check_open()
+            if self._full():
+                gc.collect()  # of sessions that nobody holds any more
+            if self._full():
+                raise BusyError(
+                    f"this engine holds {self.capacity} KV cache at a time, and a session has it; close that "
+                    "session, or open the bundle again for an engine of its own"
+                )
+            cache = Cache(self.guard, self._drop)
+            self._states[cache] = self._make()
+            return cache
+
+    def state(self, cache: Cache) -> State:
+        """The engine's state of a cache of its own.
+
+        Raises:
+            InputError: the cache is another engine's, or was closed.
+        """
+        self.check_open()
+        if not isinstance(cache, Cache):
+            raise InputError(f"got {type(cache).__name__} for a cache, wanted one of this engine's new_cache()")
+        cache.check_open()
+        found = self._states.get(cache)
+        if found is None:
+            raise InputError("this cache belongs to another engine; use one of this engine's new_cache()")
+        return found
+
+    def check_open(self) -> None:
+        """Refuse an engine that was closed.
+
+        Raises:
+            InputError: it was.
+        """
+        if self._closed:
+            raise InputError("this engine was closed; open the bundle again")
+
+    def close(self) -> None:
+        """Close all caches and refuse whatever comes.
+
+        Raises:
+            BusyError: another thread uses the engine.
+        """
+        with self.guard:
+            self._closed = True
+            for cache in list(self._states):
+                cache.close("engine")
+
+    def _drop(self, cache: Cache) -> None:
+        self._states.pop(cache, None)
+
+    def _full(self) -> bool:
+        return self.capacity is not None and len(self._states) >= self.capacity

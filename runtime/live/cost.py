@@ -1,0 +1,149 @@
+"""What each stage will take on this machine: tables of what was measured, read along straight lines between points.
+
+| stage      | milliseconds of                                | axes                                     |
+|------------|------------------------------------------------|------------------------------------------|
+| preprocess | one frame: label, name, resize, patches        | pixels as it came, patches               |
+| encode     | one call                                       | patches of a frame, frames               |
+| project    | one call                                       | tokens                                   |
+| prefill    | one chunk; a prompt is the sum of its chunks   | positions, positions before              |
+| decode     | one position                                   | positions before                         |
+| move       | a part of the cache given another place        | positions                                |
+| wake       | what an engine takes more after a pause        | none: one number                         |
+
+Tables never fall along an axis, so that no stage gets faster when it has more to do: each is the middle between the
+least one above the medians and the greatest one below. Below the first point of an axis its value holds; beyond the
+last one of the first axis the value grows in proportion, beyond that of the second the last line goes on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.errors import BundleError
+from penguin_edge.runtime.engines.base import chunks
+
+Point = tuple[float, ...]
+"""What a stage is given, one number for each of its axes."""
+
+AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
+
+
+@dataclass(frozen=True)
+class Table:
+    """`ms[i][j]` at `axes[0][i]`, `axes[1][j]`; the second axis is one point where a stage has none."""
+
+    axes: tuple[tuple[float, ...], tuple[float, ...]]
+    ms: tuple[tuple[float, ...], ...]
+
+    def at(self, x: float, y: float = 0.0) -> float:
+        xs, ys = self.axes
+        j, v = _place(ys, y)
+        # Beyond the last point lines may cross: what came before still holds.
+        column = list(accumulate((row[j] + v * (row[min(j + 1, len(row) - 1)] - row[j]) for row in self.ms), max))
+        i, u = _place(xs, x)
+        if u > 1:
+            return column[-1] * x / xs[-1]
+        return column[i] + u * (column[min(i + 1, len(column) - 1)] - column[i])
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Tables by stage."""
+
+    tables: Mapping[str, Table]
+
+    def stage_ms(self, stage: str, *x: float) -> float:
+        """One call of a stage."""
+        return self.tables[stage].at(*x)
+
+    @property
+    def wake_ms(self) -> float:
+        """What work after a pause takes more: threads and cores sleep, caches hold something else."""
+        return self.stage_ms("wake", 0.0) if "wake" in self.tables else 0.0
+
+    def prefill_ms(self, count: int, past: int, bounds: Bounds) -> float:
+        """A prompt of `count` positions after `past`, in the engine's chunks."""
+        return sum(
+            self.stage_ms("prefill", rows.stop - rows.start, past + rows.start) for rows in chunks(count, bounds)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            stage: {"axes": [list(axis) for axis in table.axes], "ms": [list(row) for row in table.ms]}
+            for stage, table in self.tables.items()
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> CostModel:
+        """
+        Raises:
+            BundleError: not what `to_json` wrote.
+        """
+        try:
+            found = {stage: _table(data[stage]) for stage in AXES if stage in data}
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"the cost model cannot be read ({type(error).__name__}: {error}); run `penguin-edge profile` again"
+            ) from error
+        needed = AXES.keys() - {"move"} if found.keys() & {"preprocess", "encode", "project"} else {"prefill", "decode"}
+        if needed - found.keys():
+            raise BundleError("the cost model is not one of this version; run `penguin-edge profile` again")
+        return cls(found)
+
+
+def fit(samples: Mapping[str, Mapping[Point, Sequence[float]]]) -> CostModel:
+    """Tables of the medians of what was measured: stage -> point -> milliseconds."""
+    return CostModel({stage: _fit(points) for stage, points in samples.items()})
+
+
+def errors(model: CostModel, samples: Mapping[str, Mapping[Point, Sequence[float]]]) -> dict[str, list[float]]:
+    """Relative error of every point's prediction to its median, by stage."""
+    return {
+        stage: [abs(model.stage_ms(stage, *point) / float(np.median(values)) - 1) for point, values in points.items()]
+        for stage, points in samples.items()
+    }
+
+
+def _fit(points: Mapping[Point, Sequence[float]]) -> Table:
+    full = {(point[0], point[1] if len(point) > 1 else 0.0): float(np.median(v)) for point, v in points.items()}
+    xs, ys = (tuple(sorted({point[i] for point in full})) for i in (0, 1))
+    ms = np.array([[full.get((x, y), np.nan) for y in ys] for x in xs])
+    if np.isnan(ms).any():
+        raise ValueError("a stage was not measured at every point of its grid")
+    return Table((xs, ys), tuple(map(tuple, _rising(ms).tolist())))
+
+
+def _rising(ms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The middle between the least table above that never falls, and the greatest below."""
+    above, below = ms.copy(), ms.copy()
+    for axis in (0, 1):
+        above = np.maximum.accumulate(above, axis)
+        below = np.flip(np.minimum.accumulate(np.flip(below, axis), axis), axis)
+    return (above + below) / 2
+
+
+def _place(axis: Sequence[float], value: float) -> tuple[int, float]:
+    """The interval of an axis, and where in it, in units of its length: above 1 beyond the last point."""
+    if len(axis) == 1 or value <= axis[0]:
+        return 0, 0.0
+    at = min(bisect_right(axis, value) - 1, len(axis) - 2)
+    return at, (value - axis[at]) / (axis[at + 1] - axis[at])
+
+
+def _table(data: Any) -> Table:
+    xs, ys = (tuple(float(value) for value in axis) for axis in data["axes"])
+    ms = tuple(tuple(float(value) for value in row) for row in data["ms"])
+    grid = np.array(ms)
+    if grid.shape != (len(xs), len(ys)) or not grid.size or not np.isfinite(grid).all() or grid.min() < 0:
+        raise ValueError(f"a table of {grid.shape} for axes of {len(xs)} and {len(ys)} points")
+    if any((np.diff(axis) <= 0).any() for axis in (xs, ys)) or (_rising(grid) != grid).any():
+        raise ValueError("a table that falls")
+    return Table((xs, ys), ms)

@@ -1,0 +1,174 @@
+"""Between a stream and its latency controller: observations go one way, settings the other. The worker's alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from penguin_edge.errors import BudgetError
+from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.core.report import Report
+from penguin_edge.runtime.live.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.stream import Stream
+from penguin_edge.tra.clip import size_ladder
+
+LONGEST_MS = 10_000.0
+"""Longest pause between frames that does not count as the end of the stream; also the time over which answers are
+counted."""
+ENGINE = ("encode", "project", "prefill")
+"""Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
+
+
+def choices(stream: Stream, size: tuple[int, int], budget: int) -> list[Setting]:
+    """What a controller can choose from, for frames of (height, width) pixels under a budget."""
+    planner, room = stream.planner, stream.planner.limits.room
+    native = [rows * columns for rows, columns in size_ladder(*size, planner.factor)][-1]
+    largest = stream.engine.bounds.max_patches // stream.config.image.video_merge_size**2
+    return settings(min(native, largest), device(stream, size).floor_tokens, min(budget, room or budget))
+
+
+def device(stream: Stream, size: tuple[int, int]) -> Device:
+    """What predictions of the next frames need to know, if they are of (height, width) pixels."""
+    planner, limits = stream.planner, stream.planner.limits
+    ladder = [rows * columns for rows, columns in size_ladder(*size, planner.factor)]
+    floor = next(tokens for tokens in ladder if tokens >= min(planner.least_tokens, ladder[-1]))
+    times = stream.times
+    apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+    return Device(
+        stream.engine.bounds,
+        stream.config.image.video_merge_size,
+        planner.tag_tokens,
+        stream.options.question_tokens,
+        stream.options.cache == "recompute",
+        size[0] * size[1],
+        floor,
+        min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
+    )
+
+
+class Steering:
+    """Keeps a stream at the controller's setting."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        target: LatencyTarget,
+        cost: CostModel,
+        decided: Callable[[Decision], None],
+        rate: float | None = None,
+    ) -> None:
+        """
+        Args:
+            decided: is told every decision.
+            rate: frames per second that are to come, until they have shown it themselves.
+        """
+        self.control: LatencyControl | None = None
+        self.stride = 1
+        """One of so many frames that come is taken."""
+        self._stream, self._target, self._cost, self._decided = stream, target, cost, decided
+        self._budget = stream.planner.limits.budget
+        self._size: tuple[int, int] | None = None
+        self._given_up = False
+        self._begun = 0
+        self._engine_ms = self._took_ms = 0.0
+        self._apart_ms, self._last = 1e3 / rate if rate else math.inf, math.nan
+        self._spoken: deque[tuple[int, int, float]] = deque(maxlen=16)
+        """When answers began and ended, nanoseconds, and how slow the engine was then."""
+
+    def begin(self) -> None:
+        """Warm the engine up; the clock of decisions begins."""
+        self._stream.warm_up()
+        self._begun = time.monotonic_ns()
+
+    def offered(self, at: float | None) -> None:
+        """A frame of `at` seconds has come, taken or not; from the thread that pushes."""
+        apart = (at - self._last) * 1e3 if at is not None else math.nan
+        if 0 < apart < LONGEST_MS:
+            self._apart_ms = apart if math.isinf(self._apart_ms) else 0.8 * self._apart_ms + 0.2 * apart
+        self._last = at if at is not None else math.nan
+
+    def late(self, arrived: int) -> bool:
+        """Whether a frame that has waited since then would not be ready in time any more."""
+        limit = self._target.frame_ms
+        if self.control is None or limit is None:  # also where the target was given up
+            return False
+        return (time.monotonic_ns() - arrived) / 1e6 + self._took_ms > limit
+
+    def before(self, frame: Frame) -> None:
+        """Choose for a frame of another size than the last.
+
+        Raises:
+            BudgetError: the target cannot be kept; said once, and the stream goes on as if without one.
+        """
+        size = frame.pixels.shape[:2]
+        if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
+            return
+        near = self._device(size)
+        found = choices(self._stream, size, self._budget)
+        asked, reason = found[0], "predicted to be slower than the target allows"
+        if self.control is None:
+            try:
+                self.control = LatencyControl(self._target, self._cost, near, found, self._decided)
+            except BudgetError:
+                self._given_up = True
+                raise
+        else:
+            asked, reason = self.control.setting, "frames of another size"
+            self.control.see(near, found)
+        self._size = size
+        self._apply(self.control.setting)
+        if self.control.setting != asked:
+            self.control.tell(self._now(), asked, reason)
+
+    def frame(self, arrived: int, begun: int, ended: int) -> None:
+        """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
+        control, work = self.control, self._stream.last_work
+        before, self._engine_ms = self._engine_ms, sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6
+        if control is None or work is None or self._size is None:
+            return
+        control.device = self._device(self._size)
+        held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end, _ in self._spoken) / 1e6
+        took = (ended - begun) / 1e6
+        self._took_ms = min(took, 2 * self._took_ms) if self._took_ms else took
+        since = max(self._begun, ended - int(1e6 * LONGEST_MS))
+        # Those of before count as long as they would take now.
+        spoken = sum(max(0, end - max(begin, since)) / slower for begin, end, slower in self._spoken)
+        spoken_share = spoken / max(1, ended - since)
+        control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
+        control.observe_share(control.slower * spoken_share)
+        asked = control.setting
+        control.decide(self._now())
+        if control.setting != asked:
+            self._apply(control.setting)
+
+    def answer(self, begun: int, past: int, report: Report) -> None:
+        """An answer has ended that began after `past` positions."""
+        self._spoken.append((begun, time.monotonic_ns(), self.control.slower if self.control is not None else 1.0))
+        if self.control is not None and report.first_token_ms is not None:
+            each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
+            asked = max(1, report.prompt_tokens - report.reused_tokens)
+            self.control.observe_answer(past, asked, report.first_token_ms, each)
+
+    def _now(self) -> float:
+        return (time.monotonic_ns() - self._begun) / 1e9
+
+    def _device(self, size: tuple[int, int]) -> Device:
+        """Frames by their time stamps: those that are left out count, too."""
+        found = device(self._stream, size)
+        if math.isinf(self._apart_ms):
+            return found
+        limits = self._stream.planner.limits
+        frames = min(limits.max_frames, int(1e3 * limits.window_s / self._apart_ms) + 1)
+        return replace(found, frames=frames, interval_ms=self._apart_ms)
+
+    def _apply(self, setting: Setting) -> None:
+        self.stride = setting.stride
+        self._stream.frame_tokens = setting.frame_tokens
+        if setting.budget != self._stream.planner.limits.budget:
+            self._stream.set_budget(setting.budget)
+            # Not a frame's work.
+            self._engine_ms = sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6
