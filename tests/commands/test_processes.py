@@ -22,7 +22,7 @@ from penguin_edge.dataset.nano.assets import cache_folder
 
 CONSOLE = "import sys; from penguin_edge.commands.cli import main; sys.exit(main())"
 """What the console script does."""
-MEDIA = Path(__file__).parent / "media"
+MEDIA = Path(__file__).parents[1] / "media"
 
 
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:

@@ -373,7 +373,7 @@ def test_a_port_that_is_taken_and_packages_that_lack(monkeypatch: pytest.MonkeyP
         port = str(bound.getsockname()[1])
         with pytest.raises(InputError, match=f"port {port} .* --port N"):
             socket_at(int(port))
-        command = [sys.executable, "-m", "penguin_edge", "stream", "tiny", "--source", str(Path(__file__).parent)]
+        command = [sys.executable, "-m", "penguin_edge", "stream", "tiny", "--source", str(Path(__file__).parents[2])]
         done = subprocess.run([*command, "--ui", "--port", port], capture_output=True, text=True)
         assert done.returncode == 1 and f"port {port} of 127.0.0.1 cannot be used" in done.stderr
         assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.prompt.chat import IMAGE, Tokenizer
 from penguin_edge.training.initialise import initialise
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 QWEN = TextConfig(64, 32, 48, 5, 4, 2, 16, rope_theta=5e4)
 LLAMA = TextConfig(64, 32, 48, 3, 4, 4, 8, rope_theta=1e4, rms_norm_eps=1e-5, qk_norm=False, tie_word_embeddings=False)
 

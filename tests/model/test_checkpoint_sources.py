@@ -18,7 +18,7 @@ from penguin_edge.errors import CheckpointError
 from penguin_edge.model.checkpoint import Checkpoint, read_encoder
 
 Q = "model.layers.0.self_attn.q_proj"
-VLM = Path(__file__).parent / "golden" / "vlm"
+VLM = Path(__file__).parents[1] / "golden" / "vlm"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from penguin_edge.model.checkpoint import DEFAULT_IDS, Checkpoint, meta_model, s
 from penguin_edge.model.penguin import PARTS
 from penguin_edge.model.weights import published_name
 
-VLM = Path(__file__).parent / "golden" / "vlm"
+VLM = Path(__file__).parents[1] / "golden" / "vlm"
 QUIET = {"note": lambda line: None}
 
 

@@ -20,7 +20,7 @@ from penguin_edge.commands.cli import main
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
 
-BUNDLES = Path(__file__).parent / "bundles"
+BUNDLES = Path(__file__).parents[1] / "bundles"
 TARGETS = ("onnx", "executorch")
 ANSWERS: list[dict[str, Any]] = json.loads((BUNDLES / "answers.json").read_text(encoding="utf-8"))
 MAX_BYTES = 3_000_000

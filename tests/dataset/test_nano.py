@@ -25,7 +25,7 @@ from penguin_edge.media.frames import read_video
 from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.tra.keyframes import KeyFrameDetector
 
-TOKENIZER = Path(__file__).parent.parent / "penguin_edge" / "data" / "nano" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[2] / "penguin_edge" / "data" / "nano" / "tokenizer.json"
 DRAWS = 400
 
 

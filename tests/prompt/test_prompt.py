@@ -100,7 +100,7 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "bundle"])
 def test_a_checkpoint_and_a_bundle_have_theirs(name: str) -> None:
-    kept = Path(__file__).parent / "bundles" / "onnx"
+    kept = Path(__file__).parents[1] / "bundles" / "onnx"
     source = Bundle.read(kept) if name == "bundle" else Checkpoint.open(name, note=lambda line: None)
     tokenizer = Tokenizer.of(source)
     assert tokenizer.source == str(source.tokenizer)

@@ -337,7 +337,7 @@ def test_models_that_cannot_fit_are_refused_before_they_are_made(bundle: Path, m
 
 
 def test_wrong_tokenizer(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(Path(__file__).parent / "golden" / "vlm", tmp_path / "vlm"))
+    folder = Path(shutil.copytree(Path(__file__).parents[1] / "golden" / "vlm", tmp_path / "vlm"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|im_start|>"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

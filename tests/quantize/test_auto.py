@@ -139,7 +139,7 @@ def test_candidates_are_what_the_target_takes() -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-TEXT = str(Path(__file__).parents[1] / "LICENSE")
+TEXT = str(Path(__file__).parents[2] / "LICENSE")
 """Says nothing of pictures, as the built-in set would."""
 
 

@@ -30,7 +30,7 @@ from penguin_edge.media.places import SHOWN
 from penguin_edge.runtime.core.media import Library, open_media
 from penguin_edge.runtime.core.report import Clock
 
-CASES = Path(__file__).parent / "cases" / "pictures"
+CASES = Path(__file__).parents[1] / "cases" / "pictures"
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
