@@ -7,7 +7,6 @@ bundle will cost is said. Nothing is left behind when a part fails or the user s
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from penguin_edge.export.targets import find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
 from penguin_edge.files import parse_json, read_json
 from penguin_edge.folders import held, place_of, scratch
-from penguin_edge.machine import human_bytes, require_memory, resident_mb
+from penguin_edge.machine import human_bytes, require_memory, resident_mb, version_of
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize import kept
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
@@ -356,7 +355,7 @@ def _export(
             embedding=place,
             quantization={"recipe": recipe.to_json(), "layers": table, **quantization} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
-            tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},
+            tools={name: version_of(name) or "unknown" for name in ("penguin-edge", "torch", *target.tools)},
             generation={"temperature": 0.0, "top_p": 1.0, "top_k": 0},
             verified=options.verify,
         )
@@ -374,13 +373,6 @@ def _export(
     if options.auto:
         _measurements(place_of(out, BundleError)).unlink(missing_ok=True)
     return Bundle(Path(out), finished.manifest)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _run_part(

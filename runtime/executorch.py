@@ -26,6 +26,7 @@ import numpy as np
 
 from penguin_edge.bundle import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
+from penguin_edge.machine import TORCH, Package
 from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
@@ -55,6 +56,7 @@ class ExecutorchEngine:
     """See `penguin_edge.runtime.engine.Engine`."""
 
     name = "executorch"
+    package = Package("executorch", f"{TORCH.install} && pip install 'penguin-edge[executorch]'")
 
     def __init__(self, bundle: Bundle, library: Any, torch: Any) -> None:
         """Use `open`; `library` is ExecuTorch's imported binding."""
@@ -99,10 +101,7 @@ class ExecutorchEngine:
                 # The public `portable_lib` gives the same names and first imports the compiler, which takes seconds.
                 from executorch.extension.pybindings import _C as binding
             except ImportError as error:
-                raise TargetUnavailable(
-                    f"ExecuTorch cannot be imported ({error}); pip install torch==2.13.0 and then "
-                    "'penguin-edge[executorch]'"
-                ) from error
+                raise TargetUnavailable(f"ExecuTorch cannot be imported ({error}); {cls.package.install}") from error
             # The first question to the thread pool makes it, with its notes on the processor.
             current = binding._threadpool_get_thread_count()
             if threads is not None and threads != current:

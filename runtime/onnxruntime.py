@@ -23,7 +23,7 @@ import numpy as np
 
 from penguin_edge.bundle import COPY_AGAIN, KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
-from penguin_edge.machine import int8_overflows, page_out, trim_heap
+from penguin_edge.machine import Package, int8_overflows, page_out, trim_heap
 from penguin_edge.runtime.cache import Cache, Caches, Key
 from penguin_edge.runtime.embedding import EmbeddingTable
 from penguin_edge.runtime.engine import (
@@ -64,6 +64,7 @@ class OnnxRuntimeEngine:
     """See `penguin_edge.runtime.engine.Engine`."""
 
     name = "onnxruntime"
+    package = Package("onnxruntime", "pip install 'penguin-edge[onnx]'")
 
     def __init__(self, bundle: Bundle, runtime: Any, threads: int | None) -> None:
         """Use `open`; `runtime` is the imported onnxruntime module."""
@@ -97,9 +98,7 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime
         except ImportError as error:
-            raise TargetUnavailable(
-                f"onnxruntime cannot be imported ({error}); pip install 'penguin-edge[onnx]'"
-            ) from error
+            raise TargetUnavailable(f"onnxruntime cannot be imported ({error}); {cls.package.install}") from error
         return cls(bundle, onnxruntime, threads)
 
     @property

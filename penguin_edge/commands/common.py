@@ -14,7 +14,7 @@ from typing import Any
 
 from penguin_edge.bundle import MANIFEST, Bundle
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
-from penguin_edge.machine import require_memory
+from penguin_edge.machine import EXPORTERS, require_memory
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.runtime.engine import Engine, check_threads
 from penguin_edge.runtime.engines import open_engine
@@ -157,10 +157,7 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise TargetUnavailable(
-            "this needs the PyTorch reference model; run `pip install torch==2.13.0` and then `pip install "
-            "'penguin-edge[export]'`"
-        ) from None
+        raise TargetUnavailable(f"this needs the PyTorch reference model; run `{EXPORTERS}`") from None
 
 
 def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[Engine, Tokenizer]:

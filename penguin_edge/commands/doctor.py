@@ -6,16 +6,8 @@ import argparse
 from typing import Any
 
 from penguin_edge.commands.common import emit, table
-from penguin_edge.machine import describe, human_bytes, total_memory
-
-ENGINES = {"onnx": "onnxruntime", "executorch": "executorch", "eager": "torch", "tensorrt": "tensorrt"}
-"""Package that each engine needs; TensorRT bundles cannot be run yet."""
-INSTALL = {
-    "onnx": "pip install 'penguin-edge[onnx]'",
-    "executorch": "pip install torch==2.13.0, then pip install 'penguin-edge[executorch]'",
-    "eager": "pip install torch==2.13.0",
-    "tensorrt": "pip install 'penguin-edge[tensorrt]' (export and engine are not part of this version)",
-}
+from penguin_edge.machine import TORCH, Package, describe, human_bytes, total_memory
+from penguin_edge.runtime.engines import ENGINES, PLANNED
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,10 +45,16 @@ def what_fits() -> list[dict[str, Any]]:
     return rows
 
 
+def engine_packages() -> dict[str, Package]:
+    """The package of each engine, by its target; `eager` runs checkpoints."""
+    return {**{target: engine.package for target, engine in ENGINES.items()}, "eager": TORCH, **PLANNED}
+
+
 def run(args: argparse.Namespace) -> int:
     machine = describe()
-    packages = machine["packages"]
-    engines = {name: packages[package] for name, package in ENGINES.items()}
+    needed = engine_packages()
+    engines = {name: package.version for name, package in needed.items()}
+    packages = machine["packages"] = {**machine["packages"], **{p.name: p.version for p in needed.values()}}
     fits = what_fits()
     if args.json:
         emit({**machine, "engines": engines, "exports": fits})
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{machine['system']}, Python {machine['python']}\n")
     print("engines")
-    print(table([(name, version or f"missing: {INSTALL[name]}") for name, version in engines.items()]))
+    print(table([(name, version or f"missing: {needed[name].install}") for name, version in engines.items()]))
     print("\npackages")
     print(table([(name, version or "-") for name, version in packages.items()]))
     if fits:
