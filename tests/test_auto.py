@@ -259,7 +259,7 @@ def test_what_is_not_finite_is_named(tiny: Checkpoint, samples: list[Sample]) ->
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(4, 32, symmetric=False), Scheme(8), INT8_ROWS, None])
 def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
-    from penguin_edge.export.onnx import BlockProduct, Product, RowProduct
+    from penguin_edge.export.onnx_products import BlockProduct, Product, RowProduct
 
     linear = nn.Linear(192, 24, bias=False)
     module: nn.Module = Product(linear)
