@@ -27,7 +27,6 @@ and rounds the activations on top.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections import Counter
@@ -42,13 +41,13 @@ from torch.export import Dim
 
 from penguin_edge.bundle import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_names, signature
 from penguin_edge.config import PenguinConfig
-from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
+from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod
 from penguin_edge.export.onnx_nodes import translations
 from penguin_edge.export.onnx_products import NODES, BlockProduct, prepare
 from penguin_edge.export.stages import TRACE, WRITE
-from penguin_edge.export.target import PartFile, silent
+from penguin_edge.export.target import PartFile, require_modules, silent
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.linear import Activations, Scheme
 
@@ -138,7 +137,7 @@ class OnnxTarget:
         if config.text.head_dim % HEAD_STEP:
             raise InputError(
                 f"the decoder's head_dim is {config.text.head_dim}, but GroupQueryAttention of ONNX Runtime takes "
-                f"multiples of {HEAD_STEP}; take --target executorch"
+                f"multiples of {HEAD_STEP}"
             )
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
@@ -155,15 +154,29 @@ class OnnxTarget:
         if (scheme.group or 0) > 256:
             raise InputError(f"{layer}: {scheme.label}, but MatMulNBits of ONNX Runtime takes groups of 16 to 256")
 
+    def layer_bytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        """Scales in fp32: one per row for activations per token; elsewhere one per block, and a zero where it is not
+        the middle. A row's scale stands in all of its blocks."""
+        outputs, inputs = shape
+        if scheme is None:
+            return 4 * outputs * inputs
+        packed = outputs * inputs * scheme.bits // 8
+        if scheme.activations == "token":
+            return packed + 4 * outputs
+        block = scheme.group or next(size for size in (128, 64, 32, 16) if inputs % size == 0)
+        blocks = inputs // block
+        return packed + outputs * (4 * blocks + (0 if scheme.symmetric else (blocks * scheme.bits + 7) // 8))
+
+    def graph_bytes(self, config: PenguinConfig, max_seq_len: int) -> int:
+        """Nodes of every block, and the decoder's rotary tables."""
+        blocks = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
+        return 20_000 * blocks + 4 * max_seq_len * config.text.head_dim
+
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 1.5 if quantized else {"fp32": 2.5, "fp16": 1.5}[precision]
 
     def check_installed(self) -> None:
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise TargetUnavailable(
-                f"exporting to ONNX needs {', '.join(missing)}, not installed here; pip install 'penguin-edge[export]'"
-            )
+        require_modules("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
 
     def export_part(
         self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent

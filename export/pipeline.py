@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -27,7 +28,7 @@ from penguin_edge.errors import BundleError, InputError, MemoryLimitError, Pengu
 from penguin_edge.export.auto import bundle_bytes
 from penguin_edge.export.stages import LINE, VERIFY, Follower, part_stages, seconds_of, verify_seconds
 from penguin_edge.export.target import Target
-from penguin_edge.export.targets import find_target
+from penguin_edge.export.targets import check_with, find_target
 from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
 from penguin_edge.files import parse_json, read_json
 from penguin_edge.folders import held, place_of, scratch
@@ -37,6 +38,7 @@ from penguin_edge.quantize import kept
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.auto import STAND_IN, AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
+from penguin_edge.quantize.linear import Scheme
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "67108864"}
@@ -62,9 +64,9 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the command line offers, with its defaults."""
+    """What the command line offers, with its defaults; `--target` has its own."""
 
-    target: str = "onnx"
+    target: str
     recipe: Recipe = PRESETS["fp32"]
     max_seq_len: int = 4096
     seed: int = 0
@@ -176,21 +178,9 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
             impossible length.
     """
     recipe = options.recipe
-    target.check_model(checkpoint.config)
-    if recipe.precision not in target.precisions:
-        raise InputError(
-            f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
-        )
-    if recipe.prefill and not target.shares_kv:
-        raise InputError(
-            f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
-            "out `prefill`, or take --target onnx"
-        )
-    if recipe.kv and recipe.kv not in target.kv_dtypes:
-        raise InputError(
-            f"{recipe.name}: a KV cache in {recipe.kv}, but {target.name} keeps it in the graph's precision; leave out "
-            "`kv`, or take --target onnx"
-        )
+    check_with(target, lambda taker: taker.check_model(checkpoint.config))
+    check_with(target, lambda taker: _check_precision(taker, recipe))
+    check_with(target, lambda taker: _check_caches(taker, recipe))
     layers = linear_shapes(checkpoint, recipe)
     check_layers(recipe, layers)
     if recipe.embedding == "int4":
@@ -198,7 +188,7 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
     for layer, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
-            target.check_scheme(layer, scheme, recipe.precision)
+            check_with(target, partial(_check_scheme, layer, scheme, recipe.precision))
     if recipe.calibrated and options.calibration is None:
         raise InputError(f"{recipe.name}: its schemes need calibration data; name some with --calibration")
     if options.calibration is not None and not recipe.calibrated:
@@ -208,6 +198,30 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         raise InputError(
             f"max_seq_len is {options.max_seq_len}; wanted {MIN_SEQ_LEN} to {longest}, the model's own limit"
         )
+
+
+def _check_precision(target: Target, recipe: Recipe) -> None:
+    if recipe.precision not in target.precisions:
+        raise InputError(
+            f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
+        )
+
+
+def _check_caches(target: Target, recipe: Recipe) -> None:
+    if recipe.prefill and not target.shares_kv:
+        raise InputError(
+            f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
+            "out `prefill`"
+        )
+    if recipe.kv and recipe.kv not in target.kv_dtypes:
+        raise InputError(
+            f"{recipe.name}: a KV cache in {recipe.kv}, but {target.name} keeps it in the graph's precision; leave out "
+            "`kv`"
+        )
+
+
+def _check_scheme(layer: str, scheme: Scheme, precision: str, target: Target) -> None:
+    target.check_scheme(layer, scheme, precision)
 
 
 def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:

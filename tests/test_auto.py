@@ -23,7 +23,7 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.cli import main
 from penguin_edge.errors import InputError, MemoryLimitError
-from penguin_edge.export.auto import bundle_bytes, choose, layer_bytes
+from penguin_edge.export.auto import bundle_bytes, choose
 from penguin_edge.export.targets import TARGETS
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.apply import linears, load_quantized, quantize_part
@@ -269,7 +269,7 @@ def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
         quantized = QuantizedLinear(integers, None, "row" if rows else "block")
         module = RowProduct(quantized) if rows else BlockProduct(quantized)
     stored = sum(t.nbytes for t in itertools.chain(module.parameters(), module.buffers()))
-    assert layer_bytes("onnx", (24, 192), scheme) == stored
+    assert TARGETS["onnx"].layer_bytes((24, 192), scheme) == stored
 
 
 def job(tiny: Checkpoint, folder: Path, target: str = "onnx", **limit: Any) -> tuple[Recipe, dict[str, Any], list[str]]:

@@ -89,7 +89,7 @@ def test_the_time_left_is_right_after_a_quarter(quant: str, target: str, speed: 
     work: dict[str, list[tuple[Stage, float]]] = {}
     for part in expected:
         whole = [Stage(VERIFY, expected[part])]
-        stages = whole if part == VERIFY else part_stages(checkpoint, part, options.recipe, target == "executorch")
+        stages = whole if part == VERIFY else part_stages(checkpoint, part, options.recipe, TARGETS[target].compiles)
         for stage in stages:
             factors.setdefault(kind(stage), float(rng.uniform(0.8, 1.25)))
         work[part] = [(stage, speed * stage.seconds * factors[kind(stage)]) for stage in stages]

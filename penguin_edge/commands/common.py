@@ -23,6 +23,8 @@ from penguin_edge.runtime.self_check import open_tokenizer
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+DEFAULT_TARGET = "onnx"
+"""What a checkpoint is exported to, and a recipe measured for, unless a flag or a bundle names another target."""
 TORCH_BYTES = 500_000_000
 """Resident memory of torch and everything around a model, measured with a small one."""
 

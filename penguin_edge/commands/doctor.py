@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from penguin_edge.commands.common import emit, table
+from penguin_edge.errors import InputError
 from penguin_edge.machine import TORCH, Package, describe, human_bytes, total_memory
 from penguin_edge.runtime.engines import ENGINES, PLANNED
 
@@ -17,11 +18,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def what_fits() -> list[dict[str, Any]]:
-    """Exports of the published shapes: peak memory against this machine's; empty without the exporters."""
+    """Exports of the published shapes that a target takes: peak memory against this machine's.
+
+    Returns:
+        One row per model, target and precision; none without the exporters.
+    """
     try:
         from penguin_edge.checkpoint import Checkpoint
-        from penguin_edge.export.pipeline import ExportOptions, estimate
+        from penguin_edge.export.pipeline import ExportOptions, check_options, estimate
         from penguin_edge.export.targets import TARGETS
+        from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions
         from penguin_edge.quantize.recipe import PRESETS
     except ImportError:
         return []
@@ -30,7 +36,13 @@ def what_fits() -> list[dict[str, Any]]:
         checkpoint = Checkpoint.open(preset, note=lambda line: None)
         for name, target in sorted(TARGETS.items()):
             for precision, recipe in PRESETS.items():
-                need = estimate(checkpoint, target, ExportOptions(target=name, recipe=recipe))
+                data = CalibrationOptions(BUILTIN) if recipe.calibrated else None
+                options = ExportOptions(target=name, recipe=recipe, calibration=data)
+                try:
+                    check_options(checkpoint, target, options)
+                except InputError:
+                    continue
+                need = estimate(checkpoint, target, options)
                 rows.append(
                     {
                         "model": preset,
