@@ -7,7 +7,6 @@ bundle will cost is said. Nothing is left behind when a part fails or the user s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -26,11 +25,22 @@ from penguin_edge.bundle_folder import check_place, writing
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.auto import bundle_bytes
+from penguin_edge.export.jobs import (
+    CalibrationJob,
+    ChoiceJob,
+    Done,
+    Job,
+    Origin,
+    Outcome,
+    PartJob,
+    read_outcome,
+    write_job,
+)
 from penguin_edge.export.stages import LINE, VERIFY, Follower, part_stages, seconds_of, verify_seconds
 from penguin_edge.export.target import Target
 from penguin_edge.export.targets import check_with, find_target
-from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
-from penguin_edge.files import parse_json, read_json
+from penguin_edge.export.worker import TOOLS_BYTES
+from penguin_edge.files import parse_json
 from penguin_edge.folders import held, place_of, scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb, version_of
 from penguin_edge.prompt import EMPTY_THINK, END, IMAGE, START, Tokenizer
@@ -259,20 +269,13 @@ def choose_recipe(
     check_options(checkpoint, target, stand_in)
     check_room(estimate(checkpoint, target, stand_in), options, Path(out))
     final = check_place(out, overwrite=options.overwrite)
-    job = {
-        "part": AUTO,
-        "source": checkpoint.source,
-        "seed": checkpoint.seed,
-        "random_weights": checkpoint.stored is None,
-        "target": options.target,
-        "recipe": STAND_IN.to_json(),
-        **asdict(auto),
-        "kept": str(_measurements(final)),
-        "max_ram": options.max_ram,
-    }
-    result = _run_part(AUTO, job, 0, progress)
-    recipe = Recipe.from_json(result["recipe"], result["recipe"]["name"])
-    return replace(options, recipe=recipe, auto=result["report"])
+    job = ChoiceJob(_origin(checkpoint, options), auto, _measurements(final), options.max_ram)
+    done = _run(job, 0, progress).done
+    return replace(options, recipe=done.recipe, auto=done.report)
+
+
+def _origin(checkpoint: Checkpoint, options: ExportOptions) -> Origin:
+    return Origin(checkpoint.source, checkpoint.seed, checkpoint.stored is None, options.target)
 
 
 def _measurements(final: Path) -> Path:
@@ -315,45 +318,30 @@ def _export(
     progress.plan(expected)
     table: list[dict[str, Any]] = []
     quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
-    common = {
-        "source": checkpoint.source,
-        "seed": checkpoint.seed,
-        "random_weights": checkpoint.stored is None,
-        "target": options.target,
-        "recipe": recipe.to_json(),
-        "calibrated": str(work) if work else None,
-    }
+    origin = _origin(checkpoint, options)
     if work is not None and options.calibration is not None:
-        job = {**common, "part": CALIBRATION, "calibration": asdict(options.calibration), "max_ram": options.max_ram}
-        quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
+        integers = CalibrationJob(origin, recipe, options.calibration, work, options.max_ram)
+        quantization["calibration"] = _run(integers, 0, progress).done.report
     with writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
         place: TablePlace | None = None
         for part in parts_of(checkpoint, recipe):
-            job = {
-                **common,
-                "part": part,
-                "embedding_dtype": embedding_dtype,
-                "bounds": asdict(bounds),
-                "folder": str(folder),
-            }
             if part == "embedding" and place is not None:
                 continue
-            result = _run_part(part, job, need.peak_bytes.get(part, 0), progress, expected.get(part))
-            if part == "embedding" and "place" in result:
-                place = TablePlace(**result["place"])
-            elif result.get("head") and shares_table(checkpoint, recipe):
-                place = TablePlace(**result["head"])
-            table += result.get("layers", [])
+            job = PartJob(origin, part, recipe, work, embedding_dtype, bounds, folder)
+            outcome = _run(job, need.peak_bytes.get(part, 0), progress, expected.get(part))
+            if part == "embedding" or shares_table(checkpoint, recipe):
+                place = outcome.done.place or place
+            table += [{**asdict(row), "shape": list(row.shape)} for row in outcome.done.layers]
             if part != "embedding":
                 inputs, outputs = signature(part, config, bounds)
                 entries[part] = GraphEntry(
-                    result["file"],
+                    outcome.done.file,
                     recipe.label,
                     tuple(inputs),
                     tuple(outputs),
-                    round(result["peak_mb"] - result["baseline_mb"], 1),
-                    round(result["seconds"], 1),
+                    round(outcome.peak_mb - outcome.baseline_mb, 1),
+                    round(outcome.seconds, 1),
                 )
         shutil.copyfile(checkpoint.tokenizer, folder / contract.TOKENIZER)
         (folder / "check.partial").replace(folder / contract.CHECK)
@@ -389,23 +377,26 @@ def _export(
     return Bundle(Path(out), finished.manifest)
 
 
-def _run_part(
-    part: str, job: dict[str, Any], estimate_bytes: int, progress: Progress, expected: float | None = None
-) -> dict[str, Any]:
+def _run(job: Job[Done], estimate_bytes: int, progress: Progress, expected: float | None = None) -> Outcome[Done]:
+    """Have a worker do a job.
+
+    Raises:
+        BundleError: it cannot be done; the message is the worker's.
+        PenguinError: the worker ended without a word.
+    """
     with scratch() as folder:
-        result_path, job_path, log_path = (folder / name for name in ("result.json", "job.json", "log.txt"))
-        job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
-        progress.begin(part, estimate_bytes / 1e6)
+        outcome_path, job_path, log_path = (folder / name for name in ("outcome.json", "job.json", "log.txt"))
+        write_job(job_path, job)
+        progress.begin(job.name, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
             follower = Follower(log_path, expected)
-            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, follower)
-        if not result_path.is_file():
-            raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
-        result: dict[str, Any] = read_json(result_path)
-    if "error" in result:
-        raise BundleError(str(result["error"]))
-    progress.done(part, result["seconds"], result["peak_mb"])
-    return result
+            command = ["penguin_edge.export.worker", str(job_path), str(outcome_path)]
+            code = _watch(command, log, log, job.name, progress, follower)
+        if not outcome_path.is_file():
+            raise PenguinError(f"exporting the {job.name} ended {_ending(code)}; {_tail(log_path)}")
+        outcome = read_outcome(outcome_path, job)
+    progress.done(job.name, outcome.seconds, outcome.peak_mb)
+    return outcome
 
 
 def _verify(folder: Path, progress: Progress) -> None:

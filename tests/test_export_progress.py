@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from penguin_edge.bundle import Bounds
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.commands import export as command
 from penguin_edge.export import worker
+from penguin_edge.export.jobs import Origin, PartJob
 from penguin_edge.export.pipeline import ExportOptions, expected_seconds, parts_of
 from penguin_edge.export.stages import (
     CHECK,
@@ -143,23 +143,11 @@ def test_a_worker_goes_through_the_stages_that_were_foretold(
     part: str, quant: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, recipe, target = opened("tiny"), PRESETS[quant], TARGETS["onnx"]
-    job = {
-        "part": part,
-        "source": "tiny",
-        "seed": 0,
-        "random_weights": True,
-        "target": "onnx",
-        "recipe": recipe.to_json(),
-        "calibrated": None,
-        "embedding_dtype": "int8",
-        "bounds": json.loads(json.dumps(target.bounds(128).__dict__)),
-        "folder": str(tmp_path),
-    }
-    assert isinstance(target.bounds(128), Bounds)
+    job = PartJob(Origin("tiny", 0, True, "onnx"), part, recipe, None, "int8", target.bounds(128), tmp_path)
     if part != "embedding":
         before = [name for name in ("encoder", "projector") if name != part]
         for earlier in before[: 1 if part == "projector" else 2]:
-            worker.export_part(job | {"part": earlier})
+            worker.export_part(replace(job, part=earlier))
     capfd.readouterr()
     worker.export_part(job)
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("progress ")]
