@@ -24,7 +24,7 @@ from penguin_edge.bundle import Bundle, GraphEntry, Manifest, TablePlace, signat
 from penguin_edge.bundle_folder import check_place, writing
 from penguin_edge.checkpoint import Checkpoint, meta_model
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
-from penguin_edge.export.auto import bundle_bytes
+from penguin_edge.export.estimate import bundle_bytes
 from penguin_edge.export.jobs import (
     CalibrationJob,
     ChoiceJob,

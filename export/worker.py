@@ -20,7 +20,7 @@ from penguin_edge.bundle import EMBEDDING, TablePlace, config_hash
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
-from penguin_edge.export.auto import choose
+from penguin_edge.export.estimate import choose
 from penguin_edge.export.jobs import (
     CalibrationDone,
     CalibrationJob,

@@ -23,7 +23,7 @@ from penguin_edge.bundle import Bundle
 from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.cli import main
 from penguin_edge.errors import InputError, MemoryLimitError
-from penguin_edge.export.auto import bundle_bytes, choose
+from penguin_edge.export.estimate import bundle_bytes, choose
 from penguin_edge.export.targets import TARGETS
 from penguin_edge.model import PenguinModel
 from penguin_edge.quantize.apply import linears, load_quantized, quantize_part

@@ -16,7 +16,7 @@ from penguin_edge.checkpoint import Checkpoint
 from penguin_edge.cli import main
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, TargetUnavailable
-from penguin_edge.export.auto import choose
+from penguin_edge.export.estimate import choose
 from penguin_edge.export.pipeline import ExportOptions, check_options, estimate, expected_seconds
 from penguin_edge.export.target import PartFile, require_modules, silent
 from penguin_edge.export.targets import TARGETS, find_target

@@ -21,7 +21,7 @@ import torch
 
 from penguin_edge.checkpoint import EMBEDDED, Checkpoint, save
 from penguin_edge.commands.common import byte_count
-from penguin_edge.export.auto import choose
+from penguin_edge.export.estimate import choose
 from penguin_edge.export.onnx import OnnxTarget
 from penguin_edge.quantize.auto import AutoOptions
 from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, read_calibration
