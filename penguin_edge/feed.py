@@ -1,6 +1,6 @@
 """Records to batches in worker processes, in an order that does not depend on them.
 
-The order is laid out by `penguin_edge.sampler.Order`; a worker is handed the indices of one micro-batch and returns a
+The order is laid out by `penguin_edge.order.Order`; a worker is handed the indices of one micro-batch and returns a
 `Delivery`. What a record lacks is reported there, never replaced by another record.
 """
 
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from penguin_edge.child import quiet_worker
 from penguin_edge.errors import MemoryLimitError, PenguinError
 from penguin_edge.files import file_hash
+from penguin_edge.order import Order, build_index, index_path, read_index, write_index
 from penguin_edge.packing import Batch, pack
 from penguin_edge.records import ANNOTATIONS, Record, read_records
-from penguin_edge.sampler import Order, build_index, index_path, read_index, write_index
 from penguin_edge.samples import NO_TARGET, Sample, SampleBuilder, SampleTooLong
 
 

@@ -32,11 +32,11 @@ from penguin_edge.folders import clear_all, held
 from penguin_edge.initialise import initialise
 from penguin_edge.losses import Distiller, count_items
 from penguin_edge.model import PenguinModel
+from penguin_edge.order import Order, stable_seed
 from penguin_edge.packing import checkpoint_blocks
 from penguin_edge.progress import Log, Progress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.recipe import STAGES, TrainConfig
-from penguin_edge.sampler import Order, stable_seed
 from penguin_edge.samples import SampleBuilder
 from penguin_edge.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.trainee import (

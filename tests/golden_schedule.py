@@ -10,8 +10,8 @@ from golden_model import VLMS, load_vlm
 from golden_set import TABLES
 
 from penguin_edge.checkpoint import meta_model
+from penguin_edge.order import cut, visual_tokens
 from penguin_edge.recipe import STAGES
-from penguin_edge.sampler import cut, visual_tokens
 from penguin_edge.schedule import cosine_with_min_lr, freeze, parameter_groups
 from penguin_edge.weights import published_name
 

@@ -54,7 +54,7 @@ STORED = {"tensorfile", "foreign", "weights", "hf_stack", "hf_config", "checkpoi
 MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
 TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
 TRAINING |= {"text_quality", "layer_study"}
-LEARNING = {"records", "samples", "packing", "losses", "schedule", "sampler", "feed"}  # what `train` is made of …
+LEARNING = {"records", "samples", "packing", "losses", "schedule", "order", "feed"}  # what `train` is made of …
 LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
 EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
 EVERYTHING |= {"quantize", "export", "runtime", "bench_figures", "bench_report"}
@@ -119,9 +119,9 @@ ALLOWED: dict[str, set[str]] = {
     "packing": MODEL | {"samples"},
     "losses": MODEL | {"packing"},
     "convert": MODEL,
-    "sampler": BASE,
+    "order": BASE,
     "schedule": BASE,
-    "feed": DEVICE | {"records", "samples", "sampler", "packing"},
+    "feed": DEVICE | {"records", "samples", "order", "packing"},
     "initialise": MODEL,
     "trainee": MODEL | {"losses", "packing", "recipe"},
     "trainer_state": MODEL | {"recipe", "trainee"},
