@@ -36,9 +36,9 @@ from penguin_edge.order import Order, stable_seed
 from penguin_edge.packing import checkpoint_blocks
 from penguin_edge.progress import Log, Progress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.prompt import Tokenizer
-from penguin_edge.recipe import STAGES, TrainConfig
 from penguin_edge.samples import SampleBuilder
 from penguin_edge.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
+from penguin_edge.train_config import STAGES, TrainConfig
 from penguin_edge.trainee import (
     MEANS,
     Trainee,

@@ -26,7 +26,7 @@ from penguin_edge.layers import Block
 from penguin_edge.losses import Distiller, Scope, cross_entropy
 from penguin_edge.model import PenguinModel
 from penguin_edge.packing import Backend, Batch, forward_packed
-from penguin_edge.recipe import Lora, Precision
+from penguin_edge.train_config import Lora, Precision
 from penguin_edge.weights import published_name
 
 ADAPTER = "adapter"

@@ -32,8 +32,8 @@ from penguin_edge.errors import CheckpointError, PenguinError
 from penguin_edge.files import file_hash, manifest_hash, parse_json, read_json, replacing, write_json
 from penguin_edge.folders import MayReplace, discard, refuse_any, whole
 from penguin_edge.model import PenguinModel
-from penguin_edge.recipe import Lora
 from penguin_edge.schema import Record, Whole
+from penguin_edge.train_config import Lora
 from penguin_edge.trainee import ADAPTER, like, save_adapter
 from penguin_edge.trainee import whole as whole_tensor
 

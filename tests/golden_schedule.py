@@ -11,8 +11,8 @@ from golden_set import TABLES
 
 from penguin_edge.checkpoint import meta_model
 from penguin_edge.order import cut, visual_tokens
-from penguin_edge.recipe import STAGES
 from penguin_edge.schedule import cosine_with_min_lr, freeze, parameter_groups
+from penguin_edge.train_config import STAGES
 from penguin_edge.weights import published_name
 
 GROUP_TABLES = sorted(name for name in TABLES if name.startswith("param_groups_stage")) if VLMS else []

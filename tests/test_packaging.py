@@ -55,7 +55,7 @@ MODEL = DEVICE | NETWORK | STORED | {"model", "generate"}
 TRAINING = {"data", "records", "samples", "losses", "train", "evaluate", "budget_study", "packing", "convert"}
 TRAINING |= {"text_quality", "layer_study"}
 LEARNING = {"records", "samples", "packing", "losses", "schedule", "order", "feed"}  # what `train` is made of …
-LEARNING |= {"initialise", "trainee", "trainer_state", "recipe", "progress"}
+LEARNING |= {"initialise", "trainee", "trainer_state", "train_config", "progress"}
 EVERYTHING = MODEL | TRAINING | LEARNING | {"nano", "plan_report", "eager", "cli", "commands"}
 EVERYTHING |= {"quantize", "export", "runtime", "bench_figures", "bench_report"}
 
@@ -123,9 +123,9 @@ ALLOWED: dict[str, set[str]] = {
     "schedule": BASE,
     "feed": DEVICE | {"records", "samples", "order", "packing"},
     "initialise": MODEL,
-    "trainee": MODEL | {"losses", "packing", "recipe"},
-    "trainer_state": MODEL | {"recipe", "trainee"},
-    "recipe": BASE | {"losses", "packing", "samples", "schedule"},
+    "trainee": MODEL | {"losses", "packing", "train_config"},
+    "trainer_state": MODEL | {"train_config", "trainee"},
+    "train_config": BASE | {"losses", "packing", "samples", "schedule"},
     "progress": BASE | {"packing", "trainer_state"},
     "train": MODEL | LEARNING,
     "nano": BASE | {"prompt", "records"},

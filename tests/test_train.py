@@ -31,11 +31,11 @@ from penguin_edge.losses import cross_entropy
 from penguin_edge.model import PenguinModel
 from penguin_edge.order import Order
 from penguin_edge.packing import forward_packed, pack
-from penguin_edge.recipe import STAGES, Lora, TrainConfig
 from penguin_edge.records import Record, read_records
 from penguin_edge.samples import Sample, SampleBuilder
 from penguin_edge.schedule import Rates, cosine_with_min_lr
 from penguin_edge.train import NonFiniteLoss, train
+from penguin_edge.train_config import STAGES, Lora, TrainConfig
 from penguin_edge.trainee import Trainee, add_lora, named_tensors, published_model
 from penguin_edge.trainer_state import STATE, checkpoints
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from penguin_edge.commands.common import add_allow_outside, emit, positive, require_torch, say
 from penguin_edge.errors import InputError
-from penguin_edge.recipe import STAGES, Lora, TrainConfig
+from penguin_edge.train_config import STAGES, Lora, TrainConfig
 
 RATES = ("llm", "projector", "encoder", "patch_embedding", "distill")
 OPTIONS = ("model_max_length", "mm_max_length", "tight_share", "fps", "max_frames")
