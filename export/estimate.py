@@ -38,8 +38,8 @@ from penguin_edge.quantize.sensitivity import (
     EMBEDDING,
     INT8_TABLE,
     Measured,
-    Progress,
-    Walk,
+    SensitivityWalk,
+    WorkProgress,
     needed_bytes,
     parts_read,
 )
@@ -82,7 +82,7 @@ def choose(
     options: AutoOptions,
     kept: Path,
     max_ram: int | None,
-    progress: Progress,
+    progress: WorkProgress,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Measure what is not known yet, and choose.
 
@@ -140,7 +140,7 @@ def choose(
         json.dumps([digest(checkpoint, Recipe("auto"), samples), target.name, target.activations, labels]).encode()
     ).hexdigest()
     known = _read(kept, made_for)
-    walk = Walk(checkpoint.load(parts_read(samples)), samples, target.activations)
+    walk = SensitivityWalk(checkpoint.load(parts_read(samples)), samples, target.activations)
     measured = walk.measure(seen, known, lambda found: _keep(kept, made_for, found), progress)
     table_kl = measured[EMBEDDING][INT8_TABLE]
     # The table is a layer without a choice.

@@ -23,7 +23,7 @@ from penguin_edge.bundle_schema import BOUNDS, EMBEDDING_DTYPES, FILE_NAME, LAYE
 from penguin_edge.errors import BundleError, PenguinError
 from penguin_edge.files import read_json
 from penguin_edge.model import PARTS
-from penguin_edge.quantize.apply import DECODERS, Row
+from penguin_edge.quantize.apply import DECODERS, LayerRow
 from penguin_edge.quantize.auto import AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.linear import Scheme
@@ -104,7 +104,7 @@ class PartDone:
     file: str
     place: TablePlace | None = None
     """Where int4 rows lie: the embedding's own, or those of a head that may stand for them."""
-    layers: tuple[Row, ...] = ()
+    layers: tuple[LayerRow, ...] = ()
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -312,10 +312,10 @@ def _recipe(data: Mapping[str, Any]) -> Recipe:
     return Recipe.from_json(data, str(data.get("name", "recipe")))
 
 
-def _row(data: Mapping[str, Any]) -> Row:
+def _row(data: Mapping[str, Any]) -> LayerRow:
     """A layer's row; JSON has no number for an error that is none."""
     scheme, error = data["scheme"], data.get("error")
-    return Row(
+    return LayerRow(
         data["layer"],
         (data["shape"][0], data["shape"][1]),
         Scheme(**scheme) if scheme else None,

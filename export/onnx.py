@@ -43,7 +43,7 @@ from penguin_edge.bundle import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_na
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import ProjectorMethod
-from penguin_edge.export.onnx_blocks import DecoderMethod, EncoderMethod
+from penguin_edge.export.onnx_blocks import FusedDecoder, FusedEncoder
 from penguin_edge.export.onnx_nodes import translations
 from penguin_edge.export.onnx_products import NODES, BlockProduct, prepare
 from penguin_edge.export.stages import TRACE, WRITE
@@ -193,7 +193,7 @@ class OnnxTarget:
         method: nn.Module
         if part == "encoder":
             assert model.encoder is not None, "this model was loaded without its encoder"
-            method = EncoderMethod(model.encoder)
+            method = FusedEncoder(model.encoder)
             layers = len(model.encoder.layers)
             wanted = {"MultiHeadAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}
         elif part == "projector":
@@ -201,7 +201,7 @@ class OnnxTarget:
             method, wanted = ProjectorMethod(model.projector), {}
         else:
             assert model.decoder is not None, "this model was loaded without its decoder"
-            method = DecoderMethod(model.decoder, bounds.max_seq_len)
+            method = FusedDecoder(model.decoder, bounds.max_seq_len)
             text = model.config.text
             layers = text.num_hidden_layers
             wanted = {"GroupQueryAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}

@@ -59,7 +59,7 @@ DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
-class Progress(Protocol):
+class ExportProgress(Protocol):
     """What the pipeline tells while it works."""
 
     def plan(self, expected: Mapping[str, float]) -> None:
@@ -256,7 +256,7 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
 
 
 def choose_recipe(
-    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, auto: AutoOptions, progress: Progress
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, auto: AutoOptions, progress: ExportProgress
 ) -> ExportOptions:
     """`options` with the recipe that measurements lead to. They are kept beside `out` until the bundle is there.
 
@@ -282,7 +282,7 @@ def _measurements(final: Path) -> Path:
     return final.with_name(f".{final.name}.auto.json")
 
 
-def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress) -> Bundle:
+def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: ExportProgress) -> Bundle:
     """Export every part and write the bundle.
 
     Raises:
@@ -298,7 +298,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
 
 
 def _export(
-    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress, work: Path | None
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: ExportProgress, work: Path | None
 ) -> Bundle:
     """As `export_bundle`; `work` is the folder of a recipe that reads data."""
     target = find_target(options.target)
@@ -377,7 +377,7 @@ def _export(
     return Bundle(Path(out), finished.manifest)
 
 
-def _run(job: Job[Done], estimate_bytes: int, progress: Progress, expected: float | None = None) -> Outcome[Done]:
+def _run(job: Job[Done], estimate_bytes: int, progress: ExportProgress, expected: float | None = None) -> Outcome[Done]:
     """Have a worker do a job.
 
     Raises:
@@ -399,7 +399,7 @@ def _run(job: Job[Done], estimate_bytes: int, progress: Progress, expected: floa
     return outcome
 
 
-def _verify(folder: Path, progress: Progress) -> None:
+def _verify(folder: Path, progress: ExportProgress) -> None:
     """Run the bundle against its check data, in a process of its own.
 
     Raises:
@@ -430,7 +430,7 @@ def _watch(
     out: IO[bytes],
     log: IO[bytes],
     part: str,
-    progress: Progress,
+    progress: ExportProgress,
     follower: Follower,
 ) -> int:
     """Run a Python module in a session of its own until it ends; it ends with this process, however that ends."""

@@ -34,7 +34,7 @@ from penguin_edge.losses import Distiller, count_items
 from penguin_edge.model import PenguinModel
 from penguin_edge.order import Order, stable_seed
 from penguin_edge.packing import checkpoint_blocks
-from penguin_edge.progress import Log, Progress, forward_flops, measure_peak, shown, training_flops
+from penguin_edge.progress import Log, TrainProgress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.prompt import Tokenizer
 from penguin_edge.samples import SampleBuilder
 from penguin_edge.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
@@ -185,7 +185,7 @@ class Trainer:
             f"MFU: operations of matrix products and attention, recomputation left out, against {peak / 1e9:,.0f} "
             f"GFLOP/s per process ({'given' if config.peak_flops else 'measured: one large matrix product'})"
         )
-        progress = Progress(begin, self.total, peak * self.world)
+        progress = TrainProgress(begin, self.total, peak * self.world)
         micro = Micro(self.corpus.records, self.builder, self.shape.pad_token_id, self._dummies())
         run = Run(self.order, self.rank, begin, self.total)
         feed = deliveries(micro, run, config.workers, config.prefetch)
@@ -425,7 +425,7 @@ class Trainer:
             f"are in {path}: look at them, or lower the learning rate and resume from the last checkpoint"
         )
 
-    def _report(self, batches: Sequence[Delivery], progress: Progress) -> None:
+    def _report(self, batches: Sequence[Delivery], progress: TrainProgress) -> None:
         for delivery in batches:
             for reason in delivery.bad + delivery.too_long:
                 progress.close()

@@ -22,7 +22,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.frames import read_image
 from penguin_edge.preprocess import fit_area, resize
 from penguin_edge.prompt import Message, Tokenizer
-from penguin_edge.records import Record
+from penguin_edge.records import DataRecord
 from penguin_edge.samples import DataOptions, Sample, SampleBuilder, encode_conversation
 
 PHOTOS = {
@@ -91,7 +91,7 @@ def builtin_pictures(
         while high * wide > room * factor**2:  # sides are rounded to whole tokens
             tokens *= 0.95
             high, wide = fit_area(tokens * factor**2, height, width, factor, 0)
-        samples.append(build(Record(f"builtin:{name}:{index}", "image", (), messages(resize(crop, high, wide)))))
+        samples.append(build(DataRecord(f"builtin:{name}:{index}", "image", (), messages(resize(crop, high, wide)))))
     return samples
 
 

@@ -48,7 +48,7 @@ _OPEN: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
 """Engines alive in this process."""
 
 
-class _State:
+class _InProgram:
     """A cache has nothing beside what lies in the program."""
 
 
@@ -72,7 +72,7 @@ class ExecutorchEngine:
         self._buffers: list[np.ndarray] = []
         self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
         """Positions that were written since `_heal` last looked at them."""
-        self._caches = Caches(1, _State)  # in the memory of the decoder's program
+        self._caches = Caches(1, _InProgram)  # in the memory of the decoder's program
         self.guard = self._caches.guard
         self._process = os.getpid()
         _OPEN.add(self)

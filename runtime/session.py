@@ -276,8 +276,8 @@ class Session:
         counts = iter([f.tokens for f in plan.frames if f.kind != DROPPED] if plan else [])
         seen = 0
         for i, piece in enumerate(out):
-            if isinstance(piece, chat.Visual):
-                out[i] = chat.Visual(next(counts), seen)
+            if isinstance(piece, chat.VisualTokens):
+                out[i] = chat.VisualTokens(next(counts), seen)
                 seen += 1
         return out
 
@@ -393,7 +393,7 @@ class Session:
         """What stands at each position of the prompt."""
         keys: list[Key] = []
         for piece in layout.pieces:
-            if isinstance(piece, chat.Visual):
+            if isinstance(piece, chat.VisualTokens):
                 keys += [(layout.visuals[piece.index], i) for i in range(piece.count)]
             else:
                 keys += self.tokenizer.encode_pieces([piece])

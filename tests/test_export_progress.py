@@ -20,9 +20,9 @@ from penguin_edge.export.stages import (
     START_SECONDS,
     VERIFY,
     Follower,
-    Stage,
     Teller,
     TimeLeft,
+    WorkStage,
     part_stages,
     progress_line,
     seconds_of,
@@ -41,7 +41,13 @@ def names(lines: list[str]) -> list[str]:
 
 def test_a_worker_says_every_stage_once_and_in_order() -> None:
     lines: list[str] = []
-    stages = [Stage(START, 2), Stage(LOAD, 3), Stage("decoder.a", 1), Stage("decoder.b", 1), Stage(CHECK, 5)]
+    stages = [
+        WorkStage(START, 2),
+        WorkStage(LOAD, 3),
+        WorkStage("decoder.a", 1),
+        WorkStage("decoder.b", 1),
+        WorkStage(CHECK, 5),
+    ]
     teller = Teller(stages, lines.append)
     for name in (LOAD, "no stage", "decoder.a", "decoder.b", LOAD, CHECK):
         teller.begin(name)
@@ -86,9 +92,9 @@ def test_the_time_left_is_right_after_a_quarter(quant: str, target: str, speed: 
     expected = expected_seconds(checkpoint, TARGETS[target], options)
     rng, log = np.random.default_rng(0), tmp_path / "log.txt"
     factors: dict[str, float] = {}
-    work: dict[str, list[tuple[Stage, float]]] = {}
+    work: dict[str, list[tuple[WorkStage, float]]] = {}
     for part in expected:
-        whole = [Stage(VERIFY, expected[part])]
+        whole = [WorkStage(VERIFY, expected[part])]
         stages = whole if part == VERIFY else part_stages(checkpoint, part, options.recipe, TARGETS[target].compiles)
         for stage in stages:
             factors.setdefault(kind(stage), float(rng.uniform(0.8, 1.25)))
@@ -117,7 +123,7 @@ def test_the_time_left_is_right_after_a_quarter(quant: str, target: str, speed: 
     assert checked > 50 and time_left.left(part, clock - began, 1) == 0
 
 
-def kind(stage: Stage) -> str:
+def kind(stage: WorkStage) -> str:
     """Stages of one kind are off by the same factor: all layers, all tokens."""
     return "layer" if "." in stage.name else stage.name.split(":")[0]
 

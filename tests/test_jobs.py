@@ -28,7 +28,7 @@ from penguin_edge.export.jobs import (
     write_job,
 )
 from penguin_edge.files import write_json
-from penguin_edge.quantize.apply import Row
+from penguin_edge.quantize.apply import LayerRow
 from penguin_edge.quantize.auto import AutoOptions
 from penguin_edge.quantize.calibrate import CalibrationOptions
 from penguin_edge.quantize.linear import Scheme
@@ -61,9 +61,11 @@ def test_a_job_is_read_as_it_was_written(job: Any, tmp_path: Path) -> None:
         (JOBS[2], CalibrationDone({"samples": 3, "sha256": "0"})),
         (
             PART,
-            PartDone("decoder.onnx", TablePlace("decoder.onnx.data", 0, 64, 32), (Row("a", (2, 3), Scheme(4, 64)),)),
+            PartDone(
+                "decoder.onnx", TablePlace("decoder.onnx.data", 0, 64, 32), (LayerRow("a", (2, 3), Scheme(4, 64)),)
+            ),
         ),
-        (PART, PartDone("embedding.bin", None, (Row("a", (2, 3), None, "kept", 0.25),))),
+        (PART, PartDone("embedding.bin", None, (LayerRow("a", (2, 3), None, "kept", 0.25),))),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -73,7 +75,7 @@ def test_an_outcome_is_read_as_it_was_written(job: Any, done: Any, tmp_path: Pat
 
 
 def test_an_error_that_is_no_number_stays_one(tmp_path: Path) -> None:
-    done = PartDone("a.onnx", None, (Row("a", (2, 3), None, "", math.nan),))
+    done = PartDone("a.onnx", None, (LayerRow("a", (2, 3), None, "", math.nan),))
     write_json(tmp_path / "outcome.json", {"done": done.to_json(), "seconds": 0, "peak_mb": 0, "baseline_mb": 0})
     assert math.isnan(read_outcome(tmp_path / "outcome.json", PART).done.layers[0].error)
 

@@ -147,6 +147,10 @@ ALLOWED: dict[str, set[str]] = {
     "": {"bundle", "frames", "prompt", "runtime"},  # the public names, each at its first use
 }
 
+# Modules of one base name that are meant: each target has a file for its export and one for its engine. A module of
+# `commands` is named after its verb, whatever else is.
+NAMESAKES = {"executorch": {"export.executorch", "runtime.executorch"}}
+
 # These bring torch along.
 TORCH = {"torch", "torchao", "torchvision", "safetensors.torch", "executorch", "transformers", "accelerate", "peft"}
 # These are optional or heavy: runtime/ imports them inside the function that needs them.
@@ -304,6 +308,25 @@ def test_a_wrong_import_is_found(module: str, source: str, said: str) -> None:
 )
 def test_a_right_import_is_left_alone(module: str, source: str) -> None:
     assert violations(module, source) == []
+
+
+def test_a_name_stands_for_one_module() -> None:
+    found: dict[str, set[str]] = {}
+    for module, path in sources():
+        inside = module.removeprefix("penguin_edge.")
+        if path.name != "__init__.py" and not inside.startswith("commands."):
+            found.setdefault(path.stem, set()).add(inside)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == NAMESAKES
+
+
+def test_a_name_stands_for_one_class() -> None:
+    found: dict[str, list[str]] = {}
+    for module, path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    twice = {name: modules for name, modules in found.items() if len(modules) > 1}
+    assert not twice, f"classes of the same name: {twice}"
 
 
 def test_every_package_is_listed() -> None:

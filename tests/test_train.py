@@ -31,7 +31,7 @@ from penguin_edge.losses import cross_entropy
 from penguin_edge.model import PenguinModel
 from penguin_edge.order import Order
 from penguin_edge.packing import forward_packed, pack
-from penguin_edge.records import Record, read_records
+from penguin_edge.records import DataRecord, read_records
 from penguin_edge.samples import Sample, SampleBuilder
 from penguin_edge.schedule import Rates, cosine_with_min_lr
 from penguin_edge.train import NonFiniteLoss, train
@@ -378,7 +378,7 @@ def test_a_step_without_any_usable_sample_changes_no_weight_by_gradient(tmp_path
 
 
 def test_a_loader_process_that_dies_is_said_to_have_died(data: Path) -> None:
-    def killed(record: Record) -> Sample:
+    def killed(record: DataRecord) -> Sample:
         os._exit(9)
 
     records = read_records(data)

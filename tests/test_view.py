@@ -29,7 +29,7 @@ from penguin_edge.runtime.live import Live
 from penguin_edge.runtime.sampling import SamplingOptions
 from penguin_edge.runtime.stream import StreamSession
 from penguin_edge.runtime.view import View, thumbnail
-from penguin_edge.runtime.view_limits import Limits
+from penguin_edge.runtime.view_limits import ViewLimits
 from penguin_edge.runtime.view_server import BODY, PROMPT, ViewServer, socket_at
 from penguin_edge.tra import KEY
 
@@ -38,13 +38,13 @@ CHEAP = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
 
 @contextlib.contextmanager
 def served(
-    budget: int = 60, limits: Limits | None = None, **options: Any
+    budget: int = 60, limits: ViewLimits | None = None, **options: Any
 ) -> Iterator[tuple[Live, GatedEngine, ViewServer]]:
     engine, view = GatedEngine(), View("street.mp4", "tiny on eager")
     session = StreamSession(engine, tiny_tokenizer(), budget=budget)
     with (
         Live(session, queued=100, ready=view.ready, said=view.said, **options) as live,
-        ViewServer(view, live, socket_at(0), options=SHORT, limits=limits or Limits()) as server,
+        ViewServer(view, live, socket_at(0), options=SHORT, limits=limits or ViewLimits()) as server,
     ):
         yield live, engine, server
 
@@ -346,7 +346,7 @@ def test_a_page_that_does_not_read_holds_nothing_up() -> None:
 
 
 def test_more_pages_than_there_is_room_for() -> None:
-    with served(limits=Limits(pages=1)) as (_, _, server):
+    with served(limits=ViewLimits(pages=1)) as (_, _, server):
         first = events(server.address)
         next(first)
         status, said = send(server, "GET", "/events")

@@ -26,7 +26,7 @@ from penguin_edge.export.onnx import OnnxTarget
 from penguin_edge.quantize.auto import AutoOptions
 from penguin_edge.quantize.calibrate import BUILTIN, CalibrationOptions, read_calibration
 from penguin_edge.quantize.linear import Scheme
-from penguin_edge.quantize.sensitivity import Walk
+from penguin_edge.quantize.sensitivity import SensitivityWalk
 
 TEXT = Path("/usr/share/games/fortunes/literature")
 
@@ -70,8 +70,8 @@ def main() -> int:
     shapes = {row["layer"]: (row["shape"][0], row["shape"][1]) for row in report["layers"]}
     fixed = report["bytes"] - sum(target.layer_bytes(shapes[name], s) for name, s in recipe.layers.items())
     walks = {
-        "measured_kl": Walk(checkpoint.load(), read_calibration(data, checkpoint), target.activations),
-        "other_kl": Walk(checkpoint.load(), read_calibration(other, checkpoint), target.activations),
+        "measured_kl": SensitivityWalk(checkpoint.load(), read_calibration(data, checkpoint), target.activations),
+        "other_kl": SensitivityWalk(checkpoint.load(), read_calibration(other, checkpoint), target.activations),
     }
     for name, scheme in (("int4", Scheme(4, 64)), ("int8", Scheme(8))):
         schemes = {layer: scheme if layer.startswith("decoder") else s for layer, s in recipe.layers.items()}

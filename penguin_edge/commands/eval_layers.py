@@ -28,19 +28,19 @@ from penguin_edge.runtime.engines import open_engine
 
 if TYPE_CHECKING:
     from penguin_edge.checkpoint import Checkpoint
-    from penguin_edge.quantize.apply import Ready
+    from penguin_edge.quantize.apply import Calibrated
     from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
     from penguin_edge.samples import Sample
 
-    Again = tuple[Recipe, Activations, Ready | None]
+    Again = tuple[Recipe, Activations, Calibrated | None]
 
 LENGTH = 512
 """Most tokens of a sample."""
-Progress = Callable[[str], Callable[[int, int], None]]
+NewCountProgress = Callable[[str], Callable[[int, int], None]]
 
 
-def run_layers(args: argparse.Namespace, progress: Progress) -> int:
+def run_layers(args: argparse.Namespace, progress: NewCountProgress) -> int:
     """Measure, report, draw.
 
     Raises:
