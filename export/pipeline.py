@@ -7,8 +7,6 @@ bundle will cost is said. Nothing is left behind when a part fails or the user s
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import os
 import shutil
 import signal
@@ -16,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -24,19 +23,31 @@ from penguin_edge.bundle import manifest as contract
 from penguin_edge.bundle.manifest import Bundle, GraphEntry, Manifest, TablePlace, signature
 from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
-from penguin_edge.export.auto import bundle_bytes
+from penguin_edge.export.estimate import bundle_bytes
+from penguin_edge.export.jobs import (
+    CalibrationJob,
+    ChoiceJob,
+    Done,
+    Job,
+    Origin,
+    Outcome,
+    PartJob,
+    read_outcome,
+    write_job,
+)
 from penguin_edge.export.stages import LINE, VERIFY, Follower, part_stages, seconds_of, verify_seconds
 from penguin_edge.export.targets.base import Target
-from penguin_edge.export.targets.known import find_target
-from penguin_edge.export.worker import AUTO, CALIBRATION, TOOLS_BYTES
-from penguin_edge.files import parse_json, read_json
+from penguin_edge.export.targets.known import check_with, find_target
+from penguin_edge.export.worker import TOOLS_BYTES
+from penguin_edge.files import parse_json
 from penguin_edge.folders import held, place_of, scratch
-from penguin_edge.machine import human_bytes, require_memory, resident_mb
+from penguin_edge.machine import human_bytes, require_memory, resident_mb, version_of
 from penguin_edge.model.checkpoint import Checkpoint, meta_model
 from penguin_edge.prompt.chat import EMPTY_THINK, END, IMAGE, START, Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.calibration import kept
 from penguin_edge.quantize.calibration.calibrate import CalibrationOptions
+from penguin_edge.quantize.linear import Scheme
 from penguin_edge.quantize.recipe import PRESETS, Recipe
 from penguin_edge.quantize.search.choice import STAND_IN, AutoOptions
 
@@ -48,7 +59,7 @@ DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16
 VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
-class Progress(Protocol):
+class ExportProgress(Protocol):
     """What the pipeline tells while it works."""
 
     def plan(self, expected: Mapping[str, float]) -> None:
@@ -63,9 +74,9 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the command line offers, with its defaults."""
+    """What the command line offers, with its defaults; `--target` has its own."""
 
-    target: str = "onnx"
+    target: str
     recipe: Recipe = PRESETS["fp32"]
     max_seq_len: int = 4096
     seed: int = 0
@@ -177,21 +188,9 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
             impossible length.
     """
     recipe = options.recipe
-    target.check_model(checkpoint.config)
-    if recipe.precision not in target.precisions:
-        raise InputError(
-            f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
-        )
-    if recipe.prefill and not target.shares_kv:
-        raise InputError(
-            f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
-            "out `prefill`, or take --target onnx"
-        )
-    if recipe.kv and recipe.kv not in target.kv_dtypes:
-        raise InputError(
-            f"{recipe.name}: a KV cache in {recipe.kv}, but {target.name} keeps it in the graph's precision; leave out "
-            "`kv`, or take --target onnx"
-        )
+    check_with(target, lambda taker: taker.check_model(checkpoint.config))
+    check_with(target, lambda taker: _check_precision(taker, recipe))
+    check_with(target, lambda taker: _check_caches(taker, recipe))
     layers = linear_shapes(checkpoint, recipe)
     check_layers(recipe, layers)
     if recipe.embedding == "int4":
@@ -199,7 +198,7 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
     for layer, (_, inputs) in layers.items():
         scheme, _ = chosen(recipe, layer, inputs)
         if scheme is not None:
-            target.check_scheme(layer, scheme, recipe.precision)
+            check_with(target, partial(_check_scheme, layer, scheme, recipe.precision))
     if recipe.calibrated and options.calibration is None:
         raise InputError(f"{recipe.name}: its schemes need calibration data; name some with --calibration")
     if options.calibration is not None and not recipe.calibrated:
@@ -209,6 +208,30 @@ def check_options(checkpoint: Checkpoint, target: Target, options: ExportOptions
         raise InputError(
             f"max_seq_len is {options.max_seq_len}; wanted {MIN_SEQ_LEN} to {longest}, the model's own limit"
         )
+
+
+def _check_precision(target: Target, recipe: Recipe) -> None:
+    if recipe.precision not in target.precisions:
+        raise InputError(
+            f"target {target.name} cannot compute {recipe.precision!r}; it knows {', '.join(target.precisions)}"
+        )
+
+
+def _check_caches(target: Target, recipe: Recipe) -> None:
+    if recipe.prefill and not target.shares_kv:
+        raise InputError(
+            f"{recipe.name}: a second graph for prefill, but {target.name} keeps the KV cache inside one graph; leave "
+            "out `prefill`"
+        )
+    if recipe.kv and recipe.kv not in target.kv_dtypes:
+        raise InputError(
+            f"{recipe.name}: a KV cache in {recipe.kv}, but {target.name} keeps it in the graph's precision; leave out "
+            "`kv`"
+        )
+
+
+def _check_scheme(layer: str, scheme: Scheme, precision: str, target: Target) -> None:
+    target.check_scheme(layer, scheme, precision)
 
 
 def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
@@ -233,7 +256,7 @@ def check_room(need: Estimate, options: ExportOptions, out: Path) -> None:
 
 
 def choose_recipe(
-    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, auto: AutoOptions, progress: Progress
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, auto: AutoOptions, progress: ExportProgress
 ) -> ExportOptions:
     """`options` with the recipe that measurements lead to. They are kept beside `out` until the bundle is there.
 
@@ -246,27 +269,20 @@ def choose_recipe(
     check_options(checkpoint, target, stand_in)
     check_room(estimate(checkpoint, target, stand_in), options, Path(out))
     final = check_place(out, overwrite=options.overwrite)
-    job = {
-        "part": AUTO,
-        "source": checkpoint.source,
-        "seed": checkpoint.seed,
-        "random_weights": checkpoint.stored is None,
-        "target": options.target,
-        "recipe": STAND_IN.to_json(),
-        **asdict(auto),
-        "kept": str(_measurements(final)),
-        "max_ram": options.max_ram,
-    }
-    result = _run_part(AUTO, job, 0, progress)
-    recipe = Recipe.from_json(result["recipe"], result["recipe"]["name"])
-    return replace(options, recipe=recipe, auto=result["report"])
+    job = ChoiceJob(_origin(checkpoint, options), auto, _measurements(final), options.max_ram)
+    done = _run(job, 0, progress).done
+    return replace(options, recipe=done.recipe, auto=done.report)
+
+
+def _origin(checkpoint: Checkpoint, options: ExportOptions) -> Origin:
+    return Origin(checkpoint.source, checkpoint.seed, checkpoint.stored is None, options.target)
 
 
 def _measurements(final: Path) -> Path:
     return final.with_name(f".{final.name}.auto.json")
 
 
-def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress) -> Bundle:
+def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: ExportProgress) -> Bundle:
     """Export every part and write the bundle.
 
     Raises:
@@ -282,7 +298,7 @@ def export_bundle(checkpoint: Checkpoint, out: str | Path, options: ExportOption
 
 
 def _export(
-    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: Progress, work: Path | None
+    checkpoint: Checkpoint, out: str | Path, options: ExportOptions, progress: ExportProgress, work: Path | None
 ) -> Bundle:
     """As `export_bundle`; `work` is the folder of a recipe that reads data."""
     target = find_target(options.target)
@@ -302,45 +318,30 @@ def _export(
     progress.plan(expected)
     table: list[dict[str, Any]] = []
     quantization: dict[str, Any] = {"auto": options.auto} if options.auto else {}
-    common = {
-        "source": checkpoint.source,
-        "seed": checkpoint.seed,
-        "random_weights": checkpoint.stored is None,
-        "target": options.target,
-        "recipe": recipe.to_json(),
-        "calibrated": str(work) if work else None,
-    }
+    origin = _origin(checkpoint, options)
     if work is not None and options.calibration is not None:
-        job = {**common, "part": CALIBRATION, "calibration": asdict(options.calibration), "max_ram": options.max_ram}
-        quantization["calibration"] = _run_part(CALIBRATION, job, 0, progress)["calibration"]
+        integers = CalibrationJob(origin, recipe, options.calibration, work, options.max_ram)
+        quantization["calibration"] = _run(integers, 0, progress).done.report
     with writing(out, overwrite=options.overwrite) as folder:
         entries: dict[str, GraphEntry] = {}
         place: TablePlace | None = None
         for part in parts_of(checkpoint, recipe):
-            job = {
-                **common,
-                "part": part,
-                "embedding_dtype": embedding_dtype,
-                "bounds": asdict(bounds),
-                "folder": str(folder),
-            }
             if part == "embedding" and place is not None:
                 continue
-            result = _run_part(part, job, need.peak_bytes.get(part, 0), progress, expected.get(part))
-            if part == "embedding" and "place" in result:
-                place = TablePlace(**result["place"])
-            elif result.get("head") and shares_table(checkpoint, recipe):
-                place = TablePlace(**result["head"])
-            table += result.get("layers", [])
+            job = PartJob(origin, part, recipe, work, embedding_dtype, bounds, folder)
+            outcome = _run(job, need.peak_bytes.get(part, 0), progress, expected.get(part))
+            if part == "embedding" or shares_table(checkpoint, recipe):
+                place = outcome.done.place or place
+            table += [{**asdict(row), "shape": list(row.shape)} for row in outcome.done.layers]
             if part != "embedding":
                 inputs, outputs = signature(part, config, bounds)
                 entries[part] = GraphEntry(
-                    result["file"],
+                    outcome.done.file,
                     recipe.label,
                     tuple(inputs),
                     tuple(outputs),
-                    round(result["peak_mb"] - result["baseline_mb"], 1),
-                    round(result["seconds"], 1),
+                    round(outcome.peak_mb - outcome.baseline_mb, 1),
+                    round(outcome.seconds, 1),
                 )
         shutil.copyfile(checkpoint.tokenizer, folder / contract.TOKENIZER)
         (folder / "check.partial").replace(folder / contract.CHECK)
@@ -356,7 +357,7 @@ def _export(
             embedding=place,
             quantization={"recipe": recipe.to_json(), "layers": table, **quantization} if recipe.quantized else {},
             chat={"start": START, "end": END, "image": IMAGE, "empty_think": EMPTY_THINK, "frame_tag": "Time {:.1f}s:"},
-            tools={name: _version(name) for name in ("penguin-edge", "torch", *target.tools)},
+            tools={name: version_of(name) or "unknown" for name in ("penguin-edge", "torch", *target.tools)},
             generation={"temperature": 0.0, "top_p": 1.0, "top_k": 0},
             verified=options.verify,
         )
@@ -376,33 +377,29 @@ def _export(
     return Bundle(Path(out), finished.manifest)
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _run(job: Job[Done], estimate_bytes: int, progress: ExportProgress, expected: float | None = None) -> Outcome[Done]:
+    """Have a worker do a job.
 
-
-def _run_part(
-    part: str, job: dict[str, Any], estimate_bytes: int, progress: Progress, expected: float | None = None
-) -> dict[str, Any]:
+    Raises:
+        BundleError: it cannot be done; the message is the worker's.
+        PenguinError: the worker ended without a word.
+    """
     with scratch() as folder:
-        result_path, job_path, log_path = (folder / name for name in ("result.json", "job.json", "log.txt"))
-        job_path.write_text(json.dumps({**job, "result": str(result_path)}), encoding="utf-8")
-        progress.begin(part, estimate_bytes / 1e6)
+        outcome_path, job_path, log_path = (folder / name for name in ("outcome.json", "job.json", "log.txt"))
+        write_job(job_path, job)
+        progress.begin(job.name, estimate_bytes / 1e6)
         with log_path.open("wb") as log:
             follower = Follower(log_path, expected)
-            code = _watch(["penguin_edge.export.worker", str(job_path)], log, log, part, progress, follower)
-        if not result_path.is_file():
-            raise PenguinError(f"exporting the {part} ended {_ending(code)}; {_tail(log_path)}")
-        result: dict[str, Any] = read_json(result_path)
-    if "error" in result:
-        raise BundleError(str(result["error"]))
-    progress.done(part, result["seconds"], result["peak_mb"])
-    return result
+            command = ["penguin_edge.export.worker", str(job_path), str(outcome_path)]
+            code = _watch(command, log, log, job.name, progress, follower)
+        if not outcome_path.is_file():
+            raise PenguinError(f"exporting the {job.name} ended {_ending(code)}; {_tail(log_path)}")
+        outcome = read_outcome(outcome_path, job)
+    progress.done(job.name, outcome.seconds, outcome.peak_mb)
+    return outcome
 
 
-def _verify(folder: Path, progress: Progress) -> None:
+def _verify(folder: Path, progress: ExportProgress) -> None:
     """Run the bundle against its check data, in a process of its own.
 
     Raises:
@@ -433,7 +430,7 @@ def _watch(
     out: IO[bytes],
     log: IO[bytes],
     part: str,
-    progress: Progress,
+    progress: ExportProgress,
     follower: Follower,
 ) -> int:
     """Run a Python module in a session of its own until it ends; it ends with this process, however that ends."""

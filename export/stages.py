@@ -44,14 +44,14 @@ SOON = 0.1
 
 
 @dataclass(frozen=True)
-class Stage:
+class WorkStage:
     """A piece of a part's work, and the seconds that it is expected to take on two cores."""
 
     name: str
     seconds: float
 
 
-def part_stages(checkpoint: Checkpoint, part: str, recipe: Recipe, compiles: bool) -> list[Stage]:
+def part_stages(checkpoint: Checkpoint, part: str, recipe: Recipe, compiles: bool) -> list[WorkStage]:
     """What a worker does for a part, in order; a quantized layer goes by its own name.
 
     Args:
@@ -61,33 +61,33 @@ def part_stages(checkpoint: Checkpoint, part: str, recipe: Recipe, compiles: boo
     if part == "embedding":
         count = checkpoint.parameter_bytes(part, 1)
         quantized = ROUND_NS["mse"] * NS if recipe.embedding == "int4" else 0.0
-        return [Stage(START, START_SECONDS), Stage(WRITE, (drawn + 4 * WRITE_NS * NS + quantized) * count)]
+        return [WorkStage(START, START_SECONDS), WorkStage(WRITE, (drawn + 4 * WRITE_NS * NS + quantized) * count)]
     module = DECODERS.get(part, part)
     count = checkpoint.parameter_bytes(module, 1)
     model = meta_model(checkpoint.config, [module])
     text = module == "decoder"
-    found = [Stage(START, START_SECONDS), Stage(LOAD, drawn * count)]
+    found = [WorkStage(START, START_SECONDS), WorkStage(LOAD, drawn * count)]
     size, quantized = 4.0 * count if recipe.precision == "fp32" else 2.0 * count, False
     for layer, linear in linears(model, part).items():
         scheme, _ = chosen(recipe, layer, linear.in_features)
         if scheme is not None:
             weights = linear.in_features * linear.out_features
-            found.append(Stage(layer, ROUND_NS[scheme.method] * NS * weights))
+            found.append(WorkStage(layer, ROUND_NS[scheme.method] * NS * weights))
             size, quantized = size - weights * (4 - scheme.bits / 8), True
     step = PASS_NS[quantized] * NS * count
     passes = 1 + quantized
     patches = sum(height // 14 * (width // 14) for _, _, height, width, _ in CASES)
     if text:
-        found.append(Stage(PROMPT, passes * (step + 64 * ROW_NS * NS * count)))
+        found.append(WorkStage(PROMPT, passes * (step + 64 * ROW_NS * NS * count)))
         if part == "decoder":
-            found += [Stage(step_name(index), step) for index in range(DECODED)]
+            found += [WorkStage(step_name(index), step) for index in range(DECODED)]
     else:
-        found.append(Stage(CHECK, passes * (len(CASES) * step + patches * ROW_NS * NS * count)))
+        found.append(WorkStage(CHECK, passes * (len(CASES) * step + patches * ROW_NS * NS * count)))
     blocks = len(getattr(getattr(model, module), "layers", ()))
-    found.append(Stage(TRACE, TRACE_SECONDS + TRACE_BLOCK_SECONDS * blocks))
+    found.append(WorkStage(TRACE, TRACE_SECONDS + TRACE_BLOCK_SECONDS * blocks))
     if compiles:
-        found.append(Stage(COMPILE, COMPILE_NS * NS * count + TRACE_BLOCK_SECONDS * blocks))
-    return [*found, Stage(WRITE, WRITE_SECONDS + WRITE_NS * NS * size)]
+        found.append(WorkStage(COMPILE, COMPILE_NS * NS * count + TRACE_BLOCK_SECONDS * blocks))
+    return [*found, WorkStage(WRITE, WRITE_SECONDS + WRITE_NS * NS * size)]
 
 
 def step_name(index: int) -> str:
@@ -100,14 +100,14 @@ def verify_seconds(checkpoint: Checkpoint) -> float:
     return START_SECONDS + 2.4 * NS * checkpoint.parameter_bytes("decoder", 1)
 
 
-def seconds_of(stages: Sequence[Stage]) -> float:
+def seconds_of(stages: Sequence[WorkStage]) -> float:
     return sum(stage.seconds for stage in stages)
 
 
 class Teller:
     """A worker's side: tells which stage begins."""
 
-    def __init__(self, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
+    def __init__(self, stages: Sequence[WorkStage], say: Callable[[str], None]) -> None:
         self._stages, self._say, self._next = list(stages), say, 0
         self._total = seconds_of(stages)
         layers = [stage.name for stage in stages if "." in stage.name]

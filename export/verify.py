@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from penguin_edge.model.checkpoint import Checkpoint
-    from penguin_edge.quantize.apply import Ready
+    from penguin_edge.quantize.apply import Calibrated
     from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
 
@@ -99,7 +99,7 @@ def beyond_noise(tolerance: Tolerance, reference: Arrays, name: str) -> tuple[To
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageResult:
     """One comparison. `relative` is max_abs over the largest reference value."""
 
     name: str
@@ -138,7 +138,7 @@ def reference_arrays(
 @contextlib.contextmanager
 def integers_again(
     bundle: Bundle, checkpoint: Checkpoint, calibration: str | None = None, *, allow_outside: bool = False
-) -> Iterator[tuple[Recipe, Activations, Ready | None]]:
+) -> Iterator[tuple[Recipe, Activations, Calibrated | None]]:
     """A bundle's recipe, how its engine rounds activations, and what calibration leaves, made again.
 
     Args:
@@ -222,25 +222,25 @@ def _computed(bundle: Bundle, checkpoint: Checkpoint, dtype: torch.dtype, load: 
     return arrays | check.check_decoder(model, arrays)
 
 
-def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, detail: str = "") -> Stage:
+def compare(name: str, got: NDArray, wanted: NDArray, tolerance: Tolerance, detail: str = "") -> StageResult:
     """Shapes must be equal, all numbers finite, and both measures within the tolerance."""
     if got.shape != wanted.shape:
-        return Stage(
+        return StageResult(
             name, float("inf"), float("inf"), 0.0, False, f"shape {list(got.shape)}, wanted {list(wanted.shape)}"
         )
     max_abs, relative, cosine = distance(got, wanted)
     passed = bool(np.isfinite(got).all()) and relative <= tolerance.relative and cosine >= tolerance.cosine
-    return Stage(name, max_abs, relative, cosine, passed, detail)
+    return StageResult(name, max_abs, relative, cosine, passed, detail)
 
 
 def verify_stages(
     engine: Engine, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
-) -> list[Stage]:
+) -> list[StageResult]:
     """All stages of one engine against the reference arrays."""
     exact = TOLERANCES["fp32"]
-    stages: list[Stage] = []
+    stages: list[StageResult] = []
     if engine.config.vision is not None:
-        found: dict[str, list[Stage]] = {name: [] for name in ("pixels", "patches", "encoder", "projector")}
+        found: dict[str, list[StageResult]] = {name: [] for name in ("pixels", "patches", "encoder", "projector")}
         for case in range(len(CASES)):
             height, width, merge = (int(x) for x in reference[f"size_{case}"])
             image = reference[f"image_{case}"]
@@ -278,7 +278,7 @@ def prefill(engine: Engine, cache: Cache, embeds: NDArray[np.float32], chunk: in
 
 def _decoder_stages(
     engine: Engine, cache: Cache, reference: Arrays, tolerance: Tolerance, progress: Callable[[str], None]
-) -> list[Stage]:
+) -> list[StageResult]:
     embeds, tokens = reference["embeds"], reference["tokens"]
     first = prefill(engine, cache, embeds, engine.bounds.max_chunk)
     rule, why = beyond_noise(tolerance, reference, "prefill")
@@ -299,7 +299,7 @@ def _decoder_stages(
     detail = f"{int(equal.sum())} of {len(equal)} greedy choices equal"
     if ties:
         detail += f", {ties} of them near-ties"
-    stages.append(Stage("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
+    stages.append(StageResult("tokens", float((~equal).sum()), 1.0 - share, share, share >= tolerance.top1, detail))
     progress("truncate")
     middle = len(embeds) // 2
     cache.truncate(middle)

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,25 @@ PACKAGES = (
     "huggingface-hub",
     "matplotlib",
 )
+"""Distributions whose versions say most about a machine; those of the engines are among them."""
 
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution that is installed on demand, and the line for a shell that installs it."""
+
+    name: str
+    install: str
+
+    @property
+    def version(self) -> str | None:
+        """The version that is installed; None where it is absent."""
+        return version_of(self.name)
+
+
+TORCH = Package("torch", "pip install torch==2.13.0")
+EXPORTERS = f"{TORCH.install} && pip install 'penguin-edge[export]'"
+"""What installs the reference model and the exporters of all targets."""
 
 MADV_PAGEOUT = 21
 """Advice number of `madvise` (Linux 5.4 and newer): write dirty pages, drop clean ones."""
@@ -157,15 +176,17 @@ def processor() -> tuple[str, list[str]]:
     return name, [feature for feature in FEATURES if feature in flags]
 
 
+def version_of(distribution: str) -> str | None:
+    """The version that is installed; None where it is absent. Nothing is imported."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def packages() -> dict[str, str | None]:
-    """Installed versions, None where a package is absent. Nothing is imported."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Installed versions of `PACKAGES`."""
+    return {name: version_of(name) for name in PACKAGES}
 
 
 def describe() -> dict[str, Any]:

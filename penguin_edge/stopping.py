@@ -21,7 +21,7 @@ PATIENCE = 1
 """Signals that are ignored while the first is being answered."""
 
 
-class _State:
+class _Stopping:
     """The signals that this process has received, and what it does with them."""
 
     ours: tuple[signal.Signals, ...] = ()
@@ -47,40 +47,40 @@ def begin() -> None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     if hasattr(sys.stdout, "reconfigure"):  # a sign that the terminal lacks is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    _State.ours = tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
-    for number in _State.ours:
+    _Stopping.ours = tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+    for number in _Stopping.ours:
         signal.signal(number, _stop)
     sys.unraisablehook = _again
 
 
 def let_finish() -> None:
     """From here on a stop is an exception: something has begun that has to be put away."""
-    _State.finishing = True
+    _Stopping.finishing = True
 
 
 def end() -> None:
     """All is done: while the interpreter ends, a signal ends it at once."""
-    for number in _State.ours:
+    for number in _Stopping.ours:
         signal.signal(number, signal.SIG_DFL)
 
 
 def asked() -> bool:
     """Whether a signal has asked this process to stop."""
-    return _State.first != 0
+    return _Stopping.first != 0
 
 
 def code() -> int:
     """The exit code of a process that was stopped; Ctrl-C unless another signal is known."""
-    return 128 + (_State.first or signal.SIGINT)
+    return 128 + (_Stopping.first or signal.SIGINT)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _State.first = _State.first or number
-    if not _State.finishing:
+    _Stopping.first = _Stopping.first or number
+    if not _Stopping.finishing:
         _exit()
     if _answering():
-        _State.ignored += 1
-        if _State.ignored > PATIENCE:
+        _Stopping.ignored += 1
+        if _Stopping.ignored > PATIENCE:
             _exit()
         return
     raise KeyboardInterrupt
@@ -112,6 +112,6 @@ def _again(failure: sys.UnraisableHookArgs) -> None:
         return
     import threading
 
-    again = threading.Timer(0.05, os.kill, (os.getpid(), _State.first or signal.SIGINT))
+    again = threading.Timer(0.05, os.kill, (os.getpid(), _Stopping.first or signal.SIGINT))
     again.daemon = True
     again.start()

@@ -28,7 +28,7 @@ SMALLER = (32, 16)
 
 
 @dataclass(frozen=True)
-class Ready:
+class Calibrated:
     """Results of a calibration."""
 
     integers: Callable[[str, Scheme], Integers | None]
@@ -42,7 +42,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """What became of one linear layer. `scheme` None: not quantized, for the stated reason."""
 
     layer: str
@@ -128,9 +128,9 @@ def quantize_part(
     part: str,
     recipe: Recipe,
     activations: Activations,
-    ready: Ready | None = None,
+    ready: Calibrated | None = None,
     note: Callable[[str], None] = lambda layer: None,
-) -> list[Row]:
+) -> list[LayerRow]:
     """Put `QuantizedLinear` in the place of linear layers, in place; a tied head leaves its table as it is.
 
     Args:
@@ -154,7 +154,7 @@ def quantize_part(
         shape = (linear.out_features, linear.in_features)
         scheme, reason = chosen(recipe, name, linear.in_features)
         if scheme is None:
-            rows.append(Row(name, shape, None, reason))
+            rows.append(LayerRow(name, shape, None, reason))
             continue
         note(name)
         # Both decoder graphs have the same head.
@@ -167,14 +167,14 @@ def quantize_part(
         if integers is None:
             integers = quantize_weight(linear.weight, scheme, name)
         error = _relative_error(linear.weight, integers)
-        rows.append(Row(name, shape, scheme, reason, error))
+        rows.append(LayerRow(name, shape, scheme, reason, error))
         parent, _, attribute = name.removeprefix(f"{part}.").rpartition(".")
         owner = module_of(model, part).get_submodule(parent)
         setattr(owner, attribute, QuantizedLinear(integers, linear.bias, rounded, input_scale))
     return rows
 
 
-def _smooth(model: PenguinModel, part: str, block: str, ready: Ready | None) -> None:
+def _smooth(model: PenguinModel, part: str, block: str, ready: Calibrated | None) -> None:
     """Smooth one block in fp32: in bf16 the divisor of a norm and the factor of a weight would not be equal."""
     if ready is None:
         raise InputError(f"{block}: smoothing needs calibration data; name some with --calibration")
@@ -196,9 +196,9 @@ def load_quantized(
     parts: tuple[str, ...],
     recipe: Recipe,
     activations: Activations,
-    ready: Ready | None = None,
+    ready: Calibrated | None = None,
     note: Callable[[str], None] = lambda layer: None,
-) -> tuple[PenguinModel, list[Row]]:
+) -> tuple[PenguinModel, list[LayerRow]]:
     """A model, or some parts of it, as the recipe says; what is not quantized has the recipe's precision.
 
     Parts to quantize are loaded in the stored dtype, so that a large one never stands there in fp32.
@@ -263,7 +263,7 @@ def shareable(head: Scheme) -> bool:
     return (head.bits, head.symmetric, head.calibrated) == (4, True, False) and head.group is not None
 
 
-def kv_form(recipe: Recipe, layers: int, ready: Ready | None) -> KVForm | None:
+def kv_form(recipe: Recipe, layers: int, ready: Calibrated | None) -> KVForm | None:
     """How the recipe stores the KV cache.
 
     Raises:

@@ -11,9 +11,9 @@ from golden_set import TABLES
 
 from penguin_edge.model.checkpoint import meta_model
 from penguin_edge.model.weights import published_name
-from penguin_edge.training.recipe import STAGES
-from penguin_edge.training.sampler import cut, visual_tokens
+from penguin_edge.training.order import cut, visual_tokens
 from penguin_edge.training.schedule import cosine_with_min_lr, freeze, parameter_groups
+from penguin_edge.training.train_config import STAGES
 
 GROUP_TABLES = sorted(name for name in TABLES if name.startswith("param_groups_stage")) if VLMS else []
 SAMPLER = TABLES.get("length_sampler")

@@ -17,7 +17,7 @@ from golden_pixels import EXACT_PIXELS, GREY_LEVEL, is_picture
 from golden_set import GOLDEN, MEDIA, TABLES
 from PIL import Image
 
-from penguin_edge.dataset.records import ANNOTATIONS, Record, missing_media, read_records
+from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, missing_media, read_records
 from penguin_edge.dataset.samples import NO_TARGET, DataOptions, SampleBuilder, encode_conversation
 from penguin_edge.media.preprocess import Patches
 
@@ -40,7 +40,7 @@ def test_labels(name: str) -> None:
 
 
 @cache
-def dataset_records() -> list[Record]:
+def dataset_records() -> list[DataRecord]:
     return read_records(GOLDEN / ANNOTATIONS, MEDIA)
 
 
@@ -69,7 +69,7 @@ def dataset_builder(settings: dict[str, Any]) -> SampleBuilder:
     )
 
 
-def pixel_tolerance(record: Record) -> float:
+def pixel_tolerance(record: DataRecord) -> float:
     """Tolerance of the mean: nearly none for exact decoders, a grey level for JPEG, a twentieth of one over a clip."""
     if record.kind == "video":
         return GREY_LEVEL / 20

@@ -75,6 +75,13 @@ EXCEPTIONS = {
     "model.generate": "runtime.engines",  # the eager engine is one like the others
     "export.verify": "runtime.engines",  # the one place where export meets runtime
 }
+# Modules of one base name that are meant: one thing in two rooms. A module of `commands` is named after its verb.
+NAMESAKES = {
+    "base": {"export.targets.base", "runtime.engines.base"},  # the protocol of each
+    "stages": {"export.stages", "runtime.bench.stages"},  # of an export; of an engine
+    "static": {"quantize.static", "export.targets.onnx.static"},  # static activations: their numbers; their nodes
+    "stream": {"tra.stream", "runtime.stream"},  # the sizes of its frames; the stream
+}
 # These bring torch along.
 TORCH = {"torch", "torchao", "torchvision", "safetensors.torch", "executorch", "transformers", "accelerate", "peft"}
 # These are optional or heavy: runtime/ imports them inside the function that needs them.
@@ -280,6 +287,25 @@ def test_a_folder_without_a_row_is_found() -> None:
 )
 def test_a_right_import_is_left_alone(module: str, source: str) -> None:
     assert look(module, source).wrong == []
+
+
+def test_a_name_stands_for_one_module() -> None:
+    found: dict[str, set[str]] = {}
+    for module, path in sources():
+        inside = module.removeprefix("penguin_edge.")
+        if path.name != "__init__.py" and not inside.startswith("commands."):
+            found.setdefault(path.stem, set()).add(inside)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == NAMESAKES
+
+
+def test_a_name_stands_for_one_class() -> None:
+    found: dict[str, list[str]] = {}
+    for module, path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    twice = {name: modules for name, modules in found.items() if len(modules) > 1}
+    assert not twice, f"classes of the same name: {twice}"
 
 
 def test_every_package_is_listed() -> None:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from penguin_edge.commands.common import byte_count
-from penguin_edge.export.auto import choose, layer_bytes
+from penguin_edge.export.estimate import choose
 from penguin_edge.export.targets.onnx.graphs import OnnxTarget
 from penguin_edge.model.checkpoint import EMBEDDED, Checkpoint, save
 from penguin_edge.quantize.calibration.calibrate import BUILTIN, CalibrationOptions, read_calibration
 from penguin_edge.quantize.linear import Scheme
 from penguin_edge.quantize.search.choice import AutoOptions
-from penguin_edge.quantize.search.sensitivity import Walk
+from penguin_edge.quantize.search.sensitivity import SensitivityWalk
 
 TEXT = Path("/usr/share/games/fortunes/literature")
 
@@ -68,14 +68,14 @@ def main() -> int:
         recipes[f"auto {size / 1e6:g} MB"] = {**found, "chosen": counts, "schemes": dict(recipe.layers)}
         print(f"\n{size}: {found} {counts}", flush=True)
     shapes = {row["layer"]: (row["shape"][0], row["shape"][1]) for row in report["layers"]}
-    fixed = report["bytes"] - sum(layer_bytes("onnx", shapes[name], s) for name, s in recipe.layers.items())
+    fixed = report["bytes"] - sum(target.layer_bytes(shapes[name], s) for name, s in recipe.layers.items())
     walks = {
-        "measured_kl": Walk(checkpoint.load(), read_calibration(data, checkpoint), target.activations),
-        "other_kl": Walk(checkpoint.load(), read_calibration(other, checkpoint), target.activations),
+        "measured_kl": SensitivityWalk(checkpoint.load(), read_calibration(data, checkpoint), target.activations),
+        "other_kl": SensitivityWalk(checkpoint.load(), read_calibration(other, checkpoint), target.activations),
     }
     for name, scheme in (("int4", Scheme(4, 64)), ("int8", Scheme(8))):
         schemes = {layer: scheme if layer.startswith("decoder") else s for layer, s in recipe.layers.items()}
-        used = sum(layer_bytes("onnx", shapes[layer], s) for layer, s in schemes.items())
+        used = sum(target.layer_bytes(shapes[layer], s) for layer, s in schemes.items())
         recipes[name] = {"bytes": used + fixed, "schemes": schemes}
     for name, row in recipes.items():
         schemes = row.pop("schemes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Protocol
 
 from penguin_edge.bundle.manifest import Bounds, TablePlace
 from penguin_edge.config import PenguinConfig
+from penguin_edge.errors import TargetUnavailable
+from penguin_edge.machine import EXPORTERS
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.linear import Activations, Scheme
 
@@ -26,10 +29,29 @@ def silent(stage: str) -> None:
     """Tell nobody."""
 
 
+def require_modules(purpose: str, *names: str) -> None:
+    """Refuse to export where a tool is missing; nothing is imported.
+
+    Args:
+        purpose: how the message begins, such as "exporting to ONNX".
+        names: top-level modules.
+    Raises:
+        TargetUnavailable: which are missing, and the line that installs them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TargetUnavailable(f"{purpose} needs {', '.join(missing)}, not installed here; {EXPORTERS}")
+
+
 class Target(Protocol):
-    """One toolchain. `export_part` runs in a process of its own and may use all memory it declares."""
+    """One toolchain, and every fact about it that others ask for.
+
+    `export_part` runs in a process of its own and may use all memory it declares. The engine that runs the bundles,
+    and the package that it needs, stand under the same name in `runtime/engines/opening.py`, which needs no torch.
+    """
 
     name: str
+    """What `--target` and the manifest call it."""
     precisions: tuple[str, ...]
     tools: tuple[str, ...]
     """Distributions whose versions go into the manifest."""
@@ -39,6 +61,10 @@ class Target(Protocol):
     """What else a KV cache may hold, if a recipe asks for it."""
     activations: Activations
     """How this engine rounds what goes into a quantized product."""
+    shares_table: bool
+    """Whether the embedding can be read from a head's file, where both have the same integers."""
+    compiles: bool
+    """Whether a graph is taken apart by a compiler once it is traced, which takes its time."""
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """Bounds that this target can plan for."""
@@ -47,7 +73,10 @@ class Target(Protocol):
         """What the KV buffers hold unless a recipe says otherwise: "fp32" or "fp16"."""
 
     def check_model(self, config: PenguinConfig) -> None:
-        """Raise InputError, by name, for a model that this engine cannot compute, before any work is done."""
+        """Raise InputError, by name, for a model that this engine cannot compute, before any work is done.
+
+        The message says what is wrong; `check_options`, which knows all targets, adds which of them take it.
+        """
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
         """Raise InputError, by name, for a scheme that this engine would refuse or compute wrongly.
@@ -61,10 +90,11 @@ class Target(Protocol):
     def check_installed(self) -> None:
         """Raise TargetUnavailable, with the `pip install` line, when a tool is missing."""
 
-    shares_table: bool
-    """Whether the embedding can be read from a head's file, where both have the same integers."""
-    compiles: bool
-    """Whether a graph is taken apart by a compiler once it is traced, which takes its time."""
+    def layer_bytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        """Bytes that the weights of a layer [N, K] take in a bundle, without its bias; None: in fp32."""
+
+    def graph_bytes(self, config: PenguinConfig, max_seq_len: int) -> int:
+        """Upper bound of the bytes of all graphs beside the model's weights: nodes, and constants made for them."""
 
     def export_part(
         self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent

@@ -14,7 +14,7 @@ from typing import Any
 
 from penguin_edge.bundle.manifest import MANIFEST, Bundle
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
-from penguin_edge.machine import require_memory
+from penguin_edge.machine import EXPORTERS, require_memory
 from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.runtime.engines.base import Engine, check_threads
 from penguin_edge.runtime.engines.opening import open_engine
@@ -23,6 +23,8 @@ from penguin_edge.runtime.engines.self_check import open_tokenizer
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+DEFAULT_TARGET = "onnx"
+"""What a checkpoint is exported to, and a recipe measured for, unless a flag or a bundle names another target."""
 TORCH_BYTES = 500_000_000
 """Resident memory of torch and everything around a model, measured with a small one."""
 
@@ -129,10 +131,7 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise TargetUnavailable(
-            "this needs the PyTorch reference model; run `pip install torch==2.13.0` and then `pip install "
-            "'penguin-edge[export]'`"
-        ) from None
+        raise TargetUnavailable(f"this needs the PyTorch reference model; run `{EXPORTERS}`") from None
 
 
 def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[Engine, Tokenizer]:

@@ -7,16 +7,9 @@ from typing import Any
 
 from penguin_edge.commands.common import emit, table
 from penguin_edge.commands.options import add_json
-from penguin_edge.machine import describe, human_bytes, total_memory
-
-ENGINES = {"onnx": "onnxruntime", "executorch": "executorch", "eager": "torch", "tensorrt": "tensorrt"}
-"""Package that each engine needs; TensorRT bundles cannot be run yet."""
-INSTALL = {
-    "onnx": "pip install 'penguin-edge[onnx]'",
-    "executorch": "pip install torch==2.13.0, then pip install 'penguin-edge[executorch]'",
-    "eager": "pip install torch==2.13.0",
-    "tensorrt": "pip install 'penguin-edge[tensorrt]' (export and engine are not part of this version)",
-}
+from penguin_edge.errors import InputError
+from penguin_edge.machine import TORCH, Package, describe, human_bytes, total_memory
+from penguin_edge.runtime.engines.opening import ENGINES, PLANNED
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,11 +19,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def what_fits() -> list[dict[str, Any]]:
-    """Exports of the published shapes: peak memory against this machine's; empty without the exporters."""
+    """Exports of the published shapes that a target takes: peak memory against this machine's.
+
+    Returns:
+        One row per model, target and precision; none without the exporters.
+    """
     try:
-        from penguin_edge.export.pipeline import ExportOptions, estimate
+        from penguin_edge.export.pipeline import ExportOptions, check_options, estimate
         from penguin_edge.export.targets.known import TARGETS
         from penguin_edge.model.checkpoint import Checkpoint
+        from penguin_edge.quantize.calibration.calibrate import BUILTIN, CalibrationOptions
         from penguin_edge.quantize.recipe import PRESETS
     except ImportError:
         return []
@@ -39,7 +37,13 @@ def what_fits() -> list[dict[str, Any]]:
         checkpoint = Checkpoint.open(preset, note=lambda line: None)
         for name, target in sorted(TARGETS.items()):
             for precision, recipe in PRESETS.items():
-                need = estimate(checkpoint, target, ExportOptions(target=name, recipe=recipe))
+                data = CalibrationOptions(BUILTIN) if recipe.calibrated else None
+                options = ExportOptions(target=name, recipe=recipe, calibration=data)
+                try:
+                    check_options(checkpoint, target, options)
+                except InputError:
+                    continue
+                need = estimate(checkpoint, target, options)
                 rows.append(
                     {
                         "model": preset,
@@ -54,10 +58,16 @@ def what_fits() -> list[dict[str, Any]]:
     return rows
 
 
+def engine_packages() -> dict[str, Package]:
+    """The package of each engine, by its target; `eager` runs checkpoints."""
+    return {**{target: engine.package for target, engine in ENGINES.items()}, "eager": TORCH, **PLANNED}
+
+
 def run(args: argparse.Namespace) -> int:
     machine = describe()
-    packages = machine["packages"]
-    engines = {name: packages[package] for name, package in ENGINES.items()}
+    needed = engine_packages()
+    engines = {name: package.version for name, package in needed.items()}
+    packages = machine["packages"] = {**machine["packages"], **{p.name: p.version for p in needed.values()}}
     fits = what_fits()
     if args.json:
         emit({**machine, "engines": engines, "exports": fits})
@@ -71,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{machine['system']}, Python {machine['python']}\n")
     print("engines")
-    print(table([(name, version or f"missing: {INSTALL[name]}") for name, version in engines.items()]))
+    print(table([(name, version or f"missing: {needed[name].install}") for name, version in engines.items()]))
     print("\npackages")
     print(table([(name, version or "-") for name, version in packages.items()]))
     if fits:

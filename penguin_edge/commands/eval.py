@@ -76,7 +76,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run, usage=parser.error)
 
 
-class Progress:
+class CountLine:
     """Work done, rate, time left and peak memory on stderr: rewritten on a terminal, else every 10 seconds."""
 
     def __init__(self, what: str = "questions") -> None:
@@ -139,7 +139,7 @@ def asker(session: Session) -> Ask:
 def run(args: argparse.Namespace) -> int:
     check_outputs(args, ["out", "answers"], ["model", "data", "against", "calibration", "over", "text"])
     if args.layers:
-        return run_layers(args, Progress)
+        return run_layers(args, CountLine)
     if not args.data and not args.text:
         args.usage("one of the arguments --data --text --layers is required")
     if args.data and args.text:
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace) -> int:
     session = Session(engine, tokenizer, SessionOptions(budget=args.budget, tra=args.tra))
     begin = time.monotonic()
     if args.budget_study:
-        result = study(questions, asker(session), engine.config, training=training, progress=Progress())
+        result = study(questions, asker(session), engine.config, training=training, progress=CountLine())
     else:
-        answers = ask_all(questions, answerer(session), Progress())
+        answers = ask_all(questions, answerer(session), CountLine())
         result = score(questions, answers, training=training)
         if args.answers:
             save_answers(args.answers, questions, answers)
@@ -216,7 +216,7 @@ def run_text(args: argparse.Namespace) -> int:
                 f"{args.model} and {args.against} split this text differently; name the model that was quantized"
             )
     begin = time.monotonic()
-    result = measure_text(engine, pieces, reference, Progress("pieces"))
+    result = measure_text(engine, pieces, reference, CountLine("pieces"))
     seconds = time.monotonic() - begin
     if args.json:
         speed = {"seconds": seconds, "peak_mb": peak_mb()}

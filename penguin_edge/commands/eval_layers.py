@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.bundle.manifest import Bundle
-from penguin_edge.commands.common import TORCH_BYTES, emit, is_bundle, require_torch, say, table
+from penguin_edge.commands.common import DEFAULT_TARGET, TORCH_BYTES, emit, is_bundle, require_torch, say, table
 from penguin_edge.dataset.records import missing_media, read_records
 from penguin_edge.errors import InputError
 from penguin_edge.evaluation.layer_study import PATCHES, draw_layers, feature_cosines, summary, worst
@@ -29,18 +29,18 @@ from penguin_edge.tra.layout import media_source
 if TYPE_CHECKING:
     from penguin_edge.dataset.samples import Sample
     from penguin_edge.model.checkpoint import Checkpoint
-    from penguin_edge.quantize.apply import Ready
+    from penguin_edge.quantize.apply import Calibrated
     from penguin_edge.quantize.linear import Activations
     from penguin_edge.quantize.recipe import Recipe
 
-    Again = tuple[Recipe, Activations, Ready | None]
+    Again = tuple[Recipe, Activations, Calibrated | None]
 
 LENGTH = 512
 """Most tokens of a sample."""
-Progress = Callable[[str], Callable[[int, int], None]]
+NewCountProgress = Callable[[str], Callable[[int, int], None]]
 
 
-def run_layers(args: argparse.Namespace, progress: Progress) -> int:
+def run_layers(args: argparse.Namespace, progress: NewCountProgress) -> int:
     """Measure, report, draw.
 
     Raises:
@@ -197,10 +197,11 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Again]
                 say(f"note: the weights of {checkpoint.source} differ from the files that the bundle was made from")
             yield again
         return
-    recipe, target = find_recipe(args.quant), find_target("onnx")
+    # A checkpoint was exported to nothing yet: the errors are those of what `export` makes of it by default.
+    recipe, target = find_recipe(args.quant), find_target(DEFAULT_TARGET)
     data = CalibrationOptions(args.calibration or BUILTIN, seed=args.seed, allow_outside=args.allow_outside)
     wanted = data if args.calibration or recipe.calibrated else None
-    check_options(checkpoint, target, ExportOptions("onnx", recipe, MIN_SEQ_LEN, calibration=wanted))
+    check_options(checkpoint, target, ExportOptions(target.name, recipe, MIN_SEQ_LEN, calibration=wanted))
     with scratch() as work:
         if wanted:
             calibrate(checkpoint, recipe, read_calibration(wanted, checkpoint), work, lambda stage: None)

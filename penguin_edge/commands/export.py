@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from penguin_edge.commands.common import (
+    DEFAULT_TARGET,
     byte_count,
     emit,
     nats,
@@ -23,6 +24,7 @@ from penguin_edge.commands.common import (
 from penguin_edge.commands.options import add_allow_outside, add_json
 from penguin_edge.errors import InputError
 from penguin_edge.machine import human_bytes
+from penguin_edge.runtime.engines.opening import ENGINES
 
 if TYPE_CHECKING:
     from penguin_edge.export.stages import TimeLeft
@@ -38,7 +40,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--model", required=True, metavar="DIR|ID|PRESET", help="checkpoint folder, hub id, or preset name"
     )
     parser.add_argument("--random-weights", action="store_true", help="accept that a preset has random weights")
-    parser.add_argument("--target", default="onnx", help="onnx or executorch (default: %(default)s)")
+    parser.add_argument("--target", default=DEFAULT_TARGET, help=f"{' or '.join(ENGINES)} (default: %(default)s)")
     parser.add_argument(
         "--quant",
         default="fp32",

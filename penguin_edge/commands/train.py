@@ -10,7 +10,7 @@ from typing import Any
 from penguin_edge.commands.common import emit, positive, require_torch, say
 from penguin_edge.commands.options import add_allow_outside, add_json
 from penguin_edge.errors import InputError
-from penguin_edge.training.recipe import STAGES, Lora, TrainConfig
+from penguin_edge.training.train_config import STAGES, Lora, TrainConfig
 
 RATES = ("llm", "projector", "encoder", "patch_embedding", "distill")
 OPTIONS = ("model_max_length", "mm_max_length", "tight_share", "fps", "max_frames")

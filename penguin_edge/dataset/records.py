@@ -38,7 +38,7 @@ Kind = Literal["text", "image", "video"]
 
 
 @dataclass(frozen=True)
-class Record:
+class DataRecord:
     """One training conversation.
 
     `messages` are what `runtime.Session.converse` takes; `media` are the files that they name, in order. `extra` holds
@@ -99,7 +99,7 @@ class MediaFolder:
         return self._real[folder]
 
 
-def read_records(path: Path, media_root: Path | None = None, *, allow_outside: bool = False) -> list[Record]:
+def read_records(path: Path, media_root: Path | None = None, *, allow_outside: bool = False) -> list[DataRecord]:
     """All records of a file, in order.
 
     Args:
@@ -120,7 +120,7 @@ def read_records(path: Path, media_root: Path | None = None, *, allow_outside: b
     return records
 
 
-def missing_media(records: Iterable[Record]) -> list[str]:
+def missing_media(records: Iterable[DataRecord]) -> list[str]:
     """One sentence for each media file that does not exist; nothing is opened."""
     known: dict[Path, bool] = {}
     found = []
@@ -184,7 +184,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _record(item: Any, where: str, name: str, line: int, root: MediaFolder) -> Record:
+def _record(item: Any, where: str, name: str, line: int, root: MediaFolder) -> DataRecord:
     if not isinstance(item, dict):
         raise InputError(f"{where}: a record is {type(item).__name__}, wanted a JSON object")
     images, clips = (_paths(item, key, where, root) for key in ("image", "video"))
@@ -196,7 +196,9 @@ def _record(item: Any, where: str, name: str, line: int, root: MediaFolder) -> R
     messages = _messages(_turns(item, where), images, clips, where)
     extra = {key: value for key, value in item.items() if key not in FORMAT_KEYS}
     given = item.get("id")
-    return Record(f"{name}:{line}" if given is None else str(given), kind, (*images, *clips), messages, extra, where)
+    return DataRecord(
+        f"{name}:{line}" if given is None else str(given), kind, (*images, *clips), messages, extra, where
+    )
 
 
 def _paths(item: dict[str, Any], key: str, where: str, root: MediaFolder) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.config import PenguinConfig
-from penguin_edge.dataset.records import Record
+from penguin_edge.dataset.records import DataRecord
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.frames import read_image, read_video
 from penguin_edge.media.preprocess import Patches, preprocess_image
@@ -30,7 +30,7 @@ from penguin_edge.prompt.chat import (
     Message,
     Piece,
     Tokenizer,
-    Visual,
+    VisualTokens,
     message_fields,
     part_kind,
     parts_of,
@@ -118,12 +118,14 @@ def encode_conversation(
     for message in messages:
         role, _ = message_fields(message)
         pieces = render([message], generation_prompt=False)
-        given = [next(counts, None) if isinstance(piece, Visual) else 0 for piece in pieces]
+        given = [next(counts, None) if isinstance(piece, VisualTokens) else 0 for piece in pieces]
         if None in given:
             raise InputError(
                 f"{len(visual_tokens)} images and frames were given, fewer than the conversation names; wanted one each"
             )
-        pieces = [Visual(n or 0, 0) if isinstance(p, Visual) else p for p, n in zip(pieces, given, strict=True)]
+        pieces = [
+            VisualTokens(n or 0, 0) if isinstance(p, VisualTokens) else p for p, n in zip(pieces, given, strict=True)
+        ]
         head, body, tail = (tokenizer.encode_pieces(part) for part in _split(role, pieces))
         ids += head + body + tail
         targets = marks.masked(body)
@@ -196,7 +198,7 @@ class SampleBuilder:
         self.config = replace(config, image=replace(config.image, **given))
         self.tokenizer = tokenizer
 
-    def __call__(self, record: Record) -> Sample:
+    def __call__(self, record: DataRecord) -> Sample:
         """Raises:
         InputError: media that are missing, unreadable or too many for the budget; names record, file and line.
         SampleTooLong: more ids than `model_max_length`.
@@ -206,7 +208,7 @@ class SampleBuilder:
         except InputError as error:
             raise type(error)(f"{record.name}: {error}") from error
 
-    def _build(self, record: Record) -> Sample:
+    def _build(self, record: DataRecord) -> Sample:
         options = self.options
         media = [self._open(part) for part in parts_of(record.messages) if part_kind(part) != "text"]
         if media and self.config.vision is None:
@@ -257,7 +259,7 @@ class SampleBuilder:
         return _Medium(clip, clip.merge_size, kept, lambda: (frame.pixels for frame in read_video(source, **options)))
 
 
-def _draw(record: Record) -> float:
+def _draw(record: DataRecord) -> float:
     """A number in [0, 1) that belongs to the record."""
     return int.from_bytes(blake2b(record.id.encode(), digest_size=4).digest(), "big") / 2**32
 

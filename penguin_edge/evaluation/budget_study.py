@@ -23,7 +23,7 @@ from typing import Any
 from penguin_edge.config import PATCH, PenguinConfig
 from penguin_edge.errors import InputError, TargetUnavailable
 from penguin_edge.evaluation.score import (
-    Progress,
+    CountProgress,
     Question,
     Training,
     answer_tokens,
@@ -129,7 +129,7 @@ def study(
     *,
     training: Training | None = None,
     shares: Sequence[float] = SHARES,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, Any]:
     """Answer every question about clips under every policy and share.
 

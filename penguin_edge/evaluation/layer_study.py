@@ -34,7 +34,7 @@ KINDS = {
     "gate_proj": "#5a9367", "up_proj": "#a3c585", "down_proj": "#d9622b",
     "patch_embedding": "#777777", "readout.0": "#b58900", "readout.2": "#e0b040", "lm_head": "#000000",
 }  # fmt: skip
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 Row = Mapping[str, Any]
 
 
@@ -53,7 +53,7 @@ def feature_cosines(
     reference: Engine,
     pictures: Sequence[NDArray[np.uint8]],
     patches: Sequence[int] = PATCHES,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Cosine of the two engines' features per patch, over all pictures resized to at most so many patches.
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from penguin_edge import schema
-from penguin_edge.dataset.records import Record
+from penguin_edge.dataset.records import DataRecord
 from penguin_edge.errors import InputError
 from penguin_edge.files import parse_json, read_json, write_text
 from penguin_edge.prompt.chat import EMPTY_THINK, Message
@@ -51,7 +51,7 @@ SLACK = 8
 
 Answer = Callable[[Sequence[Message], int], str]
 """(messages that end with a user turn, most tokens to decode) -> text."""
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 """(questions answered, questions)."""
 Counts = dict[str, int]
 Training = dict[str, dict[str, Counts]]
@@ -100,7 +100,7 @@ def is_right(question: Question, answer: str) -> bool:
     return question.accepts(normalise(answer) if question.tolerance is None else first_number(answer))
 
 
-def questions_of(records: Iterable[Record]) -> list[Question]:
+def questions_of(records: Iterable[DataRecord]) -> list[Question]:
     """The questions of a data set, in order.
 
     Raises:
@@ -114,7 +114,7 @@ def questions_of(records: Iterable[Record]) -> list[Question]:
     return out
 
 
-def _questions(record: Record) -> list[Question]:
+def _questions(record: DataRecord) -> list[Question]:
     extra, name = record.extra, record.name
     task, choices = extra.get("task", ALL), extra.get("choices") or []
     tolerance, weight = extra.get("tolerance"), extra.get("weight", 1)
@@ -194,13 +194,13 @@ def evaluate(
     answer: Answer,
     *,
     training: Training | None = None,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, Any]:
     """Ask every question and score the answers; see `ask_all` and `score`."""
     return score(questions, ask_all(questions, answer, progress), training=training)
 
 
-def ask_all(questions: Sequence[Question], answer: Answer, progress: Progress | None = None) -> list[str]:
+def ask_all(questions: Sequence[Question], answer: Answer, progress: CountProgress | None = None) -> list[str]:
     """The answers, in the order of the questions.
 
     Questions about the same files are asked one after the other, so that a session can use again what it has computed.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.engines.base import Engine, chunks
 
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 """(pieces done, pieces)."""
 CONTINUED = 64
 """Greedy tokens that are compared."""
@@ -96,7 +96,7 @@ def measure_text(
     engine: Engine,
     pieces: NDArray[np.int64],
     reference: Engine | None,
-    progress: Progress,
+    progress: CountProgress,
     *,
     continued: int = CONTINUED,
 ) -> dict[str, Any]:

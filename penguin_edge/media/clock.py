@@ -32,7 +32,7 @@ def _ratio(over: int, under: int) -> int:
     return half if over >= 0 else -half
 
 
-class Clock:
+class FrameClock:
     """What a packet's stamps mean, packet after packet in the order of the file.
 
     `jumps` counts the new clocks met so far. Source: `process_input` and `process_input_packet` in ffmpeg 5.1.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 
 from penguin_edge.errors import InputError
-from penguin_edge.media.clock import MICROSECONDS, Clock, Presentation, nearest
+from penguin_edge.media.clock import MICROSECONDS, FrameClock, Presentation, nearest
 from penguin_edge.media.containers import MAX_FRAME_PIXELS, check_pixels, opened, restarts
 from penguin_edge.media.places import named
 
@@ -418,8 +418,8 @@ def _packets(path: Path, container: InputContainer, stream: VideoStream | None =
         raise InputError(f"{named(path)}: the file is damaged ({error.strerror}); copy it again") from error
 
 
-def _clock(container: InputContainer, stream: VideoStream, begin: int) -> Clock:
-    return Clock(_base(stream), begin, restarts=restarts(container), usual=_usual(stream))
+def _clock(container: InputContainer, stream: VideoStream, begin: int) -> FrameClock:
+    return FrameClock(_base(stream), begin, restarts=restarts(container), usual=_usual(stream))
 
 
 def _usual(stream: VideoStream) -> Fraction:

@@ -35,7 +35,7 @@ TEXT_TYPES = {"penguinvl_qwen3": True, "qwen3": True, "llama": False}
 
 
 @dataclass(frozen=True)
-class Ids:
+class TokenIds:
     """A token id, a list of them, or null: a rule of its own, since the published files have all three."""
 
     def check(self, value: Any, where: str) -> None:
@@ -61,12 +61,14 @@ MODEL = Record(
         "image_token_index": Maybe(TOKEN),
         "image_token_id": Maybe(TOKEN),
         "max_frames": Maybe(Whole(1, 1_000_000)),
-        "eos_token_id": Ids(),
+        "eos_token_id": TokenIds(),
         "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY)),
     },
     open=True,
 )
-GENERATION = Record({}, optional={"eos_token_id": Ids(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True)
+GENERATION = Record(
+    {}, optional={"eos_token_id": TokenIds(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True
+)
 IMAGE_FIELDS: dict[str, Rule] = {name: Maybe(rule) for name, rule in IMAGE_RULES.items()}
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 PROCESSOR = Record(

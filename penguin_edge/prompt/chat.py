@@ -3,12 +3,12 @@
 A conversation is rendered to pieces, and only the pieces become ids: special tokens are written by the template alone,
 so a literal `<image>` or `<|im_end|>` inside a user's text stays text.
 
-| piece      | stands for                                                            |
-|------------|-----------------------------------------------------------------------|
-| str        | text, tokenized without special tokens                                |
-| Special    | one special token by name                                             |
-| Visual     | `count` image tokens of one image or frame, in order of appearance    |
-| Ids        | tokens of an earlier answer, as they were decoded                     |
+| piece        | stands for                                                          |
+|--------------|---------------------------------------------------------------------|
+| str          | text, tokenized without special tokens                              |
+| Special      | one special token by name                                           |
+| VisualTokens | `count` image tokens of one image or frame, in order of appearance  |
+| Ids          | tokens of an earlier answer, as they were decoded                   |
 
 Source: chat template of the reference (`penguinvl/model/processor.py`); the rendered text is equal to it character for
 character.
@@ -40,7 +40,7 @@ class Special:
 
 
 @dataclass(frozen=True)
-class Visual:
+class VisualTokens:
     """The image tokens of one image or frame."""
 
     count: int
@@ -54,7 +54,7 @@ class Ids:
     ids: tuple[int, ...]
 
 
-Piece = str | Special | Visual | Ids
+Piece = str | Special | VisualTokens | Ids
 Message = dict[str, Any]
 
 
@@ -96,7 +96,7 @@ def render(
             raise InputError(
                 f"the conversation names more than the {len(visual_tokens)} images and frames that were given"
             )
-        out.append(Visual(1 if visual_tokens is None else visual_tokens[seen], seen))
+        out.append(VisualTokens(1 if visual_tokens is None else visual_tokens[seen], seen))
         seen += 1
 
     def add_part(part: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def part_kind(part: Any) -> str:
     raise InputError(f"a content part is {str(part)[:80]!r}; wanted a text, image or video part")
 
 
-def as_text(pieces: Iterable[str | Special | Visual]) -> str:
+def as_text(pieces: Iterable[str | Special | VisualTokens]) -> str:
     """The rendered conversation as the reference prints it: one `<image>` per image or frame."""
     return "".join(p if isinstance(p, str) else p.name if isinstance(p, Special) else IMAGE for p in pieces)
 

@@ -19,7 +19,7 @@ from html import escape
 from typing import Any
 
 from penguin_edge.machine import human_bytes
-from penguin_edge.reports.figures import Picture, bandwidth, ecdf, number, over_time, picture, stacked, strips, timeline
+from penguin_edge.reports.figures import Drawing, bandwidth, ecdf, number, over_time, picture, stacked, strips, timeline
 from penguin_edge.reports.figures import require_matplotlib as require_matplotlib
 
 Result = Mapping[str, Any]
@@ -251,7 +251,7 @@ def _stream_tables(result: Result) -> list[str]:
     return ["<h2>Latency</h2>", table("latency", head, lines), "<h2>Stream</h2>", table("stream", (), facts, True)]
 
 
-def _model_pictures(result: Result) -> tuple[list[Picture], list[str]]:
+def _model_pictures(result: Result) -> tuple[list[Drawing], list[str]]:
     rows, video = result["rows"], result["video"]
     found = []
     if video:
@@ -281,7 +281,7 @@ def _model_pictures(result: Result) -> tuple[list[Picture], list[str]]:
     return _with_sensors(result, found, left_out)
 
 
-def _stream_pictures(result: Result) -> tuple[list[Picture], list[str]]:
+def _stream_pictures(result: Result) -> tuple[list[Drawing], list[str]]:
     told, samples, options = result["timeline"], result["samples"], result["options"]
     found, left_out = [], []
     if told["frames"]:
@@ -317,7 +317,7 @@ def _stream_pictures(result: Result) -> tuple[list[Picture], list[str]]:
     return _with_sensors(result, found, left_out)
 
 
-def _with_sensors(result: Result, found: list[Picture], left_out: list[str]) -> tuple[list[Picture], list[str]]:
+def _with_sensors(result: Result, found: list[Drawing], left_out: list[str]) -> tuple[list[Drawing], list[str]]:
     told = result["timeline"]
     lines = [
         (name, told[key])

@@ -35,7 +35,7 @@ LOST = "the rest"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """One figure of the page: `svg` by width."""
 
     name: str
@@ -65,9 +65,9 @@ def require_matplotlib() -> None:
         raise TargetUnavailable(f"a report needs matplotlib ({error}): pip install matplotlib") from error
 
 
-def picture(name: str, title: str, caption: str, draw: Draw) -> Picture:
+def picture(name: str, title: str, caption: str, draw: Draw) -> Drawing:
     """Draw a figure in both widths."""
-    return Picture(name, title, caption, {kind: _svg(f"{name}-{kind}", title, kind, draw) for kind in WIDTHS})
+    return Drawing(name, title, caption, {kind: _svg(f"{name}-{kind}", title, kind, draw) for kind in WIDTHS})
 
 
 def _svg(name: str, title: str, kind: str, draw: Draw) -> str:

@@ -1,6 +1,6 @@
 """Records to batches in worker processes, in an order that does not depend on them.
 
-The order is laid out by `sampler.Order`; a worker is handed the indices of one micro-batch and returns a `Delivery`.
+The order is laid out by `order.Order`; a worker is handed the indices of one micro-batch and returns a `Delivery`.
 What a record lacks is reported there, never replaced by another record.
 """
 
@@ -22,12 +22,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from penguin_edge.child import quiet_worker
-from penguin_edge.dataset.records import ANNOTATIONS, Record, read_records
+from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, read_records
 from penguin_edge.dataset.samples import NO_TARGET, Sample, SampleBuilder, SampleTooLong
 from penguin_edge.errors import MemoryLimitError, PenguinError
 from penguin_edge.files import file_hash
+from penguin_edge.training.order import Order, build_index, index_path, read_index, write_index
 from penguin_edge.training.packing import Batch, pack
-from penguin_edge.training.sampler import Order, build_index, index_path, read_index, write_index
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Corpus:
     files: tuple[Path, ...]
     weights: tuple[float, ...]
     sizes: tuple[int, ...]
-    records: tuple[Record, ...]
+    records: tuple[DataRecord, ...]
 
     @classmethod
     def read(
@@ -48,7 +48,7 @@ class Corpus:
         Raises:
             InputError: a file that cannot be read as records.
         """
-        files, sizes, records = [], [], list[Record]()
+        files, sizes, records = [], [], list[DataRecord]()
         for path, _ in sources:
             found = read_records(path, media_root, allow_outside=allow_outside)
             files.append(path / ANNOTATIONS if path.is_dir() else path)
@@ -77,7 +77,7 @@ class Micro(Dataset[Delivery]):
     """Indices of one micro-batch -> `Delivery`."""
 
     def __init__(
-        self, records: Sequence[Record], builder: Callable[[Record], Sample], pad_id: int, dummy_per_text: bool
+        self, records: Sequence[DataRecord], builder: Callable[[DataRecord], Sample], pad_id: int, dummy_per_text: bool
     ) -> None:
         self.records, self.builder = records, builder
         self.dummy_per_text = dummy_per_text
@@ -100,7 +100,7 @@ class Micro(Dataset[Delivery]):
 class Length(Dataset[int | str]):
     """Index -> tokens of that sample, or the reason why it cannot be used."""
 
-    def __init__(self, records: Sequence[Record], builder: SampleBuilder) -> None:
+    def __init__(self, records: Sequence[DataRecord], builder: SampleBuilder) -> None:
         self.records, self.builder = records, builder
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ def deliveries(micro: Micro, run: Run, workers: int, prefetch: int) -> Iterator[
 
 
 def measure_lengths(
-    records: Sequence[Record], builder: SampleBuilder, workers: int, report: Callable[[int], None]
+    records: Sequence[DataRecord], builder: SampleBuilder, workers: int, report: Callable[[int], None]
 ) -> Iterator[int | str]:
     """Tokens of every record by building it, in file order; a string says why a record cannot be used.
 

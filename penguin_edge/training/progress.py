@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """One line about the run; rates over the time since this process began."""
 
     first: int

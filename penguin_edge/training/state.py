@@ -33,7 +33,7 @@ from penguin_edge.folders import discard, refuse_any, refuse_others, whole
 from penguin_edge.model.checkpoint import write_published
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.schema import Record, Whole
-from penguin_edge.training.recipe import Lora
+from penguin_edge.training.train_config import Lora
 from penguin_edge.training.trainee import ADAPTER, like, save_adapter
 from penguin_edge.training.trainee import whole as whole_tensor
 

@@ -27,7 +27,7 @@ from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.model.weights import published_name
 from penguin_edge.training.losses import Distiller, Scope, cross_entropy
 from penguin_edge.training.packing import Backend, Batch, forward_packed
-from penguin_edge.training.recipe import Lora, Precision
+from penguin_edge.training.train_config import Lora, Precision
 
 ADAPTER = "adapter"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -34,10 +34,9 @@ from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.training.feed import Corpus, Delivery, Micro, Run, deliveries, measured_lengths, steps_of
 from penguin_edge.training.initialise import initialise
 from penguin_edge.training.losses import Distiller, count_items
+from penguin_edge.training.order import Order, stable_seed
 from penguin_edge.training.packing import checkpoint_blocks
-from penguin_edge.training.progress import Log, Progress, forward_flops, measure_peak, shown, training_flops
-from penguin_edge.training.recipe import STAGES, TrainConfig
-from penguin_edge.training.sampler import Order, stable_seed
+from penguin_edge.training.progress import Log, TrainProgress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.training.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.training.state import (
     RESULT,
@@ -51,6 +50,7 @@ from penguin_edge.training.state import (
     save_result,
     save_step,
 )
+from penguin_edge.training.train_config import STAGES, TrainConfig
 from penguin_edge.training.trainee import (
     MEANS,
     Trainee,
@@ -179,7 +179,7 @@ class Trainer:
             f"MFU: operations of matrix products and attention, recomputation left out, against {peak / 1e9:,.0f} "
             f"GFLOP/s per process ({'given' if config.peak_flops else 'measured: one large matrix product'})"
         )
-        progress = Progress(begin, self.total, peak * self.world)
+        progress = TrainProgress(begin, self.total, peak * self.world)
         micro = Micro(self.corpus.records, self.builder, self.shape.pad_token_id, self._dummies())
         run = Run(self.order, self.rank, begin, self.total)
         feed = deliveries(micro, run, config.workers, config.prefetch)
@@ -419,7 +419,7 @@ class Trainer:
             f"are in {path}: look at them, or lower the learning rate and resume from the last checkpoint"
         )
 
-    def _report(self, batches: Sequence[Delivery], progress: Progress) -> None:
+    def _report(self, batches: Sequence[Delivery], progress: TrainProgress) -> None:
         for delivery in batches:
             for reason in delivery.bad + delivery.too_long:
                 progress.close()

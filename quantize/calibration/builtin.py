@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.config import PATCH, PenguinConfig
-from penguin_edge.dataset.records import Record
+from penguin_edge.dataset.records import DataRecord
 from penguin_edge.dataset.samples import DataOptions, Sample, SampleBuilder, encode_conversation
 from penguin_edge.errors import InputError
 from penguin_edge.media.frames import read_image
@@ -91,7 +91,7 @@ def builtin_pictures(
         while high * wide > room * factor**2:  # sides are rounded to whole tokens
             tokens *= 0.95
             high, wide = fit_area(tokens * factor**2, height, width, factor, 0)
-        samples.append(build(Record(f"builtin:{name}:{index}", "image", (), messages(resize(crop, high, wide)))))
+        samples.append(build(DataRecord(f"builtin:{name}:{index}", "image", (), messages(resize(crop, high, wide)))))
     return samples
 
 

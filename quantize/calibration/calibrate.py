@@ -36,7 +36,7 @@ from penguin_edge.model.encoder import rotary_2d
 from penguin_edge.model.layers import full_attention, rotary_angles
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.prompt.chat import Tokenizer
-from penguin_edge.quantize.apply import DECODERS, Ready, chosen, linears
+from penguin_edge.quantize.apply import DECODERS, Calibrated, chosen, linears
 from penguin_edge.quantize.calibration.builtin import builtin_pictures, builtin_text
 from penguin_edge.quantize.calibration.kept import prepare, write_tensors
 from penguin_edge.quantize.gptq import gptq
@@ -45,7 +45,7 @@ from penguin_edge.quantize.recipe import LINEAR_PARTS, Recipe
 from penguin_edge.quantize.smooth import AWQ, GROUPS, READ, apply_factors, awq_factor, smooth_factor
 from penguin_edge.quantize.static import measure
 
-Progress = Callable[[str], None]
+StageProgress = Callable[[str], None]
 """Called with the name of each stage before its work begins."""
 BUILTIN = "builtin"
 """A text that every Python brings, and photographs of this package for models that see; see `builtin.py`."""
@@ -145,7 +145,9 @@ def digest(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample]) ->
 
 
 @torch.no_grad()
-def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], work: Path, progress: Progress) -> str:
+def calibrate(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], work: Path, progress: StageProgress
+) -> str:
     """Write the integers of every layer of the recipe into `work`, one file each.
 
     Files that are there already are kept, unless they are damaged or made from other data, weights or schemes.
@@ -174,19 +176,19 @@ def calibrate(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample],
     prepare(work, made_for)
     features: list[Tensor] = []
     if visuals:
-        walk = _Walk(checkpoint.load(("encoder",)), recipe, work, progress)
+        walk = _CalibrationWalk(checkpoint.load(("encoder",)), recipe, work, progress)
         features = _encode(walk, visuals)
-        walk = _Walk(checkpoint.load(("projector",)), recipe, work, progress)
+        walk = _CalibrationWalk(checkpoint.load(("projector",)), recipe, work, progress)
         features = _project(walk, visuals, features)
-    walk = _Walk(checkpoint.load(("decoder", "embedding")), recipe, work, progress)
+    walk = _CalibrationWalk(checkpoint.load(("decoder", "embedding")), recipe, work, progress)
     _decode(walk, samples, features)
     return made_for
 
 
-class _Walk:
+class _CalibrationWalk:
     """One loaded part, and the quantizing of a stage of it."""
 
-    def __init__(self, model: PenguinModel, recipe: Recipe, work: Path, progress: Progress) -> None:
+    def __init__(self, model: PenguinModel, recipe: Recipe, work: Path, progress: StageProgress) -> None:
         self.model, self.recipe, self.work, self.progress = model, recipe, work, progress
         schemes = [getattr(recipe, part) for part in LINEAR_PARTS] + list(recipe.layers.values())
         self.rounds = any(scheme is not None and scheme.method == "gptq" for scheme in schemes)
@@ -330,7 +332,7 @@ class _Walk:
         setattr(self.model.get_submodule(parent), attribute, nn.Identity())
 
 
-def _encode(walk: _Walk, visuals: Sequence[Patches]) -> list[Tensor]:
+def _encode(walk: _CalibrationWalk, visuals: Sequence[Patches]) -> list[Tensor]:
     encoder = walk.model.encoder
     assert encoder is not None
     config = encoder.config
@@ -345,11 +347,11 @@ def _encode(walk: _Walk, visuals: Sequence[Patches]) -> list[Tensor]:
     return [norm(x) for x in states]
 
 
-def _project(walk: _Walk, visuals: Sequence[Patches], features: list[Tensor]) -> list[Tensor]:
+def _project(walk: _CalibrationWalk, visuals: Sequence[Patches], features: list[Tensor]) -> list[Tensor]:
     return walk.through("projector", lambda i: walk.model.project(features[i], visuals[i].merge_size), len(features))
 
 
-def _decode(walk: _Walk, samples: Sequence[Sample], features: list[Tensor]) -> None:
+def _decode(walk: _CalibrationWalk, samples: Sequence[Sample], features: list[Tensor]) -> None:
     decoder, text = walk.model.decoder, walk.model.config.text
     assert decoder is not None
     parts = iter(features)
@@ -385,7 +387,11 @@ def _decode(walk: _Walk, samples: Sequence[Sample], features: list[Tensor]) -> N
 
 
 def _block(
-    walk: _Walk, prefix: str, states: list[Tensor], turns: list[tuple[Tensor, Tensor]], attend: Callable[..., Tensor]
+    walk: _CalibrationWalk,
+    prefix: str,
+    states: list[Tensor],
+    turns: list[tuple[Tensor, Tensor]],
+    attend: Callable[..., Tensor],
 ) -> list[Tensor]:
     block = walk.model.get_submodule(prefix)
 
@@ -412,7 +418,7 @@ def read_integers(path: Path, scheme: Scheme) -> Integers:
     return Integers(arrays["levels"], arrays["scales"], arrays["zeros"], scheme)
 
 
-def ready_from(work: Path) -> Ready:
+def ready_from(work: Path) -> Calibrated:
     """What `calibrate` wrote, read layer by layer."""
 
     def integers(layer: str, scheme: Scheme) -> Integers | None:
@@ -428,4 +434,4 @@ def ready_from(work: Path) -> Ready:
         path = work / f"{layer}.input.safetensors"
         return load_file(path)["scale"] if path.is_file() else None
 
-    return Ready(integers, lambda block: load_file(work / f"{block}.factors.safetensors"), kv_scales, input_scale)
+    return Calibrated(integers, lambda block: load_file(work / f"{block}.factors.safetensors"), kv_scales, input_scale)

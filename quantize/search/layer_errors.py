@@ -34,7 +34,7 @@ from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.encoder import rotary_2d
 from penguin_edge.model.layers import full_attention, rotary_angles
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.quantize.apply import DECODERS, DTYPES, Ready, load_quantized, module_of
+from penguin_edge.quantize.apply import DECODERS, DTYPES, Calibrated, load_quantized, module_of
 from penguin_edge.quantize.calibration.calibrate import stage_count
 from penguin_edge.quantize.linear import Activations, QuantizedLinear
 from penguin_edge.quantize.recipe import Recipe
@@ -42,7 +42,7 @@ from penguin_edge.quantize.smooth import GROUPS
 
 HEAD_ROWS = 64
 """Positions of a sample whose logits are compared, evenly spread: all of a large vocabulary take 0.3 GB."""
-Progress = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 """(stages done, stages)."""
 Turns = list[tuple[Tensor, Tensor]]
 
@@ -88,7 +88,7 @@ class LayerError:
 
 
 @dataclass
-class _Walk:
+class _ErrorWalk:
     """One part of both models."""
 
     reference: PenguinModel
@@ -200,9 +200,9 @@ def layer_errors(
     checkpoint: Checkpoint,
     recipe: Recipe,
     activations: Activations,
-    ready: Ready | None,
+    ready: Calibrated | None,
     samples: Sequence[Sample],
-    progress: Progress,
+    progress: CountProgress,
 ) -> list[LayerError]:
     """Every linear layer in the order of the model; encoder and projector only where a sample has pictures.
 
@@ -223,11 +223,11 @@ def layer_errors(
         stages += 1
         progress(stages, total)
 
-    def walk(part: str) -> _Walk:
+    def walk(part: str) -> _ErrorWalk:
         reference = checkpoint.load((DECODERS.get(part, part),))
         quantized, _ = load_quantized(checkpoint, (part,), recipe, activations, ready)
         factors = ready.factors if ready is not None and part in recipe.smooth else None
-        return _Walk(reference, quantized, part, DTYPES[recipe.precision], factors, done, rows)
+        return _ErrorWalk(reference, quantized, part, DTYPES[recipe.precision], factors, done, rows)
 
     wanted: list[Tensor] = []
     got: list[Tensor] = []

@@ -42,13 +42,13 @@ INT8_TABLE = "int8"
 """The table's only candidate: one scale per row."""
 Measured = dict[str, dict[str, float]]
 """KL by layer and by the candidate's label."""
-Progress = Callable[[int, int, str], None]
+WorkProgress = Callable[[int, int, str], None]
 """(work done, all work, layer or stage): work is counted in stages that a candidate has gone through."""
 Run = Callable[[nn.Module, list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Stage:
+class ModelStage:
     """A piece of the model by its module's name; `run` takes that module in fp32, and the states."""
 
     prefix: str
@@ -77,7 +77,7 @@ def parts_read(samples: Sequence[Sample]) -> tuple[str, ...]:
     return PARTS if any(sample.visuals for sample in samples) else ("embedding", "decoder")
 
 
-class Walk:
+class SensitivityWalk:
     """A model, the samples that it reads, and its logits before quantization.
 
     Args:
@@ -106,7 +106,7 @@ class Walk:
         candidates: Mapping[str, Sequence[Scheme]],
         known: Measured,
         keep: Callable[[Measured], None],
-        progress: Progress,
+        progress: WorkProgress,
     ) -> Measured:
         """KL of every candidate of every layer, and of the table in 8 bits.
 
@@ -180,7 +180,7 @@ class Walk:
         integers = None if scheme is None else quantize_weight(self.head.weight, scheme, HEAD)
         return self._divergence(states, "the whole recipe", integers)
 
-    def _fp32(self, stage: Stage) -> nn.Module:
+    def _fp32(self, stage: ModelStage) -> nn.Module:
         """The stage's module, copied where it is stored in another dtype; a table is read by rows and stays."""
         module = self.model.get_submodule(stage.prefix)
         if stage.prefix == EMBEDDING or all(p.dtype == torch.float32 for p in module.parameters()):
@@ -188,7 +188,9 @@ class Walk:
         return copy.deepcopy(module).float()
 
     @contextlib.contextmanager
-    def _changed(self, stage: Stage, module: nn.Module, schemes: Mapping[str, Scheme], table: bool) -> Iterator[None]:
+    def _changed(
+        self, stage: ModelStage, module: nn.Module, schemes: Mapping[str, Scheme], table: bool
+    ) -> Iterator[None]:
         """Put quantized layers in the place of some of the stage's, or rows of the table in 8 bits."""
         with contextlib.ExitStack() as undo:
             if table:
@@ -266,11 +268,11 @@ def _quantized_head(integers: Integers, rows: Tensor, activations: Activations) 
     return torch.cat([QuantizedLinear(slab, None, activations)(rows) for slab in slabs], -1)
 
 
-def _stages(model: PenguinModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Stage]]:
+def _stages(model: PenguinModel, samples: Sequence[Sample]) -> tuple[list[Tensor], list[ModelStage]]:
     """What the first stage reads, and all stages before the head."""
     visuals = [visual for sample in samples for visual in sample.visuals]
     begin: list[Tensor] = []
-    stages: list[Stage] = []
+    stages: list[ModelStage] = []
 
     def each(module: nn.Module, states: list[Tensor]) -> list[Tensor]:
         return [module(x) for x in states]
@@ -285,12 +287,12 @@ def _stages(model: PenguinModel, samples: Sequence[Sample]) -> tuple[list[Tensor
         begin = [torch.from_numpy(item.pixels)[None].float() for item in visuals]
         places = [(torch.from_numpy(item.rows), torch.from_numpy(item.cols)) for item in visuals]
         run = blocks([rotary_2d(*at, config.head_dim, config.rope_theta, torch.float32) for at in places], causal=False)
-        stages.append(Stage("encoder.patch_embedding", each))
-        stages += [Stage(f"encoder.layers.{index}", run) for index in range(len(model.encoder.layers))]
-        stages.append(Stage("encoder.norm", each))
+        stages.append(ModelStage("encoder.patch_embedding", each))
+        stages += [ModelStage(f"encoder.layers.{index}", run) for index in range(len(model.encoder.layers))]
+        stages.append(ModelStage("encoder.norm", each))
         merged = [item.merge_size**2 for item in visuals]
         stages.append(
-            Stage(
+            ModelStage(
                 "projector",
                 lambda module, states: [
                     module(x.unflatten(1, (-1, size))) for x, size in zip(states, merged, strict=True)
@@ -309,7 +311,7 @@ def _stages(model: PenguinModel, samples: Sequence[Sample]) -> tuple[list[Tensor
             out.append(embeds.masked_scatter(slots[..., None], torch.cat(seen)) if seen else embeds)
         return out
 
-    stages.append(Stage(EMBEDDING, splice))
+    stages.append(ModelStage(EMBEDDING, splice))
     text = model.config.text
     turns = []
     for sample in samples:
@@ -318,6 +320,6 @@ def _stages(model: PenguinModel, samples: Sequence[Sample]) -> tuple[list[Tensor
         turns.append((angles.cos(), angles.sin()))
     assert model.decoder is not None
     run = blocks(turns, causal=True)
-    stages += [Stage(f"decoder.layers.{index}", run) for index in range(len(model.decoder.layers))]
-    stages.append(Stage("decoder.norm", each))
+    stages += [ModelStage(f"decoder.layers.{index}", run) for index in range(len(model.decoder.layers))]
+    stages.append(ModelStage("decoder.norm", each))
     return begin, stages

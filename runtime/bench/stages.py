@@ -66,7 +66,7 @@ class Traffic:
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One test with its raw samples; `bytes` are those that a sample reads from memory, None where that is unknown."""
 
     test: str
@@ -114,7 +114,7 @@ def check_room(engine: Engine, options: BenchOptions) -> None:
 
 def bench_model(
     engine: Engine, options: BenchOptions, progress: Callable[[str], None], traffic: Traffic | None = None
-) -> list[Row]:
+) -> list[BenchRow]:
     """Every stage alone, on random input; `traffic` is what the model's steps read, None where that is unknown.
 
     Raises:
@@ -134,9 +134,9 @@ def bench_model(
 
 def _tests(
     engine: Engine, cache: Cache, options: BenchOptions, traffic: Traffic | None
-) -> list[tuple[Row, Callable[[], list[float]]]]:
+) -> list[tuple[BenchRow, Callable[[], list[float]]]]:
     random = np.random.default_rng(0)
-    tests: list[tuple[Row, Callable[[], list[float]]]] = []
+    tests: list[tuple[BenchRow, Callable[[], list[float]]]] = []
     if engine.config.vision is not None:
         merge = engine.config.image.video_merge_size
         for patches in (count for count in PATCHES if count <= engine.bounds.max_patches):
@@ -146,11 +146,14 @@ def _tests(
             width = engine.config.vision.hidden_size
             features = random.standard_normal((1, patches // merge**2, merge**2, width), dtype=np.float32)
             tests.append(
-                (Row(f"encode {patches}", patches), lambda x=pixels, at=places: _timed(lambda: engine.encode(x, *at)))  # type: ignore[misc]
+                (
+                    BenchRow(f"encode {patches}", patches),
+                    lambda x=pixels, at=places: _timed(lambda: engine.encode(x, *at)),  # type: ignore[misc]
+                )
             )
             tests.append(
                 (
-                    Row(f"project {patches}", patches // merge**2),
+                    BenchRow(f"project {patches}", patches // merge**2),
                     lambda x=features: _timed(lambda: engine.project(x)),  # type: ignore[misc]
                 )
             )
@@ -176,11 +179,11 @@ def _tests(
         return samples
 
     for count in options.prompts:
-        tests.append((Row(f"pp{count}", count), lambda n=count: _timed(lambda: fill(n))))  # type: ignore[misc]
+        tests.append((BenchRow(f"pp{count}", count), lambda n=count: _timed(lambda: fill(n))))  # type: ignore[misc]
     for depth in options.depths:
         name = f"tg{options.tokens}" + (f" @ d{depth}" if depth else "")
         read = traffic.step(options, depth) if traffic else None
-        tests.append((Row(name, 1, depth, bytes=read), lambda d=depth: steps(d)))  # type: ignore[misc]
+        tests.append((BenchRow(name, 1, depth, bytes=read), lambda d=depth: steps(d)))  # type: ignore[misc]
     return tests
 
 

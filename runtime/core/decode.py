@@ -35,7 +35,7 @@ class Parts:
         """What stands at each position of a prompt."""
         keys: list[Key] = []
         for piece in layout.pieces:
-            if isinstance(piece, chat.Visual):
+            if isinstance(piece, chat.VisualTokens):
                 keys += [(layout.visuals[piece.index], i) for i in range(piece.count)]
             else:
                 keys += self.tokenizer.encode_pieces([piece])

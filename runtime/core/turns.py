@@ -70,7 +70,7 @@ class Turns:
         counts = iter([f.tokens for f in plan.frames if f.kind != DROPPED] if plan else [])
         seen = 0
         for i, piece in enumerate(out):
-            if isinstance(piece, chat.Visual):
-                out[i] = chat.Visual(next(counts), seen)
+            if isinstance(piece, chat.VisualTokens):
+                out[i] = chat.VisualTokens(next(counts), seen)
                 seen += 1
         return out

@@ -31,7 +31,7 @@ STORED = {"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "int8": "i1", "int4": "u1
 """NumPy dtype of what lies in the file; it has no bf16, whose bits are the upper half of an fp32."""
 
 
-class Rows:
+class TableRows:
     """Rows [count, width] of a file that stays open, read by number from any thread."""
 
     def __init__(self, path: Path, dtype: str, offset: int, count: int, width: int) -> None:
@@ -68,9 +68,9 @@ class Rows:
 class EmbeddingTable:
     """Rows of `[V, H]`, given as float32. Of int8 tables `scales` has a value per row, of int4 tables several."""
 
-    rows: Rows
+    rows: TableRows
     dtype: str
-    scales: NDArray[np.float32] | Rows | None = None
+    scales: NDArray[np.float32] | TableRows | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> EmbeddingTable:
@@ -86,8 +86,8 @@ class EmbeddingTable:
                 return cls.open(bundle.path(EMBEDDING), text.vocab_size, text.hidden_size, manifest.embedding_dtype)
             path, groups = bundle.path(place.file), text.hidden_size // place.group
             try:
-                levels = Rows(path, "u1", place.levels, text.vocab_size, text.hidden_size // 2)
-                scales = Rows(path, "<f4", place.scales, text.vocab_size, groups)
+                levels = TableRows(path, "u1", place.levels, text.vocab_size, text.hidden_size // 2)
+                scales = TableRows(path, "<f4", place.scales, text.vocab_size, groups)
             except (OSError, ValueError) as error:
                 raise BundleError(
                     f"{path}: holds no int4 table where the manifest says ({error}); export again"
@@ -112,7 +112,7 @@ class EmbeddingTable:
                 raise BundleError(
                     f"{path}: {found} bytes, wanted {wanted} for [{vocab}, {hidden}] in {dtype}; export the model again"
                 )
-            rows = Rows(Path(path), STORED[dtype], 0, vocab, hidden)
+            rows = TableRows(Path(path), STORED[dtype], 0, vocab, hidden)
             scales = np.fromfile(path, dtype="<f4", offset=table) if dtype == "int8" else None
             return cls(rows, dtype, scales)
         except (OSError, ValueError) as error:
@@ -138,7 +138,7 @@ class EmbeddingTable:
         rows = self.rows.read(ids)
         if self.dtype == "bf16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
-        if isinstance(self.scales, Rows):
+        if isinstance(self.scales, TableRows):
             groups = self.scales.width
             levels = np.stack((rows & 15, rows >> 4), -1).reshape(len(ids), groups, 2 * width // groups)
             return ((levels.astype(np.float32) - 8) * self.scales.read(ids)[:, :, None]).reshape(len(ids), 2 * width)

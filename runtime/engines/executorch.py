@@ -26,6 +26,7 @@ import numpy as np
 
 from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
+from penguin_edge.machine import TORCH, Package
 from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.runtime.engines.base import (
     F32,
@@ -49,7 +50,7 @@ _OPEN: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
 """Engines alive in this process."""
 
 
-class _State:
+class _InProgram:
     """A cache has nothing beside what lies in the program."""
 
 
@@ -57,6 +58,7 @@ class ExecutorchEngine:
     """See `penguin_edge.runtime.engines.base.Engine`."""
 
     name = "executorch"
+    package = Package("executorch", f"{TORCH.install} && pip install 'penguin-edge[executorch]'")
 
     def __init__(self, bundle: Bundle, library: Any, torch: Any) -> None:
         """Use `open`; `library` is ExecuTorch's imported binding."""
@@ -72,7 +74,7 @@ class ExecutorchEngine:
         self._buffers: list[np.ndarray] = []
         self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
         """Positions that were written since `_heal` last looked at them."""
-        self._caches = Caches(1, _State)  # in the memory of the decoder's program
+        self._caches = Caches(1, _InProgram)  # in the memory of the decoder's program
         self.guard = self._caches.guard
         self._process = os.getpid()
         _OPEN.add(self)
@@ -101,10 +103,7 @@ class ExecutorchEngine:
                 # The public `portable_lib` gives the same names and first imports the compiler, which takes seconds.
                 from executorch.extension.pybindings import _C as binding
             except ImportError as error:
-                raise TargetUnavailable(
-                    f"ExecuTorch cannot be imported ({error}); pip install torch==2.13.0 and then "
-                    "'penguin-edge[executorch]'"
-                ) from error
+                raise TargetUnavailable(f"ExecuTorch cannot be imported ({error}); {cls.package.install}") from error
             # The first question to the thread pool makes it, with its notes on the processor.
             current = binding._threadpool_get_thread_count()
             if threads is not None and threads != current:

@@ -23,7 +23,7 @@ import numpy as np
 
 from penguin_edge.bundle.manifest import COPY_AGAIN, KV_SCALES, Bundle, kv_names
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
-from penguin_edge.machine import int8_overflows, page_out, trim_heap
+from penguin_edge.machine import Package, int8_overflows, page_out, trim_heap
 from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.runtime.engines.base import (
     F32,
@@ -54,7 +54,7 @@ KV_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 @dataclass
-class _State:
+class _Buffers:
     """A cache: where the next token goes, keys and values of each layer, and what binds them to each graph."""
 
     start: I64 = field(default_factory=lambda: np.zeros(1, np.int64))
@@ -66,6 +66,7 @@ class OnnxRuntimeEngine:
     """See `penguin_edge.runtime.engines.base.Engine`."""
 
     name = "onnxruntime"
+    package = Package("onnxruntime", "pip install 'penguin-edge[onnx]'")
 
     def __init__(self, bundle: Bundle, runtime: Any, threads: int | None) -> None:
         """Use `open`; `runtime` is the imported onnxruntime module."""
@@ -77,7 +78,7 @@ class OnnxRuntimeEngine:
         self._layers = bundle.manifest.quantization.get("layers", [])
         self._table = EmbeddingTable.of(bundle)
         self._sessions: dict[str, Any] = {}
-        self._caches = Caches(None, _State)
+        self._caches = Caches(None, _Buffers)
         self._scales: list[F32] | None = None
         self.guard = self._caches.guard
 
@@ -99,9 +100,7 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime
         except ImportError as error:
-            raise TargetUnavailable(
-                f"onnxruntime cannot be imported ({error}); pip install 'penguin-edge[onnx]'"
-            ) from error
+            raise TargetUnavailable(f"onnxruntime cannot be imported ({error}); {cls.package.install}") from error
         return cls(bundle, onnxruntime, threads)
 
     @property
@@ -185,7 +184,7 @@ class OnnxRuntimeEngine:
                 state.start[0] = cache.length
                 return self._forward(state, embeds, logit_index)
 
-    def _forward(self, state: _State, embeds: F32, logit_index: I64) -> F32:
+    def _forward(self, state: _Buffers, embeds: F32, logit_index: I64) -> F32:
         # At least `min_chunk` positions go through the graph for prompts, where the bundle has one.
         prompt = "prefill" in self._bundle.manifest.graphs and len(embeds) >= self.bounds.min_chunk
         graph = "prefill" if prompt else "decoder"
@@ -204,7 +203,7 @@ class OnnxRuntimeEngine:
             raise self._failed(graph, error) from error
         return binding.get_outputs()[0].numpy()[0]
 
-    def _bind(self, session: Any, state: _State) -> Any:
+    def _bind(self, session: Any, state: _Buffers) -> Any:
         """Bind `start` and the KV buffers, one set for all graphs, for good; `logits` is the first output."""
         text, ort_value = self.config.text, self._runtime.OrtValue
         shape = [1, text.num_key_value_heads, self.bounds.max_seq_len, text.head_dim]

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BundleError
+from penguin_edge.machine import Package
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.executorch import ExecutorchEngine
 from penguin_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from penguin_edge.runtime.engines.self_check import self_check
 
-ENGINES: dict[str, type[OnnxRuntimeEngine] | type[ExecutorchEngine]] = {
-    "executorch": ExecutorchEngine,
-    "onnx": OnnxRuntimeEngine,
-}
+
+class EngineKind(Protocol):
+    """What runs the bundles of one target: an engine's class."""
+
+    @property
+    def package(self) -> Package:
+        """The distribution that the engine imports when it is opened."""
+        ...
+
+    def open(self, bundle: Bundle, *, threads: int | None = None) -> Engine:
+        """Open a bundle of the target.
+
+        Raises:
+            TargetUnavailable: `package` is not installed; the message ends with the line that installs it.
+            BundleError: a bundle of another target, or one whose files do not fit its manifest.
+        """
+        ...
+
+
+ENGINES: dict[str, EngineKind] = {"onnx": OnnxRuntimeEngine, "executorch": ExecutorchEngine}
 """Engines by the target that a bundle was exported for; each imports its library when it is opened."""
+PLANNED = {
+    "tensorrt": Package(
+        "tensorrt", "pip install 'penguin-edge[tensorrt]' (export and engine are not part of this version)"
+    )
+}
+"""Packages of targets that are to come; such a row moves into `ENGINES`."""
 
 
 def open_engine(bundle: str | Path | Bundle, *, threads: int | None = None) -> Engine:

@@ -37,7 +37,7 @@ AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "
 
 
 @dataclass(frozen=True)
-class Table:
+class CostTable:
     """`ms[i][j]` at `axes[0][i]`, `axes[1][j]`; the second axis is one point where a stage has none."""
 
     axes: tuple[tuple[float, ...], tuple[float, ...]]
@@ -58,7 +58,7 @@ class Table:
 class CostModel:
     """Tables by stage."""
 
-    tables: Mapping[str, Table]
+    tables: Mapping[str, CostTable]
 
     def stage_ms(self, stage: str, *x: float) -> float:
         """One call of a stage."""
@@ -112,13 +112,13 @@ def errors(model: CostModel, samples: Mapping[str, Mapping[Point, Sequence[float
     }
 
 
-def _fit(points: Mapping[Point, Sequence[float]]) -> Table:
+def _fit(points: Mapping[Point, Sequence[float]]) -> CostTable:
     full = {(point[0], point[1] if len(point) > 1 else 0.0): float(np.median(v)) for point, v in points.items()}
     xs, ys = (tuple(sorted({point[i] for point in full})) for i in (0, 1))
     ms = np.array([[full.get((x, y), np.nan) for y in ys] for x in xs])
     if np.isnan(ms).any():
         raise ValueError("a stage was not measured at every point of its grid")
-    return Table((xs, ys), tuple(map(tuple, _rising(ms).tolist())))
+    return CostTable((xs, ys), tuple(map(tuple, _rising(ms).tolist())))
 
 
 def _rising(ms: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -138,7 +138,7 @@ def _place(axis: Sequence[float], value: float) -> tuple[int, float]:
     return at, (value - axis[at]) / (axis[at + 1] - axis[at])
 
 
-def _table(data: Any) -> Table:
+def _table(data: Any) -> CostTable:
     xs, ys = (tuple(float(value) for value in axis) for axis in data["axes"])
     ms = tuple(tuple(float(value) for value in row) for row in data["ms"])
     grid = np.array(ms)
@@ -146,4 +146,4 @@ def _table(data: Any) -> Table:
         raise ValueError(f"a table of {grid.shape} for axes of {len(xs)} and {len(ys)} points")
     if any((np.diff(axis) <= 0).any() for axis in (xs, ys)) or (_rising(grid) != grid).any():
         raise ValueError("a table that falls")
-    return Table((xs, ys), ms)
+    return CostTable((xs, ys), ms)

@@ -1,4 +1,4 @@
-"""How much a live view lets others take: connections and their time. See `Limits`.
+"""How much a live view lets others take: connections and their time. See `ViewLimits`.
 
 uvicorn bounds requests, not what is sent half: a head that never ends would hold its connection for ever, and a number
 of them would keep everybody out. Here such a connection has a deadline, and is the first to go when there are too many.
@@ -15,7 +15,7 @@ HEAD_BYTES = 16_384
 
 
 @dataclass(frozen=True)
-class Limits:
+class ViewLimits:
     """Bounds of a `ViewServer`; times in seconds."""
 
     pages: int = 16
@@ -32,7 +32,7 @@ class Limits:
     """Seconds that a connection waits for a further request."""
 
 
-def bounded(limits: Limits) -> type[asyncio.Protocol]:
+def bounded(limits: ViewLimits) -> type[asyncio.Protocol]:
     """uvicorn's protocol, within these limits."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 

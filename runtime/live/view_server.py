@@ -34,7 +34,7 @@ from penguin_edge.files import ASSETS, parse_json
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.view import View
-from penguin_edge.runtime.live.view_limits import HEAD_BYTES, Limits, bounded
+from penguin_edge.runtime.live.view_limits import HEAD_BYTES, ViewLimits, bounded
 from penguin_edge.schema import Record, Text
 
 PORT = 8765
@@ -44,7 +44,7 @@ PICTURE_S = 0.2
 """Between two pictures, at least."""
 ALIVE_S = 5.0
 """A page without news for three times as long takes the connection for dead."""
-DEFAULT = Limits()
+DEFAULT = ViewLimits()
 BODY, PROMPT = 65_536, 4_000
 """Bytes of a question's request, characters of a question."""
 QUESTION = Record({"prompt": Text(longest=BODY)}, open=True)
@@ -91,7 +91,7 @@ class ViewServer:
         bound: socket.socket,
         *,
         options: SamplingOptions | None = None,
-        limits: Limits = DEFAULT,
+        limits: ViewLimits = DEFAULT,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         """

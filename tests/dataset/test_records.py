@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.dataset.records import ANNOTATIONS, Record, missing_media, read_records
+from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, missing_media, read_records
 from penguin_edge.errors import InputError
 
 
@@ -25,7 +25,7 @@ def write(folder: Path, *items: Any) -> Path:
     return path
 
 
-def read_one(folder: Path, item: Any) -> Record:
+def read_one(folder: Path, item: Any) -> DataRecord:
     return read_records(write(folder, item))[0]
 
 

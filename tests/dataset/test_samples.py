@@ -22,7 +22,7 @@ from PIL import Image
 from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.config import PRESETS, ImageConfig, PenguinConfig
 from penguin_edge.dataset import samples
-from penguin_edge.dataset.records import ANNOTATIONS, Record, read_records
+from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, read_records
 from penguin_edge.dataset.samples import (
     NO_TARGET,
     DataOptions,
@@ -117,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(folder: Path) -> dict[str, Record]:
+def records(folder: Path) -> dict[str, DataRecord]:
     return {record.id: record for record in read_records(folder)}
 
 
@@ -154,7 +154,7 @@ def fed(session: Session, engine: EchoEngine, messages: list[Message]) -> tuple[
 @pytest.mark.parametrize("budget", [2, 9, 40, 100, 10_240])
 @pytest.mark.parametrize("rules", ["ours", "reference"])
 def test_prompt_and_pixels_are_those_that_a_session_feeds(
-    records: dict[str, Record], name: str, budget: int, rules: str
+    records: dict[str, DataRecord], name: str, budget: int, rules: str
 ) -> None:
     theirs = rules == "reference"
     options: dict[str, Any] = {"tra": "reference" if theirs else "strict", "shared_image_size": theirs}
@@ -173,14 +173,14 @@ def test_prompt_and_pixels_are_those_that_a_session_feeds(
 
 @settings(deadline=None, max_examples=25)
 @given(budget=st.integers(2, 400), name=st.sampled_from(["image", "images", "clip"]))
-def test_the_visual_budget_is_kept(records: dict[str, Record], budget: int, name: str) -> None:
+def test_the_visual_budget_is_kept(records: dict[str, DataRecord], budget: int, name: str) -> None:
     sample = builder(mm_max_length=budget)(records[name])
     check_sample(sample, answers=1)
     assert 1 <= sum(patches.tokens for patches in sample.visuals) <= budget
 
 
 def test_a_large_clip_is_read_again_with_the_same_result(
-    records: dict[str, Record], monkeypatch: pytest.MonkeyPatch
+    records: dict[str, DataRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = builder(mm_max_length=60)(records["clip"])
     opened = []
@@ -197,7 +197,7 @@ def test_a_large_clip_is_read_again_with_the_same_result(
         builder(mm_max_length=60)(records["clip"])
 
 
-def test_a_share_of_the_clips_is_built_under_smaller_budgets(records: dict[str, Record]) -> None:
+def test_a_share_of_the_clips_is_built_under_smaller_budgets(records: dict[str, DataRecord]) -> None:
     native = sum(patches.tokens for patches in builder()(records["clip"]).visuals)
     clips = [replace(records["clip"], id=f"clip {number}") for number in range(60)]
     counts = [sum(p.tokens for p in builder(tight_share=0.5)(clip).visuals) for clip in clips]
@@ -210,7 +210,7 @@ def test_a_share_of_the_clips_is_built_under_smaller_budgets(records: dict[str, 
     assert builder(tight_share=0.5)(image).visuals[0].tokens == builder()(records["image"]).visuals[0].tokens
 
 
-def test_options_replace_the_models_numbers(records: dict[str, Record]) -> None:
+def test_options_replace_the_models_numbers(records: dict[str, DataRecord]) -> None:
     assert len(builder()(records["clip"]).visuals) == CONFIG.image.max_frames == 6
     assert len(builder(max_frames=3)(records["clip"]).visuals) == 3
     assert len(builder(fps=0.5)(records["clip"]).visuals) == 4
@@ -255,7 +255,7 @@ def test_thinking_is_a_target_and_its_opening_is_not() -> None:
     assert TOKENIZER.decode(ids.tolist(), skip_special=False).count("<think>") == 1
 
 
-def test_several_turns_each_with_its_block(records: dict[str, Record]) -> None:
+def test_several_turns_each_with_its_block(records: dict[str, DataRecord]) -> None:
     sample = builder()(records["turns"])
     check_sample(sample, answers=2)
     assert targets(sample.labels) == f"This.{END}hm\n</think>\n\nSo.{END}"
@@ -286,7 +286,7 @@ def test_a_wrong_number_of_images(counts: list[int]) -> None:
 # --- what cannot be used ----------------------------------------------------------------------------------------------
 
 
-def test_a_sample_too_long_is_refused_whole(records: dict[str, Record]) -> None:
+def test_a_sample_too_long_is_refused_whole(records: dict[str, DataRecord]) -> None:
     length = len(builder()(records["clip"]).input_ids)
     assert len(builder(model_max_length=length)(records["clip"]).input_ids) == length
     with pytest.raises(SampleTooLong, match=f"record 'clip': {length} tokens .* model_max_length is {length - 1}"):
@@ -304,7 +304,7 @@ def test_unusable_media_are_named_with_file_and_line(tmp_path: Path, kind: str, 
         builder()(record)
 
 
-def test_refusals(records: dict[str, Record]) -> None:
+def test_refusals(records: dict[str, DataRecord]) -> None:
     with pytest.raises(BudgetError, match="record 'images': 2 images and clips for 1 visual tokens"):
         builder(mm_max_length=1)(records["images"])
     blind = SampleBuilder(replace(CONFIG, vision=None), TOKENIZER)
@@ -316,7 +316,7 @@ def test_refusals(records: dict[str, Record]) -> None:
             builder(**options)
 
 
-def test_a_builder_works_in_another_process(records: dict[str, Record]) -> None:
+def test_a_builder_works_in_another_process(records: dict[str, DataRecord]) -> None:
     build = builder(mm_max_length=40)
     record = replace(
         records["images"], messages=(*records["images"].messages[:-1], {"role": "assistant", "content": END})

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from penguin_edge.commands.eval import answerer, read_questions
-from penguin_edge.dataset.records import Record
+from penguin_edge.dataset.records import DataRecord
 from penguin_edge.errors import InputError
 from penguin_edge.evaluation.score import (
     SLACK,
@@ -46,10 +46,10 @@ def question(reference: str, text: str = "Colour?", **options: Any) -> Question:
     return Question("r", options.pop("task", "colour"), messages, text, reference, **options)
 
 
-def record(*turns: str, **extra: Any) -> Record:
+def record(*turns: str, **extra: Any) -> DataRecord:
     roles = ("user", "assistant")
     messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))
-    return Record("r1", "text", (), messages, extra)
+    return DataRecord("r1", "text", (), messages, extra)
 
 
 # --- questions and scoring --------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_every_assistant_turn_is_a_question_after_the_true_turns_before_it() -> 
         (record("A?", "one", weight=-1), "weight is -1"),
     ],
 )
-def test_unusable_records_are_named(bad: Record, says: str) -> None:
+def test_unusable_records_are_named(bad: DataRecord, says: str) -> None:
     with pytest.raises(InputError, match=says) as error:
         questions_of([bad])
     assert "r1" in str(error.value)

@@ -454,5 +454,7 @@ assert "executorch.exir" not in sys.modules
 
 def test_missing_library(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)
-    with pytest.raises(TargetUnavailable, match=r"pip install torch==2.13.0 and then 'penguin-edge\[executorch\]'"):
+    with pytest.raises(
+        TargetUnavailable, match=r"pip install torch==2.13.0 && pip install 'penguin-edge\[executorch\]'"
+    ):
         ExecutorchEngine.open(bundle)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from penguin_edge.bundle.manifest import Bounds
 from penguin_edge.commands import export as command
 from penguin_edge.export import worker
+from penguin_edge.export.jobs import Origin, PartJob
 from penguin_edge.export.pipeline import ExportOptions, expected_seconds, parts_of
 from penguin_edge.export.stages import (
     CHECK,
@@ -19,9 +19,9 @@ from penguin_edge.export.stages import (
     START_SECONDS,
     VERIFY,
     Follower,
-    Stage,
     Teller,
     TimeLeft,
+    WorkStage,
     part_stages,
     progress_line,
     seconds_of,
@@ -41,7 +41,13 @@ def names(lines: list[str]) -> list[str]:
 
 def test_a_worker_says_every_stage_once_and_in_order() -> None:
     lines: list[str] = []
-    stages = [Stage(START, 2), Stage(LOAD, 3), Stage("decoder.a", 1), Stage("decoder.b", 1), Stage(CHECK, 5)]
+    stages = [
+        WorkStage(START, 2),
+        WorkStage(LOAD, 3),
+        WorkStage("decoder.a", 1),
+        WorkStage("decoder.b", 1),
+        WorkStage(CHECK, 5),
+    ]
     teller = Teller(stages, lines.append)
     for name in (LOAD, "no stage", "decoder.a", "decoder.b", LOAD, CHECK):
         teller.begin(name)
@@ -86,10 +92,10 @@ def test_the_time_left_is_right_after_a_quarter(quant: str, target: str, speed: 
     expected = expected_seconds(checkpoint, TARGETS[target], options)
     rng, log = np.random.default_rng(0), tmp_path / "log.txt"
     factors: dict[str, float] = {}
-    work: dict[str, list[tuple[Stage, float]]] = {}
+    work: dict[str, list[tuple[WorkStage, float]]] = {}
     for part in expected:
-        whole = [Stage(VERIFY, expected[part])]
-        stages = whole if part == VERIFY else part_stages(checkpoint, part, options.recipe, target == "executorch")
+        whole = [WorkStage(VERIFY, expected[part])]
+        stages = whole if part == VERIFY else part_stages(checkpoint, part, options.recipe, TARGETS[target].compiles)
         for stage in stages:
             factors.setdefault(kind(stage), float(rng.uniform(0.8, 1.25)))
         work[part] = [(stage, speed * stage.seconds * factors[kind(stage)]) for stage in stages]
@@ -117,7 +123,7 @@ def test_the_time_left_is_right_after_a_quarter(quant: str, target: str, speed: 
     assert checked > 50 and time_left.left(part, clock - began, 1) == 0
 
 
-def kind(stage: Stage) -> str:
+def kind(stage: WorkStage) -> str:
     """Stages of one kind are off by the same factor: all layers, all tokens."""
     return "layer" if "." in stage.name else stage.name.split(":")[0]
 
@@ -143,23 +149,11 @@ def test_a_worker_goes_through_the_stages_that_were_foretold(
     part: str, quant: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, recipe, target = opened("tiny"), PRESETS[quant], TARGETS["onnx"]
-    job = {
-        "part": part,
-        "source": "tiny",
-        "seed": 0,
-        "random_weights": True,
-        "target": "onnx",
-        "recipe": recipe.to_json(),
-        "calibrated": None,
-        "embedding_dtype": "int8",
-        "bounds": json.loads(json.dumps(target.bounds(128).__dict__)),
-        "folder": str(tmp_path),
-    }
-    assert isinstance(target.bounds(128), Bounds)
+    job = PartJob(Origin("tiny", 0, True, "onnx"), part, recipe, None, "int8", target.bounds(128), tmp_path)
     if part != "embedding":
         before = [name for name in ("encoder", "projector") if name != part]
         for earlier in before[: 1 if part == "projector" else 2]:
-            worker.export_part(job | {"part": earlier})
+            worker.export_part(replace(job, part=earlier))
     capfd.readouterr()
     worker.export_part(job)
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("progress ")]

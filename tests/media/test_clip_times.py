@@ -18,7 +18,7 @@ from test_frames import even, ffmpeg_filter, number_of, numbers, picture, write_
 
 from penguin_edge.errors import InputError
 from penguin_edge.media import video
-from penguin_edge.media.clock import ABSURD_S, MICROSECONDS, Clock, Presentation
+from penguin_edge.media.clock import ABSURD_S, MICROSECONDS, FrameClock, Presentation
 from penguin_edge.media.frames import probe_video, read_video, read_video_by_number
 
 av = pytest.importorskip("av")
@@ -224,7 +224,7 @@ def ticks(seconds: Fraction | float) -> int:
     return round(seconds / TICKS)
 
 
-def run(clock: Clock, stamps: list[int], duration: int) -> list[int]:
+def run(clock: FrameClock, stamps: list[int], duration: int) -> list[int]:
     return [clock.take(at, at, duration)[0] for at in stamps]  # type: ignore[misc]
 
 
@@ -235,7 +235,7 @@ def run(clock: Clock, stamps: list[int], duration: int) -> list[int]:
 def test_joined_clocks_are_one_clock(parts: list[tuple[int, int]], rate: int) -> None:
     step = 90000 // rate
     stamps = [begin + i * step for begin, count in parts for i in range(count)]
-    clock = Clock(TICKS, round(stamps[0] * TICKS * MICROSECONDS), restarts=True, usual=Fraction(1, rate))
+    clock = FrameClock(TICKS, round(stamps[0] * TICKS * MICROSECONDS), restarts=True, usual=Fraction(1, rate))
     found = run(clock, stamps, step)
     # the clock is kept in microseconds, each of which is 0.09 ticks; a begin near the expected time is no new clock
     if all(abs(b - a - n * step) > ticks(11) for (a, n), (b, _) in itertools.pairwise(parts)):
@@ -249,12 +249,12 @@ def test_joined_clocks_are_one_clock(parts: list[tuple[int, int]], rate: int) ->
 @given(gaps=st.lists(st.integers(1, ticks(9)), min_size=1, max_size=40), restarts=st.booleans())
 def test_a_well_formed_clock_is_left_alone(gaps: list[int], restarts: bool) -> None:
     stamps = list(itertools.accumulate([0, *gaps]))
-    clock = Clock(TICKS, 0, restarts=restarts, usual=Fraction(1, 10))
+    clock = FrameClock(TICKS, 0, restarts=restarts, usual=Fraction(1, 10))
     assert run(clock, stamps, 9000) == stamps and clock.jumps == 0
 
 
 def test_an_absurd_stamp_of_a_clock_that_cannot_restart_is_no_stamp() -> None:
-    clock = Clock(TICKS, 0, restarts=False, usual=Fraction(1, 10))
+    clock = FrameClock(TICKS, 0, restarts=False, usual=Fraction(1, 10))
     hour = ticks(3600)
     assert clock.take(0, 0, 9000) == (0, 0)
     assert clock.take(hour, hour, 9000) == (hour, hour)
@@ -264,7 +264,7 @@ def test_an_absurd_stamp_of_a_clock_that_cannot_restart_is_no_stamp() -> None:
 
 def test_a_lone_stamp_hours_away_is_no_stamp_where_clocks_restart() -> None:
     stamps = [i * 9000 for i in range(20)]
-    clock = Clock(TICKS, 0, restarts=True, usual=Fraction(1, 10))
+    clock = FrameClock(TICKS, 0, restarts=True, usual=Fraction(1, 10))
     found = [clock.take(at + (ticks(4000) if i == 7 else 0), at, 9000) for i, at in enumerate(stamps)]
     assert found == [(None if i == 7 else at, at) for i, at in enumerate(stamps)] and clock.jumps == 0
 

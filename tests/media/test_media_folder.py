@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from penguin_edge.dataset.records import ANNOTATIONS, MediaFolder, Record, missing_media, read_records
+from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, MediaFolder, missing_media, read_records
 from penguin_edge.errors import InputError
 from penguin_edge.media.frames import read_video, read_video_by_number
 
@@ -29,7 +29,7 @@ def annotate(folder: Path, *names: Any) -> Path:
     return path
 
 
-def read_one(folder: Path, name: str, **options: Any) -> Record:
+def read_one(folder: Path, name: str, **options: Any) -> DataRecord:
     return read_records(annotate(folder, name), **options)[0]
 
 
@@ -120,7 +120,7 @@ def test_the_flag_allows_it(data: Path, tmp_path: Path) -> None:
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40).map(lambda s: f"a{s}"))
 def test_names_of_an_annotation_do_not_act_on_a_terminal(name: str) -> None:
-    said = missing_media([Record(name, "image", (Path("gone") / name,), (), {}, "")])
+    said = missing_media([DataRecord(name, "image", (Path("gone") / name,), (), {}, "")])
     assert len(said) == 1 and said[0].isprintable()
     assert not name.isprintable() or said[0].startswith(f"record {name!r}: gone/{name} does not exist")
 

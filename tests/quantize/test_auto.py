@@ -24,7 +24,7 @@ from penguin_edge.commands.cli import main
 from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError, MemoryLimitError
 from penguin_edge.evaluation.text import compare_piece
-from penguin_edge.export.auto import bundle_bytes, choose, layer_bytes
+from penguin_edge.export.estimate import bundle_bytes, choose
 from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.penguin import PenguinModel
@@ -44,7 +44,7 @@ from penguin_edge.quantize.search.choice import (
     totals,
     within_size,
 )
-from penguin_edge.quantize.search.sensitivity import Measured, Walk, parts_read
+from penguin_edge.quantize.search.sensitivity import Measured, SensitivityWalk, parts_read
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ LAYERS = (
 def test_a_layers_kl_is_that_of_a_model_with_that_layer_quantized(
     activations: Any, tiny: Checkpoint, samples: list[Sample]
 ) -> None:
-    walk = Walk(tiny.load(), samples, activations)
+    walk = SensitivityWalk(tiny.load(), samples, activations)
     rows = INT8_ROWS if activations == "block" else Scheme(8)
     offered = {layer: [Scheme(4, 32), rows if layer.startswith("encoder") else Scheme(8)] for layer in LAYERS}
     kept: list[Measured] = []
@@ -230,7 +230,7 @@ def test_the_whole_recipe_is_what_an_export_would_load(tiny: Checkpoint, samples
     model, _ = load_quantized(
         tiny, ("encoder", "projector", "decoder", "embedding"), Recipe("r", embedding="int8", layers=layers), "block"
     )
-    walk = Walk(tiny.load(), samples, "block")
+    walk = SensitivityWalk(tiny.load(), samples, "block")
     assert walk.whole(schemes, lambda stage: None) == pytest.approx(direct_kl(model, samples), rel=1e-3)
 
 
@@ -239,7 +239,9 @@ def test_bf16_is_measured_in_fp32(tiny: Checkpoint, samples: list[Sample]) -> No
     half = tiny.load(dtype=torch.bfloat16)
     whole = copy.deepcopy(half).float()
     offered = {"decoder.layers.0.mlp.up_proj": [Scheme(4, 32)], "encoder.layers.1.mlp.up_proj": [Scheme(4, 32)]}
-    found, wanted = (Walk(m, samples, "block").measure(offered, {}, lambda m: None, print) for m in (half, whole))
+    found, wanted = (
+        SensitivityWalk(m, samples, "block").measure(offered, {}, lambda m: None, print) for m in (half, whole)
+    )
     assert {layer: pytest.approx(row, rel=1e-4) for layer, row in wanted.items()} == found
     assert half.dtype == torch.bfloat16
 
@@ -251,7 +253,7 @@ def test_what_is_not_finite_is_named(tiny: Checkpoint, samples: list[Sample]) ->
     with torch.no_grad():
         layer.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"decoder\.layers\.1: an activation is NaN"):
-        Walk(model, samples, "block")
+        SensitivityWalk(model, samples, "block")
 
 
 # --- sizes, and the job -----------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def test_what_is_not_finite_is_named(tiny: Checkpoint, samples: list[Sample]) ->
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(4, 32, symmetric=False), Scheme(8), INT8_ROWS, None])
 def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
-    from penguin_edge.export.targets.onnx.graphs import BlockProduct, Product, RowProduct
+    from penguin_edge.export.targets.onnx.products import BlockProduct, Product, RowProduct
 
     linear = nn.Linear(192, 24, bias=False)
     module: nn.Module = Product(linear)
@@ -269,7 +271,7 @@ def test_bytes_are_those_that_onnx_packs(scheme: Scheme | None) -> None:
         quantized = QuantizedLinear(integers, None, "row" if rows else "block")
         module = RowProduct(quantized) if rows else BlockProduct(quantized)
     stored = sum(t.nbytes for t in itertools.chain(module.parameters(), module.buffers()))
-    assert layer_bytes("onnx", (24, 192), scheme) == stored
+    assert TARGETS["onnx"].layer_bytes((24, 192), scheme) == stored
 
 
 def job(tiny: Checkpoint, folder: Path, target: str = "onnx", **limit: Any) -> tuple[Recipe, dict[str, Any], list[str]]:
@@ -371,7 +373,7 @@ def test_a_bundle_within_a_kl(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open("nano", note=lambda line: None)
     samples = read_calibration(CalibrationOptions(TEXT, 2, 48), checkpoint)
     recipe = Recipe.from_json(manifest.quantization["recipe"], "auto")
-    walk = Walk(checkpoint.load(parts_read(samples)), samples, "block")
+    walk = SensitivityWalk(checkpoint.load(parts_read(samples)), samples, "block")
     assert walk.whole(recipe.layers, lambda stage: None) == pytest.approx(report["measured_kl"], rel=1e-3)
 
 

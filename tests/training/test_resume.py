@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from penguin_edge.errors import CheckpointError, PenguinError
-from penguin_edge.training.recipe import STAGES, TrainConfig
 from penguin_edge.training.state import LOG, STATE, STEP, check_step, checkpoints, cut_log
+from penguin_edge.training.train_config import STAGES, TrainConfig
 from penguin_edge.training.trainer import train
 
 STEPS = 6
@@ -325,7 +325,7 @@ def test_rests_of_a_killed_save_are_cleared_by_resuming(data: Path, stopped: Pat
 def test_the_result_of_a_lora_run_is_whole(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     from penguin_edge.training import state as trainer_state
-    from penguin_edge.training.recipe import Lora
+    from penguin_edge.training.train_config import Lora
 
     def fails(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from penguin_edge.config import PRESETS
 from penguin_edge.errors import InputError
 from penguin_edge.model.checkpoint import meta_model
-from penguin_edge.training.recipe import STAGES
 from penguin_edge.training.schedule import Rates, cosine_with_min_lr, freeze, parameter_groups, part_of, with_muon
+from penguin_edge.training.train_config import STAGES
 
 TINY = PRESETS["tiny"]
 UNTIED = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, tie_word_embeddings=False))

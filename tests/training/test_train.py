@@ -23,7 +23,7 @@ from helpers import TESTS, picture, tiny_tokenizer
 from PIL import Image
 
 from penguin_edge.commands.train import source
-from penguin_edge.dataset.records import Record, read_records
+from penguin_edge.dataset.records import DataRecord, read_records
 from penguin_edge.dataset.samples import Sample, SampleBuilder
 from penguin_edge.errors import CheckpointError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.model.checkpoint import Checkpoint, save
@@ -31,11 +31,11 @@ from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.training.feed import Micro, Run, deliveries
 from penguin_edge.training.initialise import initialise
 from penguin_edge.training.losses import cross_entropy
+from penguin_edge.training.order import Order
 from penguin_edge.training.packing import forward_packed, pack
-from penguin_edge.training.recipe import STAGES, Lora, TrainConfig
-from penguin_edge.training.sampler import Order
 from penguin_edge.training.schedule import Rates, cosine_with_min_lr
 from penguin_edge.training.state import STATE, checkpoints
+from penguin_edge.training.train_config import STAGES, Lora, TrainConfig
 from penguin_edge.training.trainee import Trainee, add_lora, named_tensors, published_model
 from penguin_edge.training.trainer import NonFiniteLoss, train
 
@@ -378,7 +378,7 @@ def test_a_step_without_any_usable_sample_changes_no_weight_by_gradient(tmp_path
 
 
 def test_a_loader_process_that_dies_is_said_to_have_died(data: Path) -> None:
-    def killed(record: Record) -> Sample:
+    def killed(record: DataRecord) -> Sample:
         os._exit(9)
 
     records = read_records(data)

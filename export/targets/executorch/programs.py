@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import logging
 import warnings
 from collections import Counter
@@ -36,10 +35,10 @@ from torch.nn import functional
 
 from penguin_edge.bundle.manifest import Bounds, signature
 from penguin_edge.config import PenguinConfig
-from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
+from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import EncoderMethod, decoder_logits
 from penguin_edge.export.stages import COMPILE, TRACE, WRITE
-from penguin_edge.export.targets.base import PartFile, silent
+from penguin_edge.export.targets.base import PartFile, require_modules, silent
 from penguin_edge.model.decoder import Decoder
 from penguin_edge.model.layers import Attend, Attention, RMSNorm
 from penguin_edge.model.penguin import PenguinModel
@@ -257,6 +256,7 @@ class ExecutorchTarget:
     precisions: tuple[str, ...] = ("fp32", "fp16")
     tools: tuple[str, ...] = ("torch", "executorch", "torchao")
     shares_kv = False
+    kv_dtypes: tuple[str, ...] = ()
     activations: Activations = "token"
     shares_table = False
     compiles = True
@@ -288,29 +288,38 @@ class ExecutorchTarget:
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK takes int{scheme.bits} with {wanted}")
         if scheme.activations == "static":
             raise InputError(
-                f"{layer}: {scheme.label}, but XNNPACK rounds activations per token; leave out `activations`, or take "
-                "--target onnx"
+                f"{layer}: {scheme.label}, but XNNPACK rounds activations per token; leave out `activations`"
             )
         if scheme.activations == "block":
             raise InputError(f"{layer}: {scheme.label}, but XNNPACK rounds activations per token")
         if precision != "fp32":
             raise InputError(f"{layer}: {scheme.label} beside {precision}, but XNNPACK's quantized linears take fp32")
 
+    def layer_bytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        """Scales in bf16 for groups, and in fp32 for rows."""
+        outputs, inputs = shape
+        if scheme is None:
+            return 4 * outputs * inputs
+        packed = outputs * inputs * scheme.bits // 8
+        return packed + (2 * outputs * (inputs // scheme.group) if scheme.group else 4 * outputs)
+
+    def graph_bytes(self, config: PenguinConfig, max_seq_len: int) -> int:
+        """Nodes of every block, each with a matrix for `rotate_half` and rows for the means of its norms."""
+        return sum(
+            shape.num_hidden_layers * (40_000 + 4 * (shape.head_dim**2 + 2 * shape.head_dim + 4 * shape.hidden_size))
+            for shape in (config.text, config.vision)
+            if shape is not None
+        )
+
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 2.5 if quantized else {"fp32": 4.8, "fp16": 2.8}[precision]
-
-    kv_dtypes: tuple[str, ...] = ()
 
     def kv_dtype(self, precision: str) -> str:
         """The graph's own dtype: XNNPACK's matrix products want one dtype, and conversions run outside XNNPACK."""
         return precision
 
     def check_installed(self) -> None:
-        if importlib.util.find_spec("executorch") is None:
-            raise TargetUnavailable(
-                "exporting to ExecuTorch needs executorch, which is not installed; "
-                "pip install torch==2.13.0 and then 'penguin-edge[export]'"
-            )
+        require_modules("exporting to ExecuTorch", "executorch")
 
     def export_part(
         self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent

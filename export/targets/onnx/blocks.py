@@ -150,7 +150,7 @@ def _added(x: Tensor, more: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
     return n, total
 
 
-class DecoderMethod(nn.Module):
+class FusedDecoder(nn.Module):
     """The decoder with its KV buffers as arguments: keys and values of layer 0, of layer 1, and so on."""
 
     cos: Tensor
@@ -194,7 +194,7 @@ class DecoderMethod(nn.Module):
         return self.decoder.logits(hidden, logit_index), *present
 
 
-class EncoderMethod(nn.Module):
+class FusedEncoder(nn.Module):
     """[B,P,588] -> [B,P,C]."""
 
     def __init__(self, encoder: Encoder) -> None:

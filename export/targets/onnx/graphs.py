@@ -27,7 +27,6 @@ and rounds the activations on top.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections import Counter
@@ -36,27 +35,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
-from torch.nn import functional
 
 from penguin_edge.bundle.manifest import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_names, signature
 from penguin_edge.config import PenguinConfig
-from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
+from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import ProjectorMethod
 from penguin_edge.export.stages import TRACE, WRITE
-from penguin_edge.export.targets.base import PartFile, silent
-from penguin_edge.export.targets.onnx.blocks import DecoderMethod, EncoderMethod, join
-from penguin_edge.export.targets.onnx.static import StaticProduct, translate_static
+from penguin_edge.export.targets.base import PartFile, require_modules, silent
+from penguin_edge.export.targets.onnx.blocks import FusedDecoder, FusedEncoder
+from penguin_edge.export.targets.onnx.nodes import translations
+from penguin_edge.export.targets.onnx.products import NODES, BlockProduct, prepare
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.quantize.linear import SMALLEST, Activations, QuantizedLinear, Scheme
+from penguin_edge.quantize.linear import Activations, Scheme
 
 OPSET = 23
 """The first with RMSNormalization; older ones give twice the nodes."""
-ACCURACY = 4
-"""MatMulNBits with activations in int8: about twice as fast in decoding as with fp32 ones."""
 HEAD_STEP = 16
 """GroupQueryAttention takes a head_dim that is a multiple of this, since it also applies the rotary step."""
 MAX_MERGED = 4
@@ -65,258 +61,6 @@ TRACED = {"B": 2, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3}
 """Sizes to trace with; none is 0 or 1, which the tracer would take for constants."""
 KV_DTYPES = {"fp16": torch.float16, "int8": torch.int8}
 VERSIONS = "export with the versions of torch, onnx and onnxscript that pyproject.toml names"
-
-
-@torch.library.custom_op("penguin_edge::matmul_nbits", mutates_args=())
-def matmul_nbits(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, inputs: int, outputs: int, bits: int, block: int
-) -> Tensor:
-    """What com.microsoft MatMulNBits computes; for tracing only, `QuantizedLinear` says the arithmetic.
-
-    Args:
-        x: [.., K] f32; packed: [N, K/block, block*bits/8] uint8, low bits first; scales: [N, K/block] f32.
-        zeros: [N, bytes of K/block values] uint8, or None for the middle level.
-    """
-    raise NotImplementedError("traced, never run")
-
-
-@matmul_nbits.register_fake
-def _(x, packed, scales, zeros, inputs, outputs, bits, block):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], outputs))
-
-
-@torch.library.custom_op("penguin_edge::integer_product", mutates_args=())
-def integer_product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """What QuantizeLinear with a scale of 1 and then com.microsoft MatMulIntegerToFloat compute.
-
-    Args:
-        x: [.., K] f32 within -127 to 127; weight: [K, N] int8; scales: [N] f32.
-    """
-    return (x.round() @ weight.float()) * scales
-
-
-@integer_product.register_fake
-def _(x, weight, scales):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], weight.shape[1]))
-
-
-TYPES = {
-    "T": ["tensor(float)", "tensor(float16)"],
-    "I": ["tensor(int32)"],
-    "U": ["tensor(uint8)"],
-    "S": ["tensor(int8)"],
-    "F": ["tensor(float)"],
-    "C": ["tensor(float)", "tensor(float16)", "tensor(int8)"],
-}
-"""Letters for tensor types in the schemas below."""
-
-
-def contrib(name: str, inputs: str, outputs: str, attributes: str) -> Any:
-    """An operator of ONNX Runtime's own domain for onnxscript.
-
-    The exporter learns the number of outputs from the schema, and onnx does not know this domain, so that the part of
-    the schema that is used here is written out: `name:letter` for each tensor, the letter as in `TYPES`.
-    """
-    from onnx.defs import OpSchema
-    from onnxscript.values import Op, Opset
-
-    attribute = OpSchema.Attribute
-
-    def parameters(text: str) -> list[Any]:
-        pairs = (item.split(":") for item in text.split())
-        optional = OpSchema.FormalParameterOption.Optional
-        single = OpSchema.FormalParameterOption.Single
-        return [
-            OpSchema.FormalParameter(key.rstrip("?"), letter, param_option=optional if key.endswith("?") else single)
-            for key, letter in pairs
-        ]
-
-    letters = sorted({item.split(":")[1] for item in (*inputs.split(), *outputs.split())})
-    schema = OpSchema(
-        name,
-        "com.microsoft",
-        1,
-        inputs=parameters(inputs),
-        outputs=parameters(outputs),
-        type_constraints=[(letter, TYPES[letter], "") for letter in letters],
-        attributes=[
-            attribute(key, getattr(OpSchema.AttrType, kind), "", required=True)
-            for key, kind in (item.split(":") for item in attributes.split())
-        ],
-    )
-    return Op(Opset("com.microsoft", 1), name, schema)
-
-
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The onnxscript function of each custom operator, which puts its node into the graph."""
-    import onnx
-    from onnxscript import opset23 as plain
-
-    rows = "query:T key:T value:T"
-    inputs = f"{rows} past_key:C past_value:C seqlens_k:I total_sequence_length:I cos_cache:T sin_cache:T"
-    outputs, sizes = "output:T present_key:C present_value:C", "num_heads:INT kv_num_heads:INT do_rotary:INT"
-    grouped = contrib("GroupQueryAttention", inputs, outputs, sizes)
-    small = contrib(
-        "GroupQueryAttention",
-        f"{inputs} position_ids?:I attention_bias?:T head_sink?:T k_scale:F v_scale:F",
-        outputs,
-        f"{sizes} kv_cache_bit_width:INT k_quant_type:STRING v_quant_type:STRING",
-    )
-    multi = contrib("MultiHeadAttention", rows, "output:T", "num_heads:INT")
-    scaled = contrib("MatMulIntegerToFloat", "A:U B:S a_scale:T b_scale:T a_zero_point:U", "Y:T", "")
-    nbits = contrib(
-        "MatMulNBits",
-        "A:T B:U scales:T zero_points?:U",
-        "Y:T",
-        "K:INT N:INT bits:INT block_size:INT accuracy_level:INT",
-    )
-    added = contrib(
-        "SkipSimplifiedLayerNormalization",
-        "input:T skip:T gamma:T",
-        "output:T mean:T inv_std_var:T input_skip_bias_sum:T",
-        "epsilon:FLOAT",
-    )
-
-    def translate_grouped(  # type: ignore[no-untyped-def]
-        q, k, v, past_k, past_v, last, total, cos, sin, k_scale, v_scale, heads: int, kv: int
-    ):
-        tensors, same = (q, k, v, past_k, past_v, last, total, cos, sin), {"num_heads": heads, "kv_num_heads": kv}
-        if k_scale is None:
-            return grouped(*tensors, do_rotary=1, **same)
-        types = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-        return small(*tensors, None, None, None, k_scale, v_scale, do_rotary=1, **same, **types)
-
-    def translate_added(x, more, weight, eps: float):  # type: ignore[no-untyped-def]
-        out, _, _, total = added(x, more, weight, epsilon=eps)
-        return out, total
-
-    def translate_multi(q, k, v, heads: int):  # type: ignore[no-untyped-def]
-        return multi(q, k, v, num_heads=heads)
-
-    def translate_nbits(  # type: ignore[no-untyped-def]
-        x, packed, scales, zeros, inputs: int, outputs: int, bits: int, block: int
-    ):
-        tensors = (x, packed, scales) if zeros is None else (x, packed, scales, zeros)
-        return nbits(*tensors, K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=ACCURACY)
-
-    def translate_integers(x, weight, scales):  # type: ignore[no-untyped-def]
-        # Unsigned activations, signed weights: the one pair that x86 multiplies and adds in one instruction.
-        one = plain.Constant(value_float=1.0)
-        middle = plain.Constant(value=onnx.numpy_helper.from_array(np.array(128, np.uint8)))
-        return scaled(plain.QuantizeLinear(x, one, middle), weight, one, scales, middle)  # type: ignore[type-var]
-
-    ops = torch.ops.penguin_edge
-    return {
-        ops.grouped_query_attention.default: translate_grouped,
-        ops.multi_head_attention.default: translate_multi,
-        ops.skip_norm.default: translate_added,
-        ops.matmul_nbits.default: translate_nbits,
-        ops.integer_product.default: translate_integers,
-        ops.static_product.default: translate_static,
-    }
-
-
-class Product(nn.Module):
-    """A linear layer as MatMul wants it: the weight as [in, out], cast to the dtype of `x` where it is used.
-
-    Stored the other way round, every weight would be transposed anew by ONNX Runtime at load, in memory of its own.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = x @ self.weight.to(x.dtype)
-        return out if self.bias is None else out + self.bias
-
-
-class BlockProduct(nn.Module):
-    """A `QuantizedLinear` as MatMulNBits wants it: integers packed by blocks, a scale for each block."""
-
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def __init__(self, linear: QuantizedLinear) -> None:
-        super().__init__()
-        self.outputs, self.inputs = linear.levels.shape
-        self.bits, self.block = linear.scheme.bits, linear.block
-        blocks = self.inputs // self.block
-        repeats = blocks // linear.scales.shape[1]
-        self.register_buffer("packed", packed_bits(linear.levels.view(self.outputs, blocks, self.block), self.bits))
-        self.register_buffer("scales", linear.scales.repeat_interleave(repeats, 1))
-        zeros = None
-        if not linear.scheme.symmetric:
-            zeros = packed_bits(linear.zeros.repeat_interleave(repeats, 1), self.bits)
-        self.register_buffer("zeros", zeros)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = matmul_nbits(x, self.packed, self.scales, self.zeros, self.inputs, self.outputs, self.bits, self.block)
-        return out if self.bias is None else out + self.bias
-
-
-class RowProduct(nn.Module):
-    """A `QuantizedLinear` with one scale per row of weights and one per row of activations, as MatMulIntegerToFloat
-    wants it."""
-
-    weight: Tensor
-    scales: Tensor
-
-    def __init__(self, linear: QuantizedLinear) -> None:
-        super().__init__()
-        self.register_buffer("weight", (linear.levels.to(torch.int16) - 128).to(torch.int8).t().contiguous())
-        self.register_buffer("scales", linear.scales[:, 0])
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The largest magnitude without writing all magnitudes.
-        reach = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-        scale = reach.clamp(min=SMALLEST) / 127
-        out = integer_product(x / scale, self.weight, self.scales) * scale
-        return out if self.bias is None else out + self.bias
-
-
-PRODUCTS = (Product, BlockProduct, RowProduct, StaticProduct)
-NODES = {
-    BlockProduct: ["MatMulNBits"],
-    RowProduct: ["MatMulIntegerToFloat"],
-    StaticProduct: ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"],
-}
-"""The nodes that make a quantized product fast."""
-
-
-def packed_bits(levels: Tensor, bits: int) -> Tensor:
-    """The last dimension packed into bytes, low bits first; 4-bit values are padded to an even number."""
-    if bits == 8:
-        return levels.contiguous()
-    if levels.shape[-1] % 2:
-        levels = functional.pad(levels, (0, 1))
-    return levels[..., 0::2] | (levels[..., 1::2] << 4)
-
-
-def product(layer: nn.Module) -> nn.Module:
-    """A linear layer in the form of the operator that computes it."""
-    if isinstance(layer, QuantizedLinear):
-        forms: dict[str, Callable[[QuantizedLinear], nn.Module]] = {"row": RowProduct, "static": StaticProduct}
-        return forms.get(layer.activations, BlockProduct)(layer)
-    assert isinstance(layer, nn.Linear)
-    return Product(layer)
-
-
-def prepare(module: nn.Module) -> nn.Module:
-    """Turn linear layers into products and all other parameters into fp32, in place; no float weight is copied."""
-    join(module, product)
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear | QuantizedLinear):
-            setattr(module, name, product(child))
-        elif not isinstance(child, PRODUCTS):
-            prepare(child)
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
-    return module.eval()
 
 
 @contextmanager
@@ -393,7 +137,7 @@ class OnnxTarget:
         if config.text.head_dim % HEAD_STEP:
             raise InputError(
                 f"the decoder's head_dim is {config.text.head_dim}, but GroupQueryAttention of ONNX Runtime takes "
-                f"multiples of {HEAD_STEP}; take --target executorch"
+                f"multiples of {HEAD_STEP}"
             )
 
     def check_scheme(self, layer: str, scheme: Scheme, precision: str) -> None:
@@ -410,15 +154,29 @@ class OnnxTarget:
         if (scheme.group or 0) > 256:
             raise InputError(f"{layer}: {scheme.label}, but MatMulNBits of ONNX Runtime takes groups of 16 to 256")
 
+    def layer_bytes(self, shape: tuple[int, int], scheme: Scheme | None) -> int:
+        """Scales in fp32: one per row for activations per token; elsewhere one per block, and a zero where it is not
+        the middle. A row's scale stands in all of its blocks."""
+        outputs, inputs = shape
+        if scheme is None:
+            return 4 * outputs * inputs
+        packed = outputs * inputs * scheme.bits // 8
+        if scheme.activations == "token":
+            return packed + 4 * outputs
+        block = scheme.group or next(size for size in (128, 64, 32, 16) if inputs % size == 0)
+        blocks = inputs // block
+        return packed + outputs * (4 * blocks + (0 if scheme.symmetric else (blocks * scheme.bits + 7) // 8))
+
+    def graph_bytes(self, config: PenguinConfig, max_seq_len: int) -> int:
+        """Nodes of every block, and the decoder's rotary tables."""
+        blocks = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
+        return 20_000 * blocks + 4 * max_seq_len * config.text.head_dim
+
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 1.5 if quantized else {"fp32": 2.5, "fp16": 1.5}[precision]
 
     def check_installed(self) -> None:
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise TargetUnavailable(
-                f"exporting to ONNX needs {', '.join(missing)}, not installed here; pip install 'penguin-edge[export]'"
-            )
+        require_modules("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
 
     def export_part(
         self, part: str, model: PenguinModel, bounds: Bounds, folder: Path, note: Callable[[str], None] = silent
@@ -435,7 +193,7 @@ class OnnxTarget:
         method: nn.Module
         if part == "encoder":
             assert model.encoder is not None, "this model was loaded without its encoder"
-            method = EncoderMethod(model.encoder)
+            method = FusedEncoder(model.encoder)
             layers = len(model.encoder.layers)
             wanted = {"MultiHeadAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}
         elif part == "projector":
@@ -443,7 +201,7 @@ class OnnxTarget:
             method, wanted = ProjectorMethod(model.projector), {}
         else:
             assert model.decoder is not None, "this model was loaded without its decoder"
-            method = DecoderMethod(model.decoder, bounds.max_seq_len)
+            method = FusedDecoder(model.decoder, bounds.max_seq_len)
             text = model.config.text
             layers = text.num_hidden_layers
             wanted = {"GroupQueryAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}

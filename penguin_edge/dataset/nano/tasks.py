@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """One question. `choices` are all answers the question allows, None where there is no such list."""
 
     task: str
@@ -49,7 +49,7 @@ class Scene:
     """A picture (one frame) or a clip, and what is asked about it."""
 
     frames: tuple[Array, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[Exchange, ...]
 
 
 def pick(rng: Generator, values: Sequence[T]) -> T:
@@ -91,21 +91,21 @@ def _grid(
     return (frame,), placed
 
 
-def _name_turn(cell: int, name: str) -> Turn:
-    return Turn("lookup", f"What is at the {CELLS[cell]}?", name, NAMES)
+def _name_turn(cell: int, name: str) -> Exchange:
+    return Exchange("lookup", f"What is at the {CELLS[cell]}?", name, NAMES)
 
 
-def _place_turn(cell: int, name: str) -> Turn:
-    return Turn("position", f"Where is the {name}?", CELLS[cell], CELLS)
+def _place_turn(cell: int, name: str) -> Exchange:
+    return Exchange("position", f"Where is the {name}?", CELLS[cell], CELLS)
 
 
 def naming(painter: Painter, rng: Generator, split: Split) -> Scene:
     """One object alone."""
     frames, [(name, _)] = _grid(painter, rng, split, 1)
-    return Scene(frames, (Turn("naming", "What is in the picture?", name, NAMES),))
+    return Scene(frames, (Exchange("naming", "What is in the picture?", name, NAMES),))
 
 
-def _shared_turns(rng: Generator, placed: Sequence[tuple[str, int]]) -> list[Turn]:
+def _shared_turns(rng: Generator, placed: Sequence[tuple[str, int]]) -> list[Exchange]:
     return [(_name_turn if rng.random() < 0.5 else _place_turn)(cell, name) for name, cell in placed]
 
 
@@ -135,7 +135,7 @@ def relation(painter: Painter, rng: Generator, split: Split) -> Scene:
         words, answer = ("above", "below"), "above" if a // 3 < b // 3 else "below"
         question = f"Is the {one} above or below the {other}?"
     rest = _shared_turns(rng, placed[2:]) if split == "train" else []
-    return Scene(frames, (Turn("relation", question, answer, words), *rest))
+    return Scene(frames, (Exchange("relation", question, answer, words), *rest))
 
 
 def counting(painter: Painter, rng: Generator, split: Split) -> Scene:
@@ -173,7 +173,7 @@ def count_both(painter: Painter, rng: Generator, split: Split) -> Scene:
     rest = [(name, cell) for name, cell in rest if (name, CELLS[cell]) not in HELD_CELLS]
     frame = painter.paint(painter.background(rng), [in_cell(name, cell, rng) for name, cell in placed + rest])
     first, second = several(rng, (one, other), 2)
-    asked = Turn("count_both", f"How many {first} and {second} pictures are there?", str(total), None)
+    asked = Exchange("count_both", f"How many {first} and {second} pictures are there?", str(total), None)
     return Scene((frame,), (asked, *_shared_turns(rng, rest)))
 
 
@@ -185,7 +185,7 @@ def _count(painter: Painter, rng: Generator, split: Split, name: str, count: int
     placed += [(n, cell) for n, cell in zip(others, cells[count:], strict=False)]
     placed = [(n, c) for n, c in placed if n == name or (n, CELLS[c]) not in HELD_CELLS]
     frame = painter.paint(painter.background(rng), [in_cell(n, c, rng) for n, c in placed])
-    turns = [Turn("counting", f"How many {name} pictures are there?", str(count), tuple(map(str, COUNTS)))]
+    turns = [Exchange("counting", f"How many {name} pictures are there?", str(count), tuple(map(str, COUNTS)))]
     if split == "train":
         turns += _shared_turns(rng, placed[count:])
     return Scene((frame,), tuple(turns))
@@ -207,7 +207,7 @@ def reading(painter: Painter, rng: Generator, split: Split) -> Scene:
     line = CELL * (int(rng.integers(3)) + 0.5)
     frame = painter.write(frame, text.upper(), line, painter.ink(frame, rng), rng)
     what = "number" if text.isdigit() else "word"
-    return Scene((frame,), (Turn("reading", f"Read the {what}.", " ".join(text), None),))
+    return Scene((frame,), (Exchange("reading", f"Read the {what}.", " ".join(text), None),))
 
 
 def closeup(painter: Painter, rng: Generator, split: Split) -> Scene:
@@ -215,7 +215,7 @@ def closeup(painter: Painter, rng: Generator, split: Split) -> Scene:
     name, side = pick(rng, NAMES), int(rng.integers(CELL, 81))
     x, y = (int(v) for v in rng.integers(-2, SIDE - side + 3, 2))
     frame = painter.paint(painter.background(rng), [Placed(name, x, y, side)])
-    return Scene((frame,), (Turn("closeup", "What is this?", name, NAMES),))
+    return Scene((frame,), (Exchange("closeup", "What is this?", name, NAMES),))
 
 
 def place(painter: Painter, rng: Generator, split: Split) -> Scene:
@@ -228,7 +228,7 @@ def describe(painter: Painter, rng: Generator, split: Split) -> Scene:
     """Everything in a picture, in reading order: for training, many objects learned from one picture."""
     frames, placed = _grid(painter, rng, "train", int(rng.integers(3, 10)))
     answer = ", ".join(f"{CELLS[cell]} {name}" for name, cell in sorted(placed, key=lambda item: item[1]))
-    return Scene(frames, (Turn("describe", "Describe the picture.", answer, None),))
+    return Scene(frames, (Exchange("describe", "Describe the picture.", answer, None),))
 
 
 def tally(painter: Painter, rng: Generator, split: Split) -> Scene:
@@ -243,7 +243,7 @@ def tally(painter: Painter, rng: Generator, split: Split) -> Scene:
     cells = [int(i) for i in rng.permutation(9)][: len(kinds)]
     objects = [in_cell(name, cell, rng) for name, cell in zip(kinds, cells, strict=True)]
     frame = painter.paint(painter.background(rng), objects)
-    turns = [Turn("tally", f"How many {name} pictures are there?", str(count), None) for name, count in groups]
+    turns = [Exchange("tally", f"How many {name} pictures are there?", str(count), None) for name, count in groups]
     return Scene((frame,), tuple(turns))
 
 
@@ -265,10 +265,10 @@ def census(painter: Painter, rng: Generator, split: Split) -> Scene:
     turns = []
     for name in several(rng, [name for name in placed if name not in counted], len(placed)):
         if rng.random() < 0.6:
-            turns.append(Turn("census", f"How many {name} pictures are there?", str(len(placed[name])), None))
+            turns.append(Exchange("census", f"How many {name} pictures are there?", str(len(placed[name])), None))
         else:
             answer = ", ".join(CELLS[cell] for cell in placed[name])
-            turns.append(Turn("census", f"Where are all {name} pictures?", answer, None))
+            turns.append(Exchange("census", f"Where are all {name} pictures?", answer, None))
     return Scene((frame,), tuple(turns))
 
 
@@ -279,7 +279,9 @@ def transcribe(painter: Painter, rng: Generator, split: Split) -> Scene:
     colour = painter.ink(frame, rng)
     for index, line in enumerate(lines):
         frame = painter.write(frame, line.upper(), CELL * (index + 0.5), colour, rng)
-    return Scene((frame,), (Turn("transcribe", "Read all lines.", ", ".join(" ".join(line) for line in lines), None),))
+    return Scene(
+        (frame,), (Exchange("transcribe", "Read all lines.", ", ".join(" ".join(line) for line in lines), None),)
+    )
 
 
 def motion(painter: Painter, rng: Generator, split: Split) -> Scene:
@@ -300,7 +302,7 @@ def motion(painter: Painter, rng: Generator, split: Split) -> Scene:
     tracks = [_track(name, way, lane, rng) for (name, way), lane in zip(moving, lanes, strict=True)]
     background = painter.background(rng)
     frames = tuple(painter.paint(background, [track[i] for track in tracks]) for i in range(FRAMES))
-    turns = [Turn("motion", f"Which way does the {name} move?", way, DIRECTIONS) for name, way in moving]
+    turns = [Exchange("motion", f"Which way does the {name} move?", way, DIRECTIONS) for name, way in moving]
     return Scene(frames, tuple(turns if split == "train" else turns[:1]))
 
 
@@ -347,12 +349,12 @@ def _cut(painter: Painter, rng: Generator, split: Split, asked: str) -> Scene:
     at = int(rng.integers(1, FRAMES))
     frames = _shots(painter, rng, [(before, at), (after, FRAMES - at)])
     turns = {
-        "scene_change": Turn(
+        "scene_change": Exchange(
             "scene_change", "When does the scene change?", f"{float(at)}s",
             tuple(f"{float(i)}s" for i in range(1, FRAMES)), tolerance=1.0,
         ),
-        "before_cut": Turn("before_cut", "What was there before the scene changed?", before, NAMES),
-        "after_cut": Turn("after_cut", "What is there after the scene changed?", after, NAMES),
+        "before_cut": Exchange("before_cut", "What was there before the scene changed?", before, NAMES),
+        "after_cut": Exchange("after_cut", "What is there after the scene changed?", after, NAMES),
     }  # fmt: skip
     first = turns.pop(asked)
     return Scene(frames, (first, *(several(rng, list(turns.values()), 2) if split == "train" else ())))
@@ -377,7 +379,7 @@ def order(painter: Painter, rng: Generator, split: Split) -> Scene:
     lengths = (cuts[0], cuts[1] - cuts[0], FRAMES - cuts[1])
     frames = _shots(painter, rng, list(zip(shots, lengths, strict=True)))
     a, b = several(rng, (one, other), 2)
-    return Scene(frames, (Turn("order", f"Which came first, the {a} or the {b}?", one, (one, other)),))
+    return Scene(frames, (Exchange("order", f"Which came first, the {a} or the {b}?", one, (one, other)),))
 
 
 TASKS: dict[str, Callable[[Painter, Generator, Split], Scene]] = {

@@ -29,7 +29,7 @@ from penguin_edge.runtime.live.cost import AXES, fit
 from penguin_edge.runtime.live.events import Observer, Ready, Said
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.view import View, thumbnail
-from penguin_edge.runtime.live.view_limits import Limits
+from penguin_edge.runtime.live.view_limits import ViewLimits
 from penguin_edge.runtime.live.view_server import BODY, PROMPT, ViewServer, socket_at
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import KEY
@@ -39,13 +39,13 @@ CHEAP = fit({stage: {(1.0, 1.0)[:axes]: [0.1]} for stage, axes in AXES.items()})
 
 @contextlib.contextmanager
 def served(
-    budget: int = 60, limits: Limits | None = None, **options: Any
+    budget: int = 60, limits: ViewLimits | None = None, **options: Any
 ) -> Iterator[tuple[Live, GatedEngine, ViewServer]]:
     engine, view = GatedEngine(), View("street.mp4", "tiny on eager")
     session = Stream(engine, tiny_tokenizer(), budget=budget)
     with (
         Live(session, queued=100, observer=view, **options) as live,
-        ViewServer(view, live, socket_at(0), options=SHORT, limits=limits or Limits()) as server,
+        ViewServer(view, live, socket_at(0), options=SHORT, limits=limits or ViewLimits()) as server,
     ):
         yield live, engine, server
 
@@ -357,7 +357,7 @@ def test_a_page_that_does_not_read_holds_nothing_up() -> None:
 
 
 def test_more_pages_than_there_is_room_for() -> None:
-    with served(limits=Limits(pages=1)) as (_, _, server):
+    with served(limits=ViewLimits(pages=1)) as (_, _, server):
         first = events(server.address)
         next(first)
         status, said = send(server, "GET", "/events")

@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="the live view's packages are not installe
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.view import View
-from penguin_edge.runtime.live.view_limits import Limits
+from penguin_edge.runtime.live.view_limits import ViewLimits
 from penguin_edge.runtime.live.view_server import ViewServer, socket_at
 from penguin_edge.runtime.stream import Stream
 
@@ -68,7 +68,7 @@ def ended(one: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def visited(limits: Limits) -> Iterator[Visitors]:
+def visited(limits: ViewLimits) -> Iterator[Visitors]:
     view = View()
     session = Stream(CountingEngine(max_seq_len=512), tiny_tokenizer(), budget=30)
     options = SamplingOptions(max_new_tokens=2)
@@ -98,7 +98,7 @@ class Page:
 
 
 def test_pages_are_bounded_exactly_however_they_come() -> None:
-    with visited(Limits(pages=16, connections=300)) as visitors:
+    with visited(ViewLimits(pages=16, connections=300)) as visitors:
         several = [visitors.get("/events") for _ in range(100)]
         assert Counter(map(status, several)) == {200: 16, 503: 84}
         for one in several:
@@ -116,7 +116,7 @@ def test_pages_are_bounded_exactly_however_they_come() -> None:
 
 def test_half_sent_requests_keep_nobody_out() -> None:
     """Those that wait longest go first; a page that looks on, its pictures and its questions go on."""
-    with visited(Limits(connections=24, head_s=LONG, body_s=LONG)) as visitors:
+    with visited(ViewLimits(connections=24, head_s=LONG, body_s=LONG)) as visitors:
         visitors.live.push(picture(0), 0.0)
         visitors.live.wait()
         page = Page(visitors)
@@ -147,7 +147,7 @@ def test_half_sent_requests_keep_nobody_out() -> None:
     ],
 )
 def test_a_head_has_its_time(sent: str) -> None:
-    with visited(Limits(head_s=0.2, kept_s=60)) as visitors:
+    with visited(ViewLimits(head_s=0.2, kept_s=60)) as visitors:
         one = visitors.open(sent)
         stop = threading.Event()
 
@@ -166,7 +166,7 @@ def test_a_head_has_its_time(sent: str) -> None:
 
 
 def test_a_body_has_its_time() -> None:
-    with visited(Limits(body_s=0.2)) as visitors:
+    with visited(ViewLimits(body_s=0.2)) as visitors:
         head = f"POST /ask HTTP/1.1\r\nHost: localhost:{visitors.port}\r\nOrigin: http://localhost:{visitors.port}\r\n"
         one = visitors.open(f"{head}Content-Length: 40\r\n\r\n{{")
         assert status(one) == 408
@@ -174,7 +174,7 @@ def test_a_body_has_its_time() -> None:
 
 
 def test_a_reader_that_takes_nothing_loses_its_place() -> None:
-    with visited(Limits(pages=1, stalled_s=0.2)) as visitors:
+    with visited(ViewLimits(pages=1, stalled_s=0.2)) as visitors:
         silent = visitors.open(f"GET /events HTTP/1.1\r\nHost: localhost:{visitors.port}\r\n\r\n", receive=1)
         # More than the system buffers, for a reader that reads nothing: answers of the longest kind.
         view, until = visitors.server.view, time.monotonic() + LONG
@@ -192,7 +192,7 @@ def test_a_reader_that_takes_nothing_loses_its_place() -> None:
 
 
 def test_pages_that_read_slowly_are_kept() -> None:
-    with visited(Limits(stalled_s=LONG)) as visitors:
+    with visited(ViewLimits(stalled_s=LONG)) as visitors:
         slow = visitors.open(f"GET /events HTTP/1.1\r\nHost: localhost:{visitors.port}\r\n\r\n", receive=2048)
         seen = b""
         for i in range(8):

@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainStage:
     """What differs between the stages (fact sheet, section 9.3)."""
 
     name: str
@@ -30,16 +30,16 @@ class Stage:
     distill: bool = False
 
 
-STAGES: dict[int, Stage] = {
-    1: Stage(
+STAGES: dict[int, TrainStage] = {
+    1: TrainStage(
         "encoder",
         Rates(projector=1e-3, encoder=3e-4, patch_embedding=1e-3, distill=1e-3),
         DataOptions(model_max_length=4096, mm_max_length=2048),
         distill=True,
     ),
-    2: Stage("encoder at high resolution", Rates(llm=1e-5, projector=1e-4, encoder=1e-4), DataOptions()),
-    3: Stage("pre-training", Rates(llm=1e-5, projector=1e-5, encoder=1e-5), DataOptions()),
-    4: Stage("instruction tuning", Rates(llm=1e-5, projector=1e-5, encoder=1e-5), DataOptions()),
+    2: TrainStage("encoder at high resolution", Rates(llm=1e-5, projector=1e-4, encoder=1e-4), DataOptions()),
+    3: TrainStage("pre-training", Rates(llm=1e-5, projector=1e-5, encoder=1e-5), DataOptions()),
+    4: TrainStage("instruction tuning", Rates(llm=1e-5, projector=1e-5, encoder=1e-5), DataOptions()),
 }
 
 

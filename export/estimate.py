@@ -38,8 +38,8 @@ from penguin_edge.quantize.search.sensitivity import (
     EMBEDDING,
     INT8_TABLE,
     Measured,
-    Progress,
-    Walk,
+    SensitivityWalk,
+    WorkProgress,
     needed_bytes,
     parts_read,
 )
@@ -48,24 +48,8 @@ PROMPT = 96
 """Largest number of tokens in the check data's prompt."""
 
 
-def layer_bytes(target: str, shape: tuple[int, int], scheme: Scheme | None) -> int:
-    """Bytes that the weights of a layer [N, K] take in a bundle, without its bias."""
-    outputs, inputs = shape
-    if scheme is None:
-        return 4 * outputs * inputs
-    packed = outputs * inputs * scheme.bits // 8
-    if target == "executorch":  # XNNPACK: bf16 scales of groups, f32 scales of rows
-        return packed + (2 * outputs * (inputs // scheme.group) if scheme.group else 4 * outputs)
-    if scheme.activations == "token":
-        return packed + 4 * outputs
-    # MatMulNBits: a scale, and a zero where it is not the middle, for every block; a row's scale stands in all of its.
-    block = scheme.group or next(size for size in (128, 64, 32, 16) if inputs % size == 0)
-    blocks = inputs // block
-    return packed + outputs * (4 * blocks + (0 if scheme.symmetric else (blocks * scheme.bits + 7) // 8))
-
-
 def fixed_bytes(
-    checkpoint: Checkpoint, target: str, offered: Mapping[str, Sequence[Scheme | None]], max_seq_len: int
+    checkpoint: Checkpoint, target: Target, offered: Mapping[str, Sequence[Scheme | None]], max_seq_len: int
 ) -> int:
     """Upper bound of the bytes of everything but the linear layers' weights: the table in 8 bits, norms and biases,
     graphs, tokenizer, check data, manifest and `verify.json`."""
@@ -76,13 +60,7 @@ def fixed_bytes(
         model = meta_model(config, (part,))
         weights = {id(linear.weight) for linear in linears(model, part).values()}
         total += sum(4 * p.numel() for p in model.parameters() if id(p) not in weights) + 12_000
-    if target == "onnx":  # The decoder's rotary tables.
-        total += 4 * max_seq_len * text.head_dim
-    # Graphs, by blocks. ExecuTorch has a matrix for `rotate_half` and rows for the means of the norms in each.
-    for shape in (text, vision):
-        if shape is not None:
-            consts = 4 * (shape.head_dim**2 + 2 * shape.head_dim + 4 * shape.hidden_size)
-            total += shape.num_hidden_layers * (40_000 + consts if target == "executorch" else 20_000)
+    total += target.graph_bytes(config, max_seq_len)
     total += 4 * text.vocab_size * (STORED_LOGITS + 1) + 4 * PROMPT * text.hidden_size + 16_000
     if vision is not None:
         for high, wide, height, width, _ in CASES:
@@ -104,7 +82,7 @@ def choose(
     options: AutoOptions,
     kept: Path,
     max_ram: int | None,
-    progress: Progress,
+    progress: WorkProgress,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Measure what is not known yet, and choose.
 
@@ -126,14 +104,14 @@ def choose(
         for name, linear in linears(model, part).items()
     }
     offered = candidates(layers, lambda layer, scheme: _takes(target, layer, scheme), images > 0)
-    fixed = fixed_bytes(checkpoint, target.name, offered, options.max_seq_len)
+    fixed = fixed_bytes(checkpoint, target, offered, options.max_seq_len)
 
     def priced(measured: Measured) -> list[list[Option]]:
         return [
             [
                 Option(
                     scheme,
-                    layer_bytes(target.name, layers[layer], scheme),
+                    target.layer_bytes(layers[layer], scheme),
                     0.0 if scheme is None else measured.get(layer, {}).get(scheme.label, 0.0),
                 )
                 for scheme in schemes
@@ -162,7 +140,7 @@ def choose(
         json.dumps([digest(checkpoint, Recipe("auto"), samples), target.name, target.activations, labels]).encode()
     ).hexdigest()
     known = _read(kept, made_for)
-    walk = Walk(checkpoint.load(parts_read(samples)), samples, target.activations)
+    walk = SensitivityWalk(checkpoint.load(parts_read(samples)), samples, target.activations)
     measured = walk.measure(seen, known, lambda found: _keep(kept, made_for, found), progress)
     table_kl = measured[EMBEDDING][INT8_TABLE]
     # The table is a layer without a choice.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from penguin_edge.errors import InputError
 from penguin_edge.training.feed import Run, steps_of
-from penguin_edge.training.sampler import UNUSABLE, LengthIndex, Order, build_index, index_path, read_index, write_index
+from penguin_edge.training.order import UNUSABLE, LengthIndex, Order, build_index, index_path, read_index, write_index
 
 SETTINGS = {"model_max_length": 100, "tokenizer": "abc"}
 
