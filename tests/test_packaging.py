@@ -308,6 +308,18 @@ def test_a_name_stands_for_one_class() -> None:
     assert not twice, f"classes of the same name: {twice}"
 
 
+def test_the_page_of_the_architecture_is_true() -> None:
+    """Its table of rooms is the one above, and every file that it names is there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]*) \| (yes|no) \|$", page, re.MULTILINE)
+    words = {"everything": {"*"}, "nothing": set()}
+    told = {room: (words.get(may, set(re.findall("`([^`]+)`", may))), torch == "yes") for room, may, torch in rows}
+    assert told == {room: (set(row.may.split()), row.torch) for room, row in ROOMS.items()}
+    ours = page[: page.index("### Coming from")]
+    named = set(re.findall(r"`([a-z_]+/[a-z_/]+\.(?:py|html))`", ours))
+    assert len(named) > 40 and not [name for name in sorted(named) if not (ROOT / name).is_file()]
+
+
 def test_every_package_is_listed() -> None:
     found = {
         path.parent
