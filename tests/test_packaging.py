@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "clock": BASE,
     "containers": BASE | {"places"},
     "places": BASE,
-    "images": BASE | {"places"},
+    "images": BASE | {"places", "png_rows"},
     "video": BASE | {"clock", "containers", "places"},
     "frames": BASE | {"images", "places", "video"},
     "keyframes": BASE,
