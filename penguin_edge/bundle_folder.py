@@ -17,7 +17,7 @@ from pathlib import Path
 from penguin_edge.bundle import MANIFEST, PROFILE, VERIFY, manifest_hash
 from penguin_edge.errors import BundleError
 from penguin_edge.files import read_json
-from penguin_edge.folders import MayReplace, clear, place_of, whole
+from penguin_edge.folders import MayReplace, check_movable, clear, place_of, whole
 
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})
 """What our verbs write into a bundle's folder; the manifest does not name it."""
@@ -46,6 +46,7 @@ def check_place(out: str | Path, *, overwrite: bool) -> Path:
     clear(place, BundleError)
     if os.path.lexists(place):
         _rule(out, overwrite)(place, False)
+        check_movable(place, BundleError)
     return place
 
 
