@@ -167,6 +167,12 @@ def refusal(bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Non
 FIELDS_THAT_DISAGREE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "least above most": (lambda d: d["bounds"].update(min_chunk=300), "min_chunk 300 above max_chunk"),
     "longer than the model": (lambda d: d["bounds"].update(max_seq_len=2**20), "its limit"),
+    "smaller pictures": (lambda d: d["bounds"].update(patch_buckets=[48]), r"patch_buckets \[48\].*writes \[16384\]"),
+    "one more bucket": (lambda d: d["bounds"]["patch_buckets"].append(48), r"patch_buckets \[16384, 48\]"),
+    "smaller chunks": (lambda d: d["bounds"].update(max_chunk=128), "max_chunk 128.*writes 256"),
+    "larger chunks": (lambda d: d["bounds"].update(max_chunk=257), "max_chunk 257.*writes 256"),
+    "one frame at a time": (lambda d: d["bounds"].update(max_batch=1), "max_batch 1.*writes 16"),
+    "more logits": (lambda d: d["bounds"].update(max_logits=9), "max_logits 9.*writes 8"),
     "no graph for prompts": (lambda d: d["bounds"].update(min_chunk=2), "without a prefill graph"),
     "heads": (lambda d: d["model"]["text"].update(num_key_value_heads=3), "wanted a multiple"),
     "an odd head": (lambda d: d["model"]["text"].update(head_dim=31), "wanted an even|even one"),
