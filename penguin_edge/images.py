@@ -188,7 +188,7 @@ def _check_strips(image: Image.Image, name: str) -> None:
         raise InputError(f"{name}: the image is damaged (its pixels have a palette, and there is none); copy it again")
     tiles = getattr(image, "tile", [])
     if image.format == "TIFF" and tiles:
-        planes = len(image.getbands()) if image.tag_v2.get(_PLANES) == 2 and len(tiles) > 1 else 1
+        planes = len(image.getbands()) if getattr(image, "tag_v2", {}).get(_PLANES) == 2 and len(tiles) > 1 else 1
         stored = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in tiles)
         if stored < planes * image.width * image.height:
             raise _short(name)
@@ -281,9 +281,9 @@ def animation(image: Image.Image, name: str, numbers: list[int], max_pixels: int
             f"{name}: {numbers[-1] + 1} frames of {image.width}x{image.height} to decode, more pixels than the safety "
             "limit allows; reduce it, make a video of it, or raise the limit (max_pixels)"
         )
-    short = None
-    if image.format == "PNG" and numbers and image.fp:
-        short = first_short(image.fp, numbers[-1] + 1)
+    stream, short = getattr(image, "fp", None), None
+    if image.format == "PNG" and numbers and stream is not None:
+        short = first_short(stream, numbers[-1] + 1)
     at = 0
     for number in numbers:
         if short is not None and short <= number:

@@ -291,7 +291,12 @@ class ExecutorchEngine:
         """
         manifest, bounds, text = self._bundle.manifest, self.bounds, self.config.text
         entry = manifest.graphs[graph]
-        most = {"B": bounds.max_batch, "P": bounds.max_patches, "T": bounds.max_patches, "M": EXECUTORCH_MERGED}
+        most: dict[int | str, int] = {
+            "B": bounds.max_batch,
+            "P": bounds.max_patches,
+            "T": bounds.max_patches,
+            "M": EXECUTORCH_MERGED,
+        }
         most |= {"S": bounds.max_chunk, "K": bounds.max_logits}
         # The manifest says f32 where the engine says fp32.
         wanted: dict[str, tuple[Any, ...]] = {
