@@ -26,6 +26,7 @@ from penguin_edge.config import (
     read_json,
 )
 from penguin_edge.errors import CheckpointError
+from penguin_edge.foreign import refuse_versioned
 from penguin_edge.hf_stack import check, read_stack
 from penguin_edge.schema import Flag, Maybe, Record, Rows, Rule, Text, Whole
 
@@ -184,6 +185,7 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
         for candidate in dict.fromkeys((folder / name, folder.parent / name, Path(name))):
             config = candidate / "config.json"
             if config.is_file():
+                refuse_versioned(candidate)
                 found[config] = read_stack(VisionConfig, read_json(config, "the encoder configuration"), config)
                 encoder_folder = encoder_folder or candidate
     if not found:

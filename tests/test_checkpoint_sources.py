@@ -204,6 +204,20 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
         both(stray("half.safetensors"), config(transformers_weights="half.safetensors")),
         "transf",
     ),
+    (
+        "configurations by version",
+        "qwen3",
+        both(text("config.5.0.0.json", {}), config(configuration_files=["config.json", "config.5.0.0.json"])),
+        "config.json: configuration_files names 'config.5.0.0.json'",
+    ),
+    ("configurations by version, of one", "qwen3", config(configuration_files=["config.json"]), SAME),
+    ("configurations by version, null", "qwen3", config(configuration_files=None), "configuration_files is null"),
+    (
+        "tokenizers by version",
+        "qwen3",
+        text("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "tokenizer.json"]}),
+        "tokenizer_config.json: fast_tokenizer_files names 'tokenizer.4.0.0.json'",
+    ),
     ("fewer layers", "qwen3", config(num_hidden_layers=1, layer_types=...), SAME),
     ("eps", "qwen3", config(rms_norm_eps=1e-3), SAME),
     # The head.
@@ -256,6 +270,10 @@ VARIANTS: list[tuple[str, str, Edit, str]] = [
     # Weights that were quantized elsewhere.
     ("AWQ", "qwen3", config(quantization_config={"quant_method": "awq", "bits": 4}), "('awq')"),
     ("MLX", "qwen3", config(quantization={"group_size": 64, "bits": 4}), "config.json: quantization says"),
+    ("no quantization that is said", "qwen3", config(quantization_config={}), "quantization_config is {}"),
+    ("false as a quantization", "qwen3", config(quantization_config=False), "quantization_config is False"),
+    ("a list as a quantization", "qwen3", config(quantization_config=[]), "quantization_config is []"),
+    ("null as a quantization", "qwen3", config(quantization_config=None), SAME),
     ("GPTQ's own file", "qwen3", text("quantize_config.json", {"bits": 4}), "quantize_config.json says"),
     ("GPTQ's tensors", "qwen3", packed({".qweight": ((4, 64), I32), ".qzeros": ((1, 8), I32)}), "GPTQ"),
     ("fp8", "qwen3", packed({".weight": ((64, 32), F8)}), "float8_e4m3fn"),
