@@ -69,6 +69,8 @@ MODEL = Record(
 )
 GENERATION = Record({}, optional={"eos_token_id": Ids(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True)
 IMAGE_FIELDS: dict[str, Rule] = {name: Maybe(rule) for name, rule in IMAGE_RULES.items()}
+NEVER_NULL = ("rope_theta", "rms_norm_eps")
+"""Numbers that the weights' shapes do not tell."""
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 PROCESSOR = Record(
     {},
@@ -174,7 +176,7 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
     found: dict[Path, VisionConfig] = {}
     if embedded is not None:
         # What the dict leaves out is read from the weights, as if there were no dict.
-        given = {key: value for key, value in embedded.items() if value is not None}
+        given = {key: value for key, value in embedded.items() if value is not None or key in NEVER_NULL}
         complete = {item.name for item in dataclasses.fields(VisionConfig)} <= given.keys()
         known = {} if complete else _vision_from_shapes(shapes, path)
         if given.keys() & {"rope_scaling", "rope_parameters"}:
