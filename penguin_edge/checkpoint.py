@@ -91,6 +91,7 @@ class Checkpoint:
             random_weights: draw the weights of a preset from `seed` also where trained ones come with the package.
         Raises:
             CheckpointError: not found, not reachable, damaged, or not fitting its configuration.
+            SettingError: the environment allows fewer layers.
         """
         text = str(source)
         if Path(text).is_dir():
@@ -103,6 +104,7 @@ class Checkpoint:
                 tokenizer = EMBEDDED[text] / "tokenizer.json"
             else:
                 config = dataclasses.replace(config, **DEFAULT_IDS)
+            PenguinConfig.from_json(json.loads(json.dumps(config.to_json())))  # within the limits, as any other one
             line = f"preset {text}: random weights from seed {seed}, and an embedded small tokenizer"
             checkpoint = cls(text, config, tokenizer, [line], None, seed)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():

@@ -14,6 +14,14 @@ class InputError(PenguinError, ValueError):
     """An image, clip, prompt or option that cannot be used as it is."""
 
 
+class SettingError(PenguinError):
+    """An environment variable with a value that cannot be used, or that is at odds with what was asked for.
+
+    No kind of `InputError` or of a fault in a file: whoever reads a file passes it on as it is, without advice about
+    the file.
+    """
+
+
 class CheckpointError(PenguinError):
     """A checkpoint that is missing, damaged, or does not fit its configuration."""
 
