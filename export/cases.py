@@ -78,4 +78,7 @@ def stored_arrays(path: Path, config: PenguinConfig) -> Arrays:
         found = list(arrays[name].shape) if name in arrays else "missing"
         if found != list(shape):
             raise BundleError(f"{path}: {name} is {found}, wanted {list(shape)}; {COPY_AGAIN}")
+    for case, (*_, height, width, merge) in enumerate(CASES if config.vision is not None else ()):
+        if (found := arrays[f"size_{case}"].tolist()) != [height, width, merge]:
+            raise BundleError(f"{path}: size_{case} is {found}, wanted {[height, width, merge]}; {COPY_AGAIN}")
     return arrays

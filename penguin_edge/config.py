@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from penguin_edge import files
-from penguin_edge.errors import CheckpointError
+from penguin_edge.errors import CheckpointError, SettingError
 from penguin_edge.schema import Flag, Maybe, Real, Record, Rows, Rule, SchemaError, Whole
 
 PATCH = 14
@@ -186,15 +186,33 @@ class Layers:
         """Refuse any other value.
 
         Raises:
-            SchemaError: one sentence; also for a variable that is no number.
+            SchemaError: one sentence.
+            SettingError: the variable is no number, or it is what refuses the value.
         """
-        given = os.environ.get(LAYERS_VARIABLE, str(MAX_LAYERS))
-        if not re.fullmatch("[1-9][0-9]{0,5}", given):
-            raise SchemaError(f"{LAYERS_VARIABLE} is {given[:40]!r}, wanted a whole number, 1 to 999,999")
+        most = max_layers()
         try:
-            Whole(1, int(given)).check(value, where)
+            Whole(1, most).check(value, where)
         except SchemaError as error:
+            if type(value) is int and most < value <= MAX_LAYERS:
+                raise SettingError(
+                    f"{where} is {value}, and {LAYERS_VARIABLE} in the environment is {most}; raise it, or unset it"
+                ) from None
             raise SchemaError(f"{error} ({LAYERS_VARIABLE} in the environment raises the limit)") from None
+
+
+def max_layers() -> int:
+    """The largest number of layers that is taken.
+
+    Raises:
+        SettingError: the environment's value is no number.
+    """
+    given = os.environ.get(LAYERS_VARIABLE, str(MAX_LAYERS))
+    if not re.fullmatch("[1-9][0-9]{0,5}", given):
+        raise SettingError(
+            f"{LAYERS_VARIABLE} in the environment is {given[:40]!r}, wanted a whole number, 1 to 999,999; set one, or "
+            "unset it"
+        )
+    return int(given)
 
 
 STACK_RULES: dict[str, Rule] = {

@@ -25,6 +25,14 @@ class WriteError(InputError):
         self.reason = reason
 
 
+class SettingError(PenguinError):
+    """An environment variable with a value that cannot be used, or that is at odds with what was asked for.
+
+    No kind of `InputError` or of a fault in a file: whoever reads a file passes it on as it is, without advice about
+    the file.
+    """
+
+
 class CheckpointError(PenguinError):
     """A checkpoint that is missing, damaged, or does not fit its configuration."""
 

@@ -37,6 +37,8 @@ SUFFIX = ".partial"
 HELD = ".held"
 SCRATCH = "penguin-edge-"
 ANY_NAME = r".+\."
+MOUNTS = Path("/proc/self/mountinfo")
+"""Where Linux lists what is mounted where, as this process sees it."""
 
 MayReplace = Callable[[Path, bool], None]
 """Takes what stands in a place, and whether it appeared while the new folder was written; raises if it has to stay."""
@@ -259,6 +261,7 @@ def discard(folder: Path, may_remove: MayReplace, error: type[PenguinError]) -> 
             something else took its place meanwhile.
     """
     may_remove(folder, False)
+    check_movable(folder.resolve(), error)
     with _told(f"{folder}: cannot be removed", error):
         aside, lock = _claim(folder.parent, f".{folder.name[:LONGEST_NAME]}.", SUFFIX, folder.name)
     new, old = aside / "new", aside / "old"
@@ -296,11 +299,41 @@ def scratch() -> Iterator[Path]:
 def _check(place: Path, appeared: bool, may_replace: MayReplace, error: type[PenguinError]) -> None:
     """Refuse what may not be replaced, or cannot be."""
     may_replace(place, appeared)
-    if os.path.ismount(place):
+    check_movable(place, error)
+
+
+def check_movable(place: Path, error: type[PenguinError]) -> None:
+    """Refuse a folder that the system does not let go, whatever is in it.
+
+    Raises:
+        PenguinError: it is a mount point, has one in it, or holds the working directory.
+    """
+    mounts = _mounts(place)
+    if os.path.ismount(place) or place in mounts:
         raise error(f"{place} is a mount point, which cannot be replaced; choose a folder in it")
+    if mounts:
+        raise error(
+            f"{place} has a mount point in it ({mounts[0].relative_to(place)}), so it cannot be replaced; unmount that "
+            "first, or choose another folder"
+        )
     with contextlib.suppress(FileNotFoundError):  # the working directory itself may be gone
         if Path.cwd().is_relative_to(place):
             raise error(f"{place} is the working directory, or holds it; go elsewhere to replace it")
+
+
+def _mounts(place: Path) -> list[Path]:
+    """Mount points at a path or below it, as far as the system tells.
+
+    `os.path.ismount` compares devices, and so misses a folder or file that is mounted from its own file system.
+    """
+    try:
+        lines = MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return []
+    points = (line.split(b" ")[4] for line in lines if line.count(b" ") > 4)
+    # Blanks, tabs, ends of lines and backslashes are written as three octal digits.
+    named = (re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), point) for point in points)
+    return sorted(path for path in map(Path, map(os.fsdecode, named)) if path.is_relative_to(place))
 
 
 def _here() -> dict[str, str]:

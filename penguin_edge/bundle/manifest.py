@@ -43,6 +43,11 @@ CHECK = "check.safetensors"
 VERIFY = "verify.json"
 PROFILE = "profile.json"
 """What our verbs write beside the manifest, which does not name it."""
+EXECUTORCH_PATCHES = 4096
+"""Patches of the largest picture for ExecuTorch: attention scores of one frame are `[heads, P, P]` in one piece, 1.1 GB
+at 4096 patches, 17 GB at 16,384."""
+EXECUTORCH_MERGED = 4
+"""Patches that the projector of ExecuTorch makes at most one visual token of."""
 COPY_AGAIN = "copy the bundle again or export it again"
 
 
@@ -74,6 +79,22 @@ class Bounds:
     @property
     def max_patches(self) -> int:
         return max(self.patch_buckets)
+
+    @classmethod
+    def of(cls, target: str, max_seq_len: int, prefill: bool = False) -> Bounds | None:
+        """What an export for this target writes; None for a target that is not known here.
+
+        Args:
+            prefill: whether the bundle has a graph of its own for prompts.
+        """
+        least = 2 if prefill else 1
+        if target == "onnx":  # It plans nothing from them; they limit the time and memory of one call.
+            return cls(max_seq_len, max_chunk=256, min_chunk=least)
+        if target == "executorch":  # It reserves memory for the largest shapes: one frame at a time, small chunks.
+            # Four patches per visual token at merge size 2, and never more visual tokens than the cache holds.
+            patches = min(EXECUTORCH_PATCHES, 4 * max_seq_len)
+            return cls(max_seq_len, min(128, max_seq_len), least, max_batch=1, patch_buckets=(patches,))
+        return None
 
 
 def signature(graph: str, config: PenguinConfig, bounds: Bounds) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -241,6 +262,16 @@ class Manifest:
             )
         if bounds.min_chunk > 1 and "prefill" not in self.graphs:
             raise SchemaError(f"bounds has min_chunk {bounds.min_chunk}, wanted 1 without a prefill graph")
+        # Most of them are in no graph, and how large a picture may be decides what is answered about it.
+        written = Bounds.of(self.target, bounds.max_seq_len, "prefill" in self.graphs)
+        for name, wanted in asdict(written).items() if written else ():
+            found = getattr(bounds, name)
+            if found != wanted:
+                found, wanted = (list(x) if isinstance(x, tuple) else x for x in (found, wanted))
+                raise SchemaError(
+                    f"bounds has {name} {found}, and an export for {self.target} with max_seq_len "
+                    f"{bounds.max_seq_len} writes {wanted}"
+                )
 
     def _check_table(self) -> None:
         """The embedding table's place and size."""

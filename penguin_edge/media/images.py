@@ -25,6 +25,7 @@ from PIL import Image
 
 from penguin_edge.errors import InputError
 from penguin_edge.media.places import data_bytes, is_data, local_path, named, regular_file, shown
+from penguin_edge.media.png_rows import first_short
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Pillow's names of the formats that are read; JPEG holds MPO, and AVIF needs a Pillow that was built with it."""
@@ -43,7 +44,7 @@ MAX_WHOLE = 1 << 30
 """Bytes of a file in a format that Pillow reads whole before it says how large the picture is."""
 
 _READ_WHOLE = {"WEBP", "AVIF"}
-_ORIENTATION, _BITS, _PHOTOMETRIC = 0x112, 258, 262
+_ORIENTATION, _BITS, _PHOTOMETRIC, _PLANES = 0x112, 258, 262, 284
 _STRIP = 1 << 20
 """Pixels converted at a time, so that a large picture is in memory once as decoded and once as the result."""
 
@@ -138,10 +139,15 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> np.nd
     return _decoded(image, name)
 
 
-def _decoded(image: Image.Image, name: str) -> np.ndarray:
+def _decoded(image: Image.Image, name: str, whole: bool = False) -> np.ndarray:
+    """As `to_rgb`; `whole` says that the rows were counted already."""
+    stream = getattr(image, "fp", None)  # which Pillow forgets when it has loaded
     try:
         with quiet():
+            _check_strips(image, name)
             image.load()
+            if not whole and stream is not None and _maybe_short(image) and first_short(stream, 1) is not None:
+                raise _short(name)
             orientation = _orientation(image)
             pixels = _reader(image, name)
             width, height = image.size
@@ -158,6 +164,34 @@ def _decoded(image: Image.Image, name: str) -> np.ndarray:
         raise _beyond_pillow(name, error) from error
     except Exception as error:  # as above: Pillow's decoders raise many kinds on damaged data
         raise InputError(f"{name}: the image is damaged or truncated ({shown(error)}); copy it again") from error
+
+
+def _short(name: str) -> InputError:
+    return InputError(f"{name}: the image is damaged or truncated (its pixel data end too soon); copy it again")
+
+
+def _maybe_short(image: Image.Image) -> bool:
+    """Whether a PNG's last row is one that Pillow leaves where the data ended before it."""
+    if image.format != "PNG":
+        return False
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not np.asarray(last).any()
+
+
+def _check_strips(image: Image.Image, name: str) -> None:
+    """Refuse what Pillow would read with black instead: a palette or strips that a file lacks.
+
+    Raises:
+        InputError: which of them.
+    """
+    if image.mode == "P" and not (image.palette and image.palette.palette):
+        raise InputError(f"{name}: the image is damaged (its pixels have a palette, and there is none); copy it again")
+    tiles = getattr(image, "tile", [])
+    if image.format == "TIFF" and tiles:
+        planes = len(image.getbands()) if getattr(image, "tag_v2", {}).get(_PLANES) == 2 and len(tiles) > 1 else 1
+        stored = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in tiles)
+        if stored < planes * image.width * image.height:
+            raise _short(name)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -247,8 +281,13 @@ def animation(image: Image.Image, name: str, numbers: list[int], max_pixels: int
             f"{name}: {numbers[-1] + 1} frames of {image.width}x{image.height} to decode, more pixels than the safety "
             "limit allows; reduce it, make a video of it, or raise the limit (max_pixels)"
         )
+    stream, short = getattr(image, "fp", None), None
+    if image.format == "PNG" and numbers and stream is not None:
+        short = first_short(stream, numbers[-1] + 1)
     at = 0
     for number in numbers:
+        if short is not None and short <= number:
+            raise InputError(f"{name}: frame {short} of the animation is damaged (it ends too soon); copy it again")
         try:
             with quiet():
                 while at <= number:
@@ -260,7 +299,7 @@ def animation(image: Image.Image, name: str, numbers: list[int], max_pixels: int
             raise
         except Exception as error:  # Pillow's decoders raise many kinds on damaged data
             raise InputError(f"{name}: frame {number} of the animation is damaged; copy it again") from error
-        yield _decoded(image, name)
+        yield _decoded(image, name, whole=True)
 
 
 def frame_count(image: Image.Image, name: str) -> int:

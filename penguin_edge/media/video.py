@@ -49,6 +49,9 @@ _FILE_LONG = {"asf", "asf_o", "flv", "live_flv", "matroska,webm"}
 """Containers that state how long the file lasts, not how long each stream does."""
 _WRAPPING = {"mpegts", "mpeg", "hls"}
 """Containers with stamps of 33 bits."""
+_FROM_START = {"mpeg"}
+"""Containers that are never sought. Their decoder tells no presentation time of pictures that wait for others, and what
+is taken instead depends on all frames before."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def read_header(
         clock = _clock(container, stream, origin)
         stated = None if container.duration is None else Fraction(container.duration, MICROSECONDS)
         start = 0 if stream.start_time is None else stream.start_time - nearest(Fraction(origin, MICROSECONDS) / base)
-        count, lasting, last, others = 0, 0, 0, Fraction(0)
+        count, lasting, last, latest, ends, others = 0, 0, 0, 0, 0, Fraction(0)
+        usual = max(1, nearest(_usual(stream) / base))
         shown = array("q")
         for packet in _packets(path, container):
             if packet is None or packet.stream is not stream:
@@ -109,10 +113,14 @@ def read_header(
             at = dts if pts is None else pts
             if at is not None:
                 shown.append(at)
+                latest, ends = max(latest, at), max(ends, at + (packet.duration or usual))
                 last = max(last, at + (packet.duration or 0))
         due = None if stream.duration is None else (stream.duration + start) * base
         kind, alone = container.format.name, len(container.streams) == 1
         stated_rates = [r for r in (stream.average_rate, stream.guessed_rate) if r]
+    if shown and not clock.jumps and 0 < min(shown) + count * usual - ends <= 2 * usual:
+        # Packets without a time count as of their decoding, and the last ones are shown after that.
+        ends = min(shown) + count * usual
     if not count:
         raise InputError(f"{named(path)}: the video stream has no data; the file is cut short, copy it again")
     reached = whole = last * base
@@ -136,7 +144,8 @@ def read_header(
     even = len(shown) == count and _even(shown, rate * base)
     if clock.jumps and not even:
         rate = count / span  # what was joined may have rates of its own
-    duration = reached if clock.jumps or not stated else stated
+    # Some containers state an end before the last frame, as MPEG-PS, or where that begins, as NUT.
+    duration = ends * base if clock.jumps or not stated or stated <= latest * base else stated
     own_start = kind in _WRAPPING
     return Header(
         rate, base, duration, offset, count, first * base, reached, even, clock.jumps, alone, own_start=own_start
@@ -166,7 +175,8 @@ def decoded(
 
     Without `begin` nothing is left out, and times are relative to the start of the container, or of the stream where
     the container's clock may restart. Packets that cannot be decoded are skipped before the first picture, as after a
-    seek; later ones are damage. Without `seek` the file is read from its beginning, which a clock that jumps needs.
+    seek; later ones are damage. Without `seek` the file is read from its beginning, as MPEG-PS always is: a clock that
+    jumps needs it.
 
     Raises:
         InputError: the file is damaged, or a frame is too large.
@@ -182,7 +192,8 @@ def decoded(
         origin = start + nearest((begin or Fraction(0)) * MICROSECONDS)
         usual = _usual(stream)
         landed = True
-        if seek and begin is not None and begin > SEEK_LEAD and container.duration is not None:
+        seek = seek and container.format.name not in _FROM_START and container.duration is not None
+        if seek and begin is not None and begin > SEEK_LEAD:
             try:
                 container.seek(math.floor(origin - SEEK_LEAD * MICROSECONDS))
                 landed = False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from penguin_edge.config import PATCH, PRESETS, PenguinConfig, read_json
 from penguin_edge.errors import CheckpointError
-from penguin_edge.files import ASSETS
+from penguin_edge.files import ASSETS, file_hash
 from penguin_edge.folders import refuse_any, whole
 from penguin_edge.model.hf_config import config_from_folder, published_json
 from penguin_edge.model.penguin import PARTS, PenguinModel
@@ -92,6 +92,7 @@ class Checkpoint:
             random_weights: draw the weights of a preset from `seed` also where trained ones come with the package.
         Raises:
             CheckpointError: not found, not reachable, damaged, or not fitting its configuration.
+            SettingError: the environment allows fewer layers.
         """
         text = str(source)
         if Path(text).is_dir():
@@ -104,6 +105,7 @@ class Checkpoint:
                 tokenizer = EMBEDDED[text] / "tokenizer.json"
             else:
                 config = dataclasses.replace(config, **DEFAULT_IDS)
+            PenguinConfig.from_json(json.loads(json.dumps(config.to_json())))  # within the limits, as any other one
             line = f"preset {text}: random weights from seed {seed}, and an embedded small tokenizer"
             checkpoint = cls(text, config, tokenizer, [line], None, seed)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).exists():
@@ -234,11 +236,14 @@ class Checkpoint:
         if self.stored is None:
             text = json.dumps([self.source, self.config.to_json(), self.seed], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
-        digest = hashlib.sha256()
-        for path in sorted({tensor.path for tensor in self.stored.values()}):
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        return _files_hash(self.stored.values())
+
+
+def _files_hash(stored: Iterable[StoredTensor]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({tensor.path for tensor in stored}):
+        digest.update(bytes.fromhex(file_hash(path)))
+    return digest.hexdigest()
 
 
 def _with_end_of_turn(config: PenguinConfig, tokenizer: Path) -> PenguinConfig:
@@ -289,6 +294,19 @@ def read_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> t
             assert tensor is not None, name
             setattr(module, leaf, nn.Parameter(read_finite(tensor, parameter.shape, dtype), requires_grad=False))
     return config, model.encoder
+
+
+def encoder_fingerprint(folder: str | Path) -> str:
+    """SHA-256 over the shape and the weights' files of a folder that `read_encoder` reads.
+
+    Raises:
+        CheckpointError: as `read_encoder`.
+    """
+    folder = Path(folder)
+    data, stored, _ = open_files(folder)
+    config, _, _ = config_from_folder(folder, data, {name: t.shape for name, t in stored.items()})
+    shape = json.dumps(dataclasses.asdict(config)["vision"], sort_keys=True)
+    return hashlib.sha256((shape + _files_hash(stored.values())).encode()).hexdigest()
 
 
 def download(hub_id: str) -> Path:

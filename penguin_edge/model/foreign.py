@@ -1,7 +1,8 @@
-"""Folders that hold something other than a model's own weights: adapters, and weights that somebody quantized.
+"""Folders that hold something other than one model's own weights and settings.
 
-Both load, in part, as if they were plain checkpoints, and then compute something else. They are told by their files,
-their configuration and the names and dtypes of their tensors, before any tensor is read.
+Adapters and weights that somebody quantized load, in part, as if they were plain checkpoints, and then compute
+something else. They are told by their files, their configuration and the names and dtypes of their tensors, before any
+tensor is read. Folders with settings for several versions of transformers are a different model in each.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 
+from penguin_edge.config import read_json
 from penguin_edge.errors import CheckpointError
 from penguin_edge.model.tensorfile import FLOATS
+from penguin_edge.schema import Rows, SchemaError, Text
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_NAMES = re.compile(
@@ -37,6 +40,36 @@ QUANTIZED_NAMES: Mapping[str, str] = {
     r"\.(codes|codebooks|Qidxs|SU|SV)$|_(blocks|scales)$": "a codebook or block format",
 }
 """Tensors that stand beside packed or scaled weights, by the tool that writes them."""
+
+
+VERSIONED = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
+"""Files that may name others of the folder, and the fields in which they do."""
+CHOSEN = {"configuration_files": "config", "fast_tokenizer_files": "tokenizer"}
+"""What the other files stand in place of: `config.4.2.0.json` of `config.json` for transformers 4.2.0 and newer."""
+
+
+def refuse_versioned(folder: Path) -> None:
+    """Refuse settings or a tokenizer of which each version of transformers reads another file.
+
+    Raises:
+        CheckpointError: a file names such others; the message names both.
+    """
+    for name, field in VERSIONED.items():
+        path = folder / name
+        data = read_json(path, "a configuration") if path.is_file() else {}
+        if field not in data:
+            continue
+        try:
+            Rows(Text()).check(data[field], field)
+        except SchemaError as error:
+            raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from error
+        plain = CHOSEN[field]
+        other = next((f for f in data[field] if re.search(rf"{plain}\..*\.json", f)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{path}: {field} names {other[:80]!r}, which some versions of transformers read in place of "
+                f"{plain}.json: keep the file that holds, as {plain}.json, and leave {field} out"
+            )
 
 
 def refuse_adapter(folder: Path, names: Iterable[str] = ()) -> None:
@@ -74,6 +107,11 @@ def refuse_quantized(folder: Path, data: Mapping[str, Any], dtypes: Mapping[str,
             method = value.get("quant_method") if isinstance(value, dict) else None
             found = f"{folder / 'config.json'}: {key}" + (f" ({str(method)[:40]!r})" if method else "")
             break
+        if data.get(key) is not None:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {data[key]!r}, which says neither how the weights were quantized "
+                "nor that they were not; leave it out if they are plain"
+            )
     found = found or next((str(folder / name) for name in QUANTIZED_FILES if (folder / name).exists()), "")
     for pattern, tool in QUANTIZED_NAMES.items():
         if found:

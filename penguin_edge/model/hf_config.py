@@ -26,6 +26,7 @@ from penguin_edge.config import (
     read_json,
 )
 from penguin_edge.errors import CheckpointError
+from penguin_edge.model.foreign import refuse_versioned
 from penguin_edge.model.hf_stack import check, read_stack
 from penguin_edge.schema import Flag, Maybe, Record, Rows, Rule, Text, Whole
 
@@ -70,6 +71,8 @@ GENERATION = Record(
     {}, optional={"eos_token_id": TokenIds(), "pad_token_id": Maybe(Whole(-1, MAX_VOCABULARY))}, open=True
 )
 IMAGE_FIELDS: dict[str, Rule] = {name: Maybe(rule) for name, rule in IMAGE_RULES.items()}
+NEVER_NULL = ("rope_theta", "rms_norm_eps")
+"""Numbers that the weights' shapes do not tell."""
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 PROCESSOR = Record(
     {},
@@ -175,7 +178,7 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
     found: dict[Path, VisionConfig] = {}
     if embedded is not None:
         # What the dict leaves out is read from the weights, as if there were no dict.
-        given = {key: value for key, value in embedded.items() if value is not None}
+        given = {key: value for key, value in embedded.items() if value is not None or key in NEVER_NULL}
         complete = {item.name for item in dataclasses.fields(VisionConfig)} <= given.keys()
         known = {} if complete else _vision_from_shapes(shapes, path)
         if given.keys() & {"rope_scaling", "rope_parameters"}:
@@ -186,6 +189,7 @@ def _vision(folder: Path, data: dict[str, Any], shapes: Shapes) -> tuple[VisionC
         for candidate in dict.fromkeys((folder / name, folder.parent / name, Path(name))):
             config = candidate / "config.json"
             if config.is_file():
+                refuse_versioned(candidate)
                 found[config] = read_stack(VisionConfig, read_json(config, "the encoder configuration"), config)
                 encoder_folder = encoder_folder or candidate
     if not found:

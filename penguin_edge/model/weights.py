@@ -22,7 +22,7 @@ from torch import Tensor
 
 from penguin_edge.config import PATCH, read_json
 from penguin_edge.errors import CheckpointError
-from penguin_edge.model.foreign import refuse_adapter, refuse_quantized
+from penguin_edge.model.foreign import refuse_adapter, refuse_quantized, refuse_versioned
 from penguin_edge.model.tensorfile import FLOATS, StoredTensor, checkpoint_tensors
 
 ENCODER_PREFIXES = ("model.vision_encoder.vision_encoder.", "model.vision_encoder.", "vision_encoder.", "")
@@ -82,11 +82,12 @@ def open_files(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor], l
     """The content of a folder's `config.json`, its tensors by our names, and notes; no tensor is read.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds an adapter or quantized weights; or one tensor is there
-            under two names.
+        CheckpointError: a file is missing or damaged, or holds an adapter or quantized weights, or names other files
+            to be read; or one tensor is there under two names.
     """
     refuse_adapter(folder)
     data = read_json(folder / "config.json", "the model configuration")
+    refuse_versioned(folder)
     refuse_quantized(folder, data, {})
     published, notes = checkpoint_tensors(folder)
     refuse_adapter(folder, published)

@@ -17,7 +17,8 @@ character.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -27,6 +28,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import CheckpointError, InputError
+from penguin_edge.files import MAX_BYTES, parse_json
+from penguin_edge.prompt.tokenizer_schema import TOKENIZER
 
 START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -193,6 +196,8 @@ def as_text(pieces: Iterable[str | Special | VisualTokens]) -> str:
     return "".join(p if isinstance(p, str) else p.name if isinstance(p, Special) else IMAGE for p in pieces)
 
 
+PROBE = "Any text: 12 é\n"
+"""Encoded once when a tokenizer is opened, so that one that can encode nothing is refused there."""
 SHORT, REMEMBERED = 32, 1024
 """Texts of at most so many characters, such as time stamps, are remembered: a stream renders them with every frame."""
 
@@ -211,6 +216,25 @@ class HasTokenizer(Protocol):
         ...
 
 
+OTHER = "use tokenizer.json of the same checkpoint"
+
+
+@contextlib.contextmanager
+def _told(what: str, advice: str) -> Iterator[None]:
+    """Say in one sentence what the library, which is Rust, raises: bare `Exception`, or a panic, which is none.
+
+    Raises:
+        CheckpointError: either.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{what} ({reason}); {advice}") from error
+
+
 class Tokenizer:
     """The checkpoint's `tokenizer.json`, with the image token added where the file lacks it."""
 
@@ -219,6 +243,8 @@ class Tokenizer:
         # Settings of training, which a saved tokenizer may carry.
         self._inner.no_truncation()
         self._inner.no_padding()
+        if getattr(self._inner.model, "dropout", None) is not None:
+            self._inner.model.dropout = None
         # Special tokens are written by the template only; text that looks like one stays text.
         self._inner.encode_special_tokens = True
         self._special_ids = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
@@ -247,17 +273,17 @@ class Tokenizer:
         Args:
             image_token_id: the id that the model expects for `<image>`; -1 for a text-only model.
         Raises:
-            CheckpointError: missing, unreadable, without the chat tokens, or with ids outside the model's vocabulary.
+            CheckpointError: missing, unreadable, with steps that no published tokenizer has, without the chat tokens,
+                or with ids outside the model's vocabulary.
         """
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: the tokenizer is missing; copy tokenizer.json of the same checkpoint there")
-        try:
-            inner = FastTokenizer.from_buffer(path.read_bytes())  # a path may hold bytes that are no UTF-8
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(
-                f"{path}: cannot be read as a tokenizer ({error}); copy tokenizer.json again"
-            ) from error
+        with _told(f"{path}: cannot be read as a tokenizer", "copy tokenizer.json again"):
+            with path.open("rb") as stream:  # a path may hold bytes that are no UTF-8
+                data = stream.read(MAX_BYTES + 1)
+            parse_json(data, "its content", rule=TOKENIZER)
+            inner = FastTokenizer.from_buffer(data)
         if image_token_id >= 0:
             if inner.token_to_id(IMAGE) is None:
                 inner.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
@@ -277,7 +303,9 @@ class Tokenizer:
                 "of the same "
                 "checkpoint"
             )
-        return cls(inner, image_token_id, str(path))
+        opened = cls(inner, image_token_id, str(path))
+        opened.encode(PROBE)
+        return opened
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of the vocabulary, or None."""
@@ -289,6 +317,7 @@ class Tokenizer:
 
         Raises:
             InputError: text that is not valid Unicode, such as half of a surrogate pair.
+            CheckpointError: the tokenizer fails at this text.
         """
         try:
             text.encode()
@@ -296,7 +325,8 @@ class Tokenizer:
             raise InputError(f"the text is not valid Unicode ({error.reason}); wanted UTF-8") from None
         known = self._known.get(text)
         if known is None:
-            known = self._inner.encode(text, add_special_tokens=False).ids
+            with _told(f"{self.source}: cannot encode a text", OTHER):
+                known = self._inner.encode(text, add_special_tokens=False).ids
             if len(text) <= SHORT:
                 if len(self._known) == REMEMBERED:
                     self._known.clear()
@@ -329,8 +359,14 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that are no valid UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+        """Text of ids; bytes that are no valid UTF-8 become U+FFFD.
+
+        Raises:
+            CheckpointError: the tokenizer fails at these ids.
+        """
+        with _told(f"{self.source}: cannot decode", OTHER):
+            text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special)
+        return text
 
     def token_bytes(self, token_id: int, byte_of: dict[str, int]) -> bytes:
         """UTF-8 bytes of one token; none for special tokens and for ids that the vocabulary leaves free."""

@@ -16,7 +16,7 @@ import torch
 from penguin_edge.config import PATCH_VALUES, PenguinConfig, TextConfig, VisionConfig
 from penguin_edge.errors import TargetUnavailable
 from penguin_edge.training.packing import Batch
-from penguin_edge.training.state import LOG
+from penguin_edge.training.state import log_file
 
 EVERY_SECONDS = 30.0
 """Between lines where stderr is no terminal; on a terminal the line is renewed in place."""
@@ -142,7 +142,7 @@ class Log:
     """OUT/log.jsonl, and OUT/tensorboard where it is wanted."""
 
     def __init__(self, out: Path, tensorboard: bool, begin: int, stack: contextlib.ExitStack) -> None:
-        self._file = stack.enter_context((out / LOG).open("a", encoding="utf-8"))
+        self._file = stack.enter_context(log_file(out).open("a", encoding="utf-8"))
         self._board: Any = None
         if tensorboard:
             try:

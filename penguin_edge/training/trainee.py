@@ -92,6 +92,11 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+def is_extra(name: str) -> bool:
+    """A trained tensor that is no part of the published model."""
+    return is_adapter(name) or name.startswith("distill.")
+
+
 def add_lora(penguin: PenguinModel, lora: Lora) -> None:
     """Put low-rank adapters, which change nothing yet, beside the matrices of the language model.
 
@@ -153,7 +158,7 @@ def published_model(
     Every process has to call this when the parameters are sharded.
     """
     tensors = {name: whole(parameter) for name, parameter in named_tensors(trainee)}
-    extra = {name: tensors.pop(name) for name in list(tensors) if is_adapter(name) or name.startswith("distill.")}
+    extra = {name: tensors.pop(name) for name in list(tensors) if is_extra(name)}
     if lora is not None:
         for name in [name for name in extra if name.endswith("lora_A.weight")]:
             base = name.removesuffix("lora_A.weight")

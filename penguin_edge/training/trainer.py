@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ from penguin_edge.dataset.samples import SampleBuilder
 from penguin_edge.errors import CheckpointError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.files import write_json
 from penguin_edge.folders import clear_all, held
-from penguin_edge.model.checkpoint import Checkpoint, read_encoder
+from penguin_edge.model.checkpoint import Checkpoint, encoder_fingerprint, read_encoder
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.prompt.chat import Tokenizer
 from penguin_edge.training.feed import Corpus, Delivery, Micro, Run, deliveries, measured_lengths, steps_of
@@ -39,14 +40,20 @@ from penguin_edge.training.packing import checkpoint_blocks
 from penguin_edge.training.progress import Log, TrainProgress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.training.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.training.state import (
+    BASE,
+    COUNTS,
     RESULT,
+    STATE,
+    TEACHER,
     TrainingState,
     check_room,
     checkpoints,
     cut_log,
+    load_extra,
     load_optimizer_state,
     optimizer_state,
     read_state,
+    regular,
     save_result,
     save_step,
 )
@@ -61,9 +68,6 @@ from penguin_edge.training.trainee import (
     shard,
     whole,
 )
-
-COUNTS = ("samples", "tokens", "visual_tokens", "targets", "bad", "too_long")
-"""What is counted per step and over the run."""
 
 
 class NonFiniteLoss(PenguinError):
@@ -186,6 +190,8 @@ class Trainer:
         planned = steps_of(self.order, begin, self.total)
         with contextlib.ExitStack() as stack:
             stack.callback(progress.close)
+            if config.resume and self.main:
+                cut_log(config.out, begin)
             log = Log(config.out, config.tensorboard, begin, stack) if self.main else None
             for step in range(begin, self.total):
                 batches = [next(feed) for _ in range(config.accumulate)]
@@ -221,8 +227,6 @@ class Trainer:
             self.say(f"resuming from {self.resumed}: step {begin} of {self.total}")
         elif config.resume:
             self.say(f"{config.out}: no checkpoint there yet; starting from the beginning")
-        if config.resume and self.main:
-            cut_log(config.out, begin)
         return begin, state
 
     def _trainee(self, state: TrainingState | None) -> Trainee:
@@ -250,9 +254,7 @@ class Trainer:
                 if name.startswith(("decoder.", "embedding.")):
                     parameter.requires_grad_(is_adapter(name))
         if state is not None:
-            with torch.no_grad():
-                for name, value in state.extra.items():
-                    named[name].copy_(value)
+            load_extra(named, state, self.resumed / STATE)
         if config.gradient_checkpointing:
             checkpoint_blocks(penguin)
         return trainee.train()
@@ -300,7 +302,7 @@ class Trainer:
         names = {id(parameter): name for name, parameter in named.items()}
         self.name_of: Callable[[Tensor], str] = lambda parameter: names[id(parameter)]
         if state is not None:
-            load_optimizer_state(self.optimizers, self.name_of, state.optimizer)
+            load_optimizer_state(self.optimizers, self.name_of, state, self.resumed / STATE)
             self.counts = state.counts
 
     def _headline(self) -> str:
@@ -410,7 +412,7 @@ class Trainer:
             from accelerate.utils import gather_object
 
             ids = gather_object(ids)
-        path = self.config.out / f"nonfinite-step-{step + 1}.json"
+        path = regular(self.config.out / f"nonfinite-step-{step + 1}.json")
         if self.main:
             data = {"step": step + 1, "loss": repr(loss), "grad_norm": repr(norm), "ids": ids}
             write_json(path, data)
@@ -487,9 +489,22 @@ class Trainer:
             "precision": config.precision,
             "distillation": [config.distill_form, config.distill_weight, str(config.teacher)] if self.distill else None,
             "LoRA": None if config.lora is None else {**dataclasses.asdict(config.lora), "base": config.model},
+            **self._sources,
         }
         read_back: dict[str, Any] = json.loads(json.dumps(identity))
         return read_back
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, str | None]:
+        """Hashes of the weights that a step does not hold, and that the run needs all the same.
+
+        Of whole files, once for a process: as fast as the disk reads what the model is loaded from anyway.
+        """
+        config = self.config
+        return {
+            BASE: None if config.lora is None else self.checkpoint.fingerprint(),
+            TEACHER: encoder_fingerprint(config.teacher) if self.distill and config.teacher is not None else None,
+        }
 
 
 def _accelerator(config: TrainConfig) -> Any:

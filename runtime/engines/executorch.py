@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.manifest import COPY_AGAIN, EXECUTORCH_MERGED, Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import TORCH, Package
 from penguin_edge.prompt.chat import Tokenizer
@@ -45,6 +45,9 @@ from penguin_edge.runtime.engines.self_check import open_tokenizer
 
 KV_STEP = 64
 """`kv_positions` grows by this many positions: XNNPACK plans anew for every new shape."""
+
+TYPES = {4: "i64", 5: "fp16", 6: "fp32"}
+"""ExecuTorch's numbers of types, in the manifest's words."""
 
 _OPEN: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
 """Engines alive in this process."""
@@ -114,7 +117,13 @@ class ExecutorchEngine:
                         "one pool; pass the same number or run it in a process of its own"
                     )
                 binding._unsafe_reset_threadpool(threads)
-        return cls(bundle, binding, torch)
+        engine = cls(bundle, binding, torch)
+        try:
+            engine._program("decoder")  # Its shapes tell whether the manifest's bounds are its own.
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     @property
     def capacity(self) -> int | None:
@@ -269,8 +278,54 @@ class ExecutorchEngine:
             raise BundleError(f"{self._bundle.folder}: has no {graph} (a text-only model); export a model with vision")
         with self._loading(graph):
             program = self._library._load_program(str(self._bundle.path(manifest.graphs[graph].file)))
+            self._check_tensors(program.method_meta("forward"), graph)
         self._programs[graph] = program
         return program
+
+    def _check_tensors(self, meta: Any, graph: str) -> None:
+        """Compare the largest shapes of a graph, which its program fixes, with what the manifest says of them.
+
+        Raises:
+            BundleError: another number of tensors, or one of another type or largest shape.
+        """
+        manifest, bounds, text = self._bundle.manifest, self.bounds, self.config.text
+        entry = manifest.graphs[graph]
+        most: dict[int | str, int] = {
+            "B": bounds.max_batch,
+            "P": bounds.max_patches,
+            "T": bounds.max_patches,
+            "M": EXECUTORCH_MERGED,
+        }
+        most |= {"S": bounds.max_chunk, "K": bounds.max_logits}
+        # The manifest says f32 where the engine says fp32.
+        wanted: dict[str, tuple[Any, ...]] = {
+            f"{what} {place}": (spec.dtype.replace("f32", "fp32"), *(most.get(size, size) for size in spec.shape))
+            for what, specs in (("input", entry.inputs), ("output", entry.outputs))
+            for place, spec in enumerate(specs)
+        }
+        if graph == "decoder":
+            wanted[f"input {len(entry.inputs)}"] = ("i64", bounds.max_seq_len)
+            # Programs of earlier exports do not name their buffers.
+            for place in range(2 * text.num_hidden_layers if meta.num_attributes() else 0):
+                shape = (text.num_key_value_heads, bounds.max_seq_len, text.head_dim)
+                wanted[f"buffer {place}"] = (manifest.kv_dtype, *shape)
+        tensors = {
+            "input": (meta.num_inputs(), meta.input_tensor_meta),
+            "output": (meta.num_outputs(), meta.output_tensor_meta),
+            "buffer": (meta.num_attributes(), meta.attribute_tensor_meta),
+        }
+        found = {
+            f"{what} {place}": (TYPES.get(tensor(place).dtype(), "another type"), *tensor(place).sizes())
+            for what, (count, tensor) in tensors.items()
+            for place in range(count)
+        }
+        for name in [*wanted, *(found.keys() - wanted.keys())]:
+            if wanted.get(name) != found.get(name):
+                given, stated = (" ".join(map(str, shapes.get(name, ("none",)))) for shapes in (found, wanted))
+                raise BundleError(
+                    f"{self._bundle.path(entry.file)}: its {name} is at most {given}, the manifest states {stated}; "
+                    f"{COPY_AGAIN}"
+                )
 
     @contextlib.contextmanager
     def _loading(self, graph: str) -> Iterator[None]:

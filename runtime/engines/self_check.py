@@ -6,6 +6,7 @@ made, the tokenizer came with the checkpoint: both tell what the manifest has to
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penguin_edge.bundle.manifest import CHECK, COPY_AGAIN, TOKENIZER, Bundle, config_hash
-from penguin_edge.config import ImageConfig
+from penguin_edge.config import PATCH, PATCH_VALUES, ImageConfig
 from penguin_edge.errors import BundleError, CheckpointError, InputError
 from penguin_edge.media.preprocess import preprocess_image
 from penguin_edge.prompt.chat import END, Tokenizer
@@ -81,7 +82,7 @@ def _compare_check_data(bundle: Bundle) -> None:
             f"{path}: its pictures become other patches here than when the bundle was made, so that the manifest's "
             f"image settings or this machine's OpenCV differ; {COPY_AGAIN}"
         )
-    if not apart <= ROWS_RELATIVE * largest:
+    if not (apart <= ROWS_RELATIVE * largest and math.isfinite(largest)):
         raise BundleError(f"{path}: the embedding table has other rows than when the bundle was made; {COPY_AGAIN}")
 
 
@@ -105,6 +106,14 @@ def _read(path: Path) -> tuple[str | None, dict[str, NDArray[Any]]]:
 
 def _patches_off(config: ImageConfig, arrays: dict[str, NDArray[Any]], case: str) -> float:
     """Mean difference of the patches that a picture becomes here from those that were recorded."""
-    height, width, merge = (int(x) for x in arrays[f"size_{case}"])
+    size, patches = arrays[f"size_{case}"], arrays[f"patches_{case}"][0]
+    if size.shape != (3,) or size.dtype.kind not in "iu":
+        raise ValueError(f"size_{case} is {size.dtype} {list(size.shape)}, wanted three integers")
+    if patches.ndim != 2 or patches.shape[1] != PATCH_VALUES:
+        raise ValueError(f"patches_{case} is [1, {', '.join(map(str, patches.shape))}], wanted [1, P, {PATCH_VALUES}]")
+    height, width, merge = size.tolist()
+    # How many patches there are bounds what is computed before they are compared.
+    if min(height, width) < PATCH or height // PATCH * (width // PATCH) != len(patches):
+        raise ValueError(f"size_{case} is {size.tolist()}, which does not make the {len(patches)} patches stored")
     found = preprocess_image(arrays[f"image_{case}"], config, merge, size=(height, width)).pixels
-    return float(np.abs(found - arrays[f"patches_{case}"][0]).mean())
+    return float(np.abs(found - patches).mean())

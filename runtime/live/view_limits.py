@@ -34,6 +34,7 @@ class ViewLimits:
 
 def bounded(limits: ViewLimits) -> type[asyncio.Protocol]:
     """uvicorn's protocol, within these limits."""
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Bounded(H11Protocol):
@@ -52,6 +53,21 @@ def bounded(limits: ViewLimits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            conn, next_event = self.conn, self.conn.next_event
+
+            def checked() -> Any:
+                """The next event; a head is too long in one piece, too, while h11 itself counts those that lack more.
+
+                Raises:
+                    RemoteProtocolError: as h11 does, which is answered with 400.
+                """
+                before = len(conn.trailing_data[0])
+                event = next_event()
+                if isinstance(event, h11.Request) and before - len(conn.trailing_data[0]) > HEAD_BYTES:
+                    raise h11.RemoteProtocolError("head too long", error_status_hint=431)
+                return event
+
+            conn.next_event = checked  # type: ignore[method-assign]
             self.since = self.loop.time()
             self._head = self.loop.call_later(limits.head_s, self._abort)
             if len(self.connections) > limits.connections:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import picture
 from hypothesis import HealthCheck, given, settings
@@ -166,6 +167,12 @@ def refusal(bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Non
 FIELDS_THAT_DISAGREE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "least above most": (lambda d: d["bounds"].update(min_chunk=300), "min_chunk 300 above max_chunk"),
     "longer than the model": (lambda d: d["bounds"].update(max_seq_len=2**20), "its limit"),
+    "smaller pictures": (lambda d: d["bounds"].update(patch_buckets=[48]), r"patch_buckets \[48\].*writes \[16384\]"),
+    "one more bucket": (lambda d: d["bounds"]["patch_buckets"].append(48), r"patch_buckets \[16384, 48\]"),
+    "smaller chunks": (lambda d: d["bounds"].update(max_chunk=128), "max_chunk 128.*writes 256"),
+    "larger chunks": (lambda d: d["bounds"].update(max_chunk=257), "max_chunk 257.*writes 256"),
+    "one frame at a time": (lambda d: d["bounds"].update(max_batch=1), "max_batch 1.*writes 16"),
+    "more logits": (lambda d: d["bounds"].update(max_logits=9), "max_logits 9.*writes 8"),
     "no graph for prompts": (lambda d: d["bounds"].update(min_chunk=2), "without a prefill graph"),
     "heads": (lambda d: d["model"]["text"].update(num_key_value_heads=3), "wanted a multiple"),
     "an odd head": (lambda d: d["model"]["text"].update(head_dim=31), "wanted an even|even one"),
@@ -231,7 +238,24 @@ def test_a_file_that_is_a_link_out_of_the_folder_is_refused(nano_bundle: BundleM
     Bundle.read(tmp_path / "linked")
 
 
-@pytest.mark.parametrize("damage", ["cut", "no tensors", "another picture"])
+CHECK_DATA_THAT_FIT_NOTHING: dict[str, dict[str, Any]] = {
+    "another picture": {},
+    "a picture that no memory holds": {"size_0": np.array([2**20, 2**20, 1])},
+    "a size beyond 32 bits": {"size_0": np.array([2**62, 2**62, 1])},
+    "a size of floats": {"size_0": np.array([np.inf, 56.0, 1.0])},
+    "a size below one": {"size_0": np.array([-28, -28, 1])},
+    "sides that patches do not fill": {"size_0": np.array([85, 113, 2])},
+    "a size of two numbers": {"size_1": np.array([56, 70])},
+    "a merge size of none": {"size_1": np.array([56, 70, 0])},
+    "patches without values": {
+        "size_0": np.array([14 * 2**20, 14 * 2**20, 1]),
+        "patches_0": np.zeros((1, 2**40, 0), np.float32),
+    },
+    "rows beyond all numbers": {"embeds": np.full((79, 128), np.inf, np.float32)},
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no tensors", *CHECK_DATA_THAT_FIT_NOTHING])
 def test_check_data_that_fit_no_manifest_are_refused(nano_bundle: BundleMaker, tmp_path: Path, damage: str) -> None:
     source = nano_bundle("onnx", "fp32")
     folder = linked(source, tmp_path / "bundle", {})
@@ -243,12 +267,13 @@ def test_check_data_that_fit_no_manifest_are_refused(nano_bundle: BundleMaker, t
     elif damage == "no tensors":
         save_file({"ids": arrays["ids"]}, folder / CHECK)
     else:
-        save_file(arrays | {"image_0": 255 - arrays["image_0"]}, folder / CHECK)
+        changed = CHECK_DATA_THAT_FIT_NOTHING[damage] or {"image_0": 255 - arrays["image_0"]}
+        save_file(arrays | changed, folder / CHECK)
     data = json.loads((source / MANIFEST).read_text())
     data["files"][CHECK] = {"sha256": file_hash(folder / CHECK), "bytes": (folder / CHECK).stat().st_size}
     data["sha256"] = manifest_hash(data)
     (folder / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(BundleError, match=r"check data|become other patches"):
+    with pytest.raises(BundleError, match=r"check data|become other patches|has other rows"):
         Session.open(folder, threads=1)
 
 
@@ -260,9 +285,23 @@ def test_verify_names_what_is_wrong_with_its_check_data(nano_bundle: BundleMaker
             save_file({k: v for k, v in arrays.items() if k != name} | changed, tmp_path / CHECK)
             with pytest.raises(BundleError, match=f"{CHECK}: [a-z_01]+ is "):
                 stored_arrays(tmp_path / CHECK, config)
+    save_file(arrays | {"size_0": arrays["size_0"] * 2}, tmp_path / CHECK)
+    with pytest.raises(BundleError, match=r"size_0 is \[168, 224, 4\], wanted \[84, 112, 2\]"):
+        stored_arrays(tmp_path / CHECK, config)
     (tmp_path / CHECK).write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="cannot be read as check data"):
         stored_arrays(tmp_path / CHECK, config)
+
+
+@pytest.mark.parametrize("length", [256, 513, 1024])
+def test_a_cache_of_another_length_than_the_graph_has_is_refused(
+    nano_bundle: BundleMaker, tmp_path: Path, length: int
+) -> None:
+    data = json.loads((nano_bundle("onnx", "fp32") / MANIFEST).read_text())
+    data["bounds"]["max_seq_len"] = length
+    data["sha256"] = manifest_hash(data)
+    with pytest.raises(BundleError, match=f"past_key_0 is .* 512, .*the manifest states .* {length}, "):
+        answers(linked(nano_bundle("onnx", "fp32"), tmp_path / "changed", data))
 
 
 def test_a_graph_with_other_tensors_than_stated_is_refused(nano_bundle: BundleMaker, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from overwriting import bundle, listing, write_new
 
+from penguin_edge import folders
 from penguin_edge.bundle.manifest import MANIFEST, VERIFY
 from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError
@@ -182,6 +186,70 @@ def test_the_working_directory_is_not_pulled_away(tmp_path: Path, monkeypatch: p
     with pytest.raises(BundleError, match="working directory"):
         write_new(out, overwrite=True)
     assert listing(tmp_path) == before
+
+
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """A file or folder as a mount point of its own file system, which has the same device as what is around it."""
+    done = subprocess.run(["mount", "--bind", place, place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may not mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount")
+@pytest.mark.parametrize(
+    ("inner", "said"),
+    [
+        ("", "is a mount point, which cannot be replaced; choose"),
+        (VERIFY, r"has a mount point in it \(verify.json\), so it cannot be replaced; unmount"),
+        ("weights", r"has a mount point in it \(weights\)"),
+        ("weights/decoder.bin", r"has a mount point in it \(weights/decoder.bin\)"),
+    ],
+)
+def test_what_is_mounted_is_refused_before_the_work(tmp_path: Path, inner: str, said: str) -> None:
+    out = bundle(tmp_path / "out")
+    with mounted(out / inner):
+        before = listing(tmp_path)
+        with pytest.raises(BundleError, match=said):
+            check_place(out, overwrite=True)
+        with pytest.raises(BundleError, match=said), writing(out, overwrite=True):
+            pytest.fail("the work began")
+        assert listing(tmp_path) == before
+    check_place(out, overwrite=True)
+    write_new(out, overwrite=True)
+    assert listing(tmp_path) == {"out": None, f"out/{MANIFEST}": b"new"}
+
+
+def test_a_mount_that_comes_meanwhile_is_refused_too(tmp_path: Path) -> None:
+    out = bundle(tmp_path / "out")
+    before = listing(tmp_path)
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(BundleError, match="has a mount point"), writing(out, overwrite=True) as folder:
+            (folder / MANIFEST).write_text("new")
+            stack.enter_context(mounted(out / VERIFY))
+        assert listing(tmp_path) == before
+
+
+def test_names_of_mounts_are_read_as_the_system_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, out = tmp_path / "mountinfo", bundle(tmp_path / "a b\\c")
+    monkeypatch.setattr(folders, "MOUNTS", listed)
+    name = str(out).replace("\\", r"\134").replace(" ", r"\040")
+    for point, refused in ((name, True), (f"{name}/weights", True), (f"{name}2", False), (str(tmp_path), False)):
+        listed.write_text(f"22 27 0:21 / {point} rw,relatime - ext4 /dev/sda rw\n")
+        with pytest.raises(BundleError, match="mount point") if refused else contextlib.nullcontext():
+            check_place(out, overwrite=True)
+    listed.unlink()
+    check_place(out, overwrite=True)
+
+
+def test_the_working_directory_is_looked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle(tmp_path / "out"))
+    with pytest.raises(BundleError, match="working directory"):
+        check_place(tmp_path / "out", overwrite=True)
 
 
 def test_parents_that_were_made_go_when_nothing_comes_of_it(tmp_path: Path) -> None:

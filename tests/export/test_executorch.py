@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from penguin_edge.model.penguin import PenguinModel  # noqa: E402
 from penguin_edge.runtime.core.sampling import SamplingOptions  # noqa: E402
 from penguin_edge.runtime.engines.executorch import ExecutorchEngine  # noqa: E402
 from penguin_edge.runtime.stream import Stream  # noqa: E402
+from penguin_edge.schema import SchemaError  # noqa: E402
 
 TINY = PRESETS["tiny"]
 ONE_LAYER = replace(
@@ -218,6 +220,38 @@ def test_encoder_bounds(engine: ExecutorchEngine) -> None:
             engine.encode(np.zeros(shape, np.float32), np.zeros(shape[1], np.int64), np.zeros(shape[1], np.int64))
 
 
+BOUNDS: dict[str, dict[str, Any]] = {
+    "a longer cache": {"max_seq_len": 320},
+    "a shorter cache": {"max_seq_len": 96},
+    "larger chunks": {"max_chunk": 129},
+    "smaller chunks": {"max_chunk": 64},
+    "more logits": {"max_logits": 9},
+    "several frames": {"max_batch": 2},
+    "larger pictures": {"patch_buckets": (641,)},
+    "smaller pictures": {"patch_buckets": (48,)},
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_bounds_other_than_the_programs_are_refused_when_it_is_loaded(bundle: Bundle, case: str) -> None:
+    """Also those that the manifest's own check knows nothing of, as the engine is given a bundle without one here."""
+    manifest = bundle.manifest
+    with pytest.raises(BundleError, match=r"is at most .*, the manifest states .*; copy the bundle again"):
+        changed = ExecutorchEngine.open(
+            Bundle(bundle.folder, replace(manifest, bounds=replace(manifest.bounds, **BOUNDS[case])))
+        )
+        count = changed.bounds.max_patches
+        changed.encode(np.zeros((1, count, 588), np.float32), np.zeros(count, np.int64), np.zeros(count, np.int64))
+
+
+def test_a_manifest_with_other_bounds_than_an_export_writes_is_refused(bundle: Bundle) -> None:
+    """Every one, whether or not a program would tell; the same bundle without a change is none of them."""
+    bundle.manifest._check_bounds()
+    for change in BOUNDS.values():
+        with pytest.raises(SchemaError, match=r"bounds has .* and an export for executorch .* writes"):
+            replace(bundle.manifest, bounds=replace(bundle.manifest.bounds, **change))._check_bounds()
+
+
 @pytest.mark.parametrize(("tokens", "merge"), [(1, 1), (1, 2), (7, 1), (160, 2), (640, 1)])
 def test_projector(engine: Alone, model: PenguinModel, tokens: int, merge: int) -> None:
     features = np.random.default_rng(tokens).standard_normal((1, tokens * merge**2, 64)).astype(np.float32)
@@ -405,9 +439,8 @@ def test_damaged_program(bundle: Bundle, tmp_path: Path) -> None:
     for file in bundle.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "decoder.pte").write_bytes(bytes(4096))
-    engine = Alone(ExecutorchEngine.open(Bundle(tmp_path, bundle.manifest)))
     with pytest.raises(BundleError, match="export again"):
-        engine.forward(embeds(1, 0), np.array([-1]))
+        ExecutorchEngine.open(Bundle(tmp_path, bundle.manifest))
 
 
 def test_refusals(bundle: Bundle, loaded: ExecutorchEngine, tmp_path: Path) -> None:

@@ -103,6 +103,48 @@ def is_whole(path: Path, count: int = 60) -> None:
     assert numbers(span) == list(range(25, 45)) and span[0].time == 2.5
 
 
+@pytest.mark.parametrize("ending", ["mpg", "vob"])
+@pytest.mark.parametrize("between", ["0", "1", "2", "3"])
+def test_a_start_gives_the_frames_that_reading_from_the_beginning_gives(
+    tmp_path: Path, ending: str, between: str
+) -> None:
+    """MPEG-PS: pictures that wait for others have no time of their own, and the container states too short a length."""
+    path = write(tmp_path / f"a.{ending}", list(range(80)), codec="mpeg2video", rate=25, bf=between, g="12")
+    assert probe_video(path).duration == pytest.approx(3.2)
+    whole = numbers(read_video(path, fps=25, max_frames=None))
+    assert whole == list(range(80)) or between == "0"
+    for first in range(0, 56, 3):
+        found = list(read_video(path, fps=25, start=first / 25, max_frames=None))
+        assert numbers(found) == whole[first:] and found[0].time == pytest.approx(first / 25)
+    # Less than a second is read by numbers, of which the first is that before `start`.
+    assert numbers(read_video(path, fps=25, start=3.12, max_frames=None)) == [77, 78, 79]
+    assert numbers(read_video(path, fps=25, start=3.17, max_frames=None)) == [78, 79]
+    with pytest.raises(InputError, match=r"start 3.2 s is not before the end at 3.2 s"):
+        read_video(path, fps=25, start=3.2)
+
+
+def test_a_start_in_a_joined_program_stream(tmp_path: Path) -> None:
+    parts = [
+        write(tmp_path / f"{i}.mpg", list(range(40 * i, 40 * i + 40)), codec="mpeg2video", rate=25, bf="2", g="12")
+        for i in (0, 1)
+    ]
+    path = joined(tmp_path / "joined.mpg", *parts)
+    whole = numbers(read_video(path, fps=25, max_frames=None))
+    assert whole == list(range(80))
+    for first in (10, 37, 41, 50):
+        assert numbers(read_video(path, fps=25, start=first / 25, max_frames=None)) == whole[first:]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.nut", "ffv1"), ("a.mpg", "mpeg2video"), ("a.ts", "libx264"), ("a.mkv", "libx264"), ("a.mp4", "libx264")],
+)
+def test_the_end_is_not_before_the_end_of_the_last_frame(tmp_path: Path, name: str, codec: str) -> None:
+    path = write(tmp_path / name, list(range(60)), codec=codec, rate=25)
+    assert probe_video(path).duration == pytest.approx(2.4, abs=0.01)
+    assert numbers(read_video(path, fps=25, start=2.37))[-1] == 59
+
+
 def test_a_clock_that_starts_again_goes_on(halves: tuple[Path, Path, Path], tmp_path: Path) -> None:
     is_whole(joined(tmp_path / "again.ts", halves[0], halves[1]))
 

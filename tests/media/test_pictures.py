@@ -52,6 +52,16 @@ def blank_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def png_of(rows: bytes, *, width: int = 9, height: int = 8, colour: int = 2, interlaced: int = 0) -> bytes:
+    """A PNG of 8 bits whose chunks are whole, whatever its pixel data are."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def blank_gif(side: int, count: int, *, corner: int = 0) -> bytes:
     """Frames of one pixel each on a screen of `side` x `side`, all but the first at (corner, corner)."""
     frame = b"!\xf9\x04\0\x01\0\0\0,%s\x02\x02D\x01\0"
@@ -456,3 +466,82 @@ def test_damage_gives_pixels_or_one_sentence(data: st.DataObject) -> None:
         warnings.simplefilter("error")
         with contextlib.suppress(InputError):
             assert read_image(broken, max_pixels=1 << 20).pixels.dtype == np.uint8
+
+
+def grey_tiff_of_strips(count: int) -> bytes:
+    """16 x 16 pixels in strips of four rows, of which the file lists so many."""
+    body = b"".join(bytes([100 + i]) * 64 for i in range(count))
+    offsets = struct.pack(f"<{count}I", *(8 + 64 * i for i in range(count)))
+    lengths = struct.pack(f"<{count}I", *[64] * count)
+    head = 8 + len(body) + len(offsets) + len(lengths)
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 278: 4}
+    rows = [(tag, 4, 1, value) for tag, value in tags.items()]
+    rows += [(273, 4, count, 8 + len(body)), (279, 4, count, 8 + len(body) + len(offsets))]
+    listed = b"".join(struct.pack("<HHII", *row) for row in sorted(rows))
+    return b"II*\0" + struct.pack("<I", head) + body + offsets + lengths + struct.pack("<H", 9) + listed + b"\0" * 4
+
+
+def test_strips_that_a_tiff_lacks_do_not_become_black() -> None:
+    assert read_image(grey_tiff_of_strips(4)).pixels[::4, 0, 0].tolist() == [100, 101, 102, 103]
+    for count in (2, 3):
+        with pytest.raises(InputError, match=r"its pixel data end too soon\); copy it again"):
+            read_image(grey_tiff_of_strips(count))
+
+
+def test_rows_that_a_png_lacks_do_not_become_black() -> None:
+    """Black rows that are there stay black; the data may be longer than the picture."""
+    row, black = b"\0" + bytes(range(100, 127)), b"\0" * 28
+    whole = read_image(png_of(row * 3 + black * 5 + b"more")).pixels
+    assert whole[:3].min() == 100 and not whole[3:].any()
+    for short in (b"", row, row * 7, black * 7, row * 7 + black[:-1]):
+        with pytest.raises(InputError, match="damaged or truncated"):
+            read_image(png_of(short))
+
+
+def test_an_interlaced_png_is_read_whole_or_not_at_all() -> None:
+    """9 x 8 pixels of grey: rows of 2, 1, 3, 2, 5, 4 and 9 pixels, one pass after the other."""
+    passes = [(2, 1), (1, 1), (3, 1), (2, 2), (5, 2), (4, 4), (9, 4)]
+    rows = b"".join((b"\0" + b"\x50" * width) * height for width, height in passes)
+    assert read_image(png_of(rows, colour=0, interlaced=1)).pixels.tolist() == [[[80] * 3] * 9] * 8
+    for missing in (1, 10, 40, 60):
+        with pytest.raises(InputError, match="damaged or truncated"):
+            read_image(png_of(rows[:-missing], colour=0, interlaced=1))
+
+
+def test_a_frame_of_an_animated_png_is_whole_or_refused(tmp_path: Path) -> None:
+    """Up to the last one that is asked for, and the first also as a still picture."""
+    frames = [Image.fromarray(picture(i)[:24, :24]) for i in range(3)]
+    whole = encoded(frames[0], save_all=True, append_images=frames[1:], blend=0, disposal=0)
+
+    def shortened(number: int) -> bytes:
+        """The animation with half of one frame's rows."""
+        out, at, seen = whole[:8], 8, -1
+        while at < len(whole):
+            length, kind = struct.unpack_from(">I4s", whole, at)
+            data = whole[at + 8 : at + 8 + length]
+            at += 12 + length
+            if kind in (b"IDAT", b"fdAT"):
+                seen += 1
+                lead = data[: 4 * (kind == b"fdAT")]
+                if seen == number:
+                    rows = zlib.decompress(data[len(lead) :])
+                    data = lead + zlib.compress(rows[: 73 * 12])
+            out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return out
+
+    path = tmp_path / "a.png"
+    path.write_bytes(shortened(-1))
+    assert [(f.pixels == picture(i)[:24, :24]).all() for i, f in enumerate(read_video(path, fps=None))] == [True] * 3
+    path.write_bytes(shortened(1))
+    assert (read_image(path).pixels == picture(0)[:24, :24]).all()
+    assert len(list(read_video(path, fps=25, end=0.04))) == 1
+    with pytest.raises(InputError, match="frame 1 of the animation is damaged"):
+        list(read_video(path, fps=None))
+    path.write_bytes(shortened(0))
+    with pytest.raises(InputError, match="its pixel data end too soon"):
+        read_image(path)
+
+
+def test_a_palette_that_is_missing_does_not_become_black() -> None:
+    with pytest.raises(InputError, match="have a palette, and there is none"):
+        read_image(png_of(b"\0\1\2\3" * 2, width=3, height=2, colour=3))

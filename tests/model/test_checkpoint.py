@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from penguin_edge.config import PRESETS, PenguinConfig, TextConfig
-from penguin_edge.errors import CheckpointError
+from penguin_edge.errors import CheckpointError, SettingError
 from penguin_edge.model.checkpoint import DEFAULT_IDS, Checkpoint, meta_model, save
 from penguin_edge.model.penguin import PARTS
 from penguin_edge.model.weights import published_name
@@ -287,5 +287,18 @@ def test_the_environment_raises_the_limit_of_layers(monkeypatch: pytest.MonkeyPa
     assert PenguinConfig.from_json(deep).text.num_hidden_layers == 2000
     for wrong in ("0", "-5", "many", "9" * 50, "1e3", ""):
         monkeypatch.setenv("PENGUIN_EDGE_MAX_LAYERS", wrong)
-        with pytest.raises(CheckpointError, match=r"PENGUIN_EDGE_MAX_LAYERS is .*, wanted a whole number"):
-            PenguinConfig.from_json(deep)
+        says = r"^PENGUIN_EDGE_MAX_LAYERS in the environment is .*, wanted a whole number, .*; set one, or unset it$"
+        for read in (lambda: PenguinConfig.from_json(deep), lambda: Checkpoint.open("tiny", **QUIET)):
+            with pytest.raises(SettingError, match=says):
+                read()
+
+
+@pytest.mark.parametrize("source", ["tiny", "nano", "folder"])
+def test_a_limit_of_layers_that_refuses_is_what_the_message_is_about(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setenv("PENGUIN_EDGE_MAX_LAYERS", "1")
+    with pytest.raises(
+        SettingError, match=r"num_hidden_layers is \d, and PENGUIN_EDGE_MAX_LAYERS .* 1; raise it, or u"
+    ):
+        Checkpoint.open(copy if source == "folder" else source, **QUIET)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint
-from penguin_edge.prompt.chat import END, IMAGE, START, TextStream, Tokenizer, as_text, render
+from penguin_edge.prompt.chat import END, IMAGE, PROBE, START, TextStream, Tokenizer, as_text, render
 
 TOKENIZER = Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=640)
 
@@ -121,6 +124,145 @@ def test_settings_of_training_in_the_tokenizer_are_not_obeyed(tmp_path: Path) ->
     (tmp_path / "t.json").write_text(json.dumps(data))
     opened = Tokenizer.open(tmp_path / "t.json", image_token_id=603, vocab_size=640)
     assert opened.encode("a b c d e f g h") == TOKENIZER.encode("a b c d e f g h")
+
+
+def test_a_tokenizer_that_was_trained_with_dropout_gives_the_same_ids_each_time(tmp_path: Path) -> None:
+    text = "The same text, and a long one at that, " * 4
+    opened = opened_with(tmp_path, model={**DATA["model"], "dropout": 0.5})
+    copy = pickle.loads(pickle.dumps(opened))
+    for _ in range(3):
+        assert opened.encode(text) == TOKENIZER.encode(text) == copy.encode(text)
+
+
+DATA = json.loads(DEFAULT_TOKENIZER.read_text())
+BPE: dict[str, Any] = DATA["model"]
+PIECES = [[token, -1.0] for token in BPE["vocab"]]
+
+
+def opened_with(folder: Path, **changes: Any) -> Tokenizer:
+    (folder / "tokenizer.json").write_text(json.dumps({**DATA, **changes}))
+    return Tokenizer.open(folder / "tokenizer.json", image_token_id=-1, vocab_size=640)
+
+
+def template(*texts: str) -> dict[str, Any]:
+    single = [{"Sequence": {"id": text, "type_id": 0}} for text in texts]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+
+
+def replacing(**pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": "x"}
+
+
+def charsmap(data: bytes) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no table": ({"normalizer": charsmap(b"")}, "precompiled_charsmap is damaged"),
+    "no base64": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "charsmap is damaged"),
+    "a table cut off": ({"normalizer": charsmap(b"\0\1\0\0" + bytes(8))}, "charsmap is damaged"),
+    "a table of one place": ({"normalizer": charsmap(b"\4\0\0\0" + bytes(5))}, "charsmap is damaged"),
+    "in a sequence": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, charsmap(b"")]}},
+        "normalizers[1].precompiled_charsmap is damaged",
+    ),
+    "replaces nothing": ({"normalizer": replacing(String="")}, "pattern.String"),
+    "replaces an empty match": ({"normalizer": replacing(Regex="a*")}, "pattern.Regex"),
+    "replaces what begins": ({"normalizer": replacing(Regex="^")}, "pattern.Regex"),
+    "prepends nothing": ({"normalizer": {"type": "Prepend", "prepend": ""}}, "prepend"),
+    "pieces of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "FixedLength"),
+    "no kind": ({"pre_tokenizer": {"length": 0}}, "pre_tokenizer has no type"),
+    "a template of another text": ({"post_processor": template("B")}, "wanted the text A once"),
+    "a template without text": ({"post_processor": template()}, "wanted the text A once"),
+    "strips at both ends": (
+        {"decoder": {"type": "Strip", "content": "h", "start": 1, "stop": 1}},
+        "decoder strips at both ends",
+    ),
+    "no words": ({"model": {**BPE, "vocab": {}, "merges": []}, "added_tokens": []}, "model.vocab"),
+    "no model": ({"model": None}, "model is null"),
+    "words, no unknown": ({"model": {"type": "WordLevel", "vocab": BPE["vocab"], "unk_token": "[UNK]"}}, "'[UNK]'"),
+    "pieces of words, no unknown": (
+        {"model": {"type": "WordPiece", "vocab": BPE["vocab"], "unk_token": "[UNK]"}},
+        "'[UNK]'",
+    ),
+    "pieces, no unknown": ({"model": {"type": "Unigram", "vocab": PIECES, "unk_id": None}}, "unk_id is null"),
+    "pieces, unknown outside": ({"model": {"type": "Unigram", "vocab": PIECES, "unk_id": 9999}}, "unk_id is 9999"),
+    "no pieces": ({"model": {"type": "Unigram", "vocab": [], "unk_id": 0}}, "model.vocab"),
+    "BPE, no unknown": (
+        {"model": {**BPE, "vocab": {"a": 0}, "merges": [], "unk_token": "nope"}, "pre_tokenizer": None},
+        "cannot encode a text",
+    ),
+    "a prefix that merges lack": ({"model": {**BPE, "continuing_subword_prefix": "##"}}, "model.merges"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_tokenizer_that_would_fail_is_refused_in_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    changes, says = BROKEN[name]
+    with pytest.raises(CheckpointError) as caught:
+        opened_with(tmp_path, **changes)
+    assert says in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": replacing(String=" ")},
+        {"normalizer": replacing(Regex=" {2,}")},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "NFKC"}]}},
+        {"post_processor": template("A")},
+        {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0}},
+        {"model": {**BPE, "unk_token": "<|elsewhere|>"}},
+        {"model": {key: value for key, value in BPE.items() if key != "type"}},
+        {"model": {"type": "Unigram", "vocab": PIECES, "unk_id": 0}},
+    ],
+)
+def test_steps_of_published_tokenizers_are_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    opened = opened_with(tmp_path, **changes)
+    opened.decode(opened.encode("Some text,  and 漢字 é"))
+
+
+def test_a_table_of_sentencepiece_is_taken_whole_and_refused_damaged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    sentences = iter([f"some words and {number}" for number in range(200)])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=written, vocab_size=30, minloglevel=9
+    )
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(written.getvalue())
+    table: bytes = model.normalizer_spec.precompiled_charsmap
+    opened = opened_with(tmp_path, normalizer=charsmap(table))
+    assert opened.encode("\uff46\uff55\uff4c\uff4c \ufb01") == TOKENIZER.encode("full fi")
+    size = int.from_bytes(table[:4], "little")
+    capfd.readouterr()
+    for damaged in (
+        table[: 4 + size // 2],
+        table[:-1] + b"x",
+        table[: 4 + size] + b"\0",
+        table[:4] + b"\xff\xfe\xff\x7f" + table[8:],
+        bytes(3) + b"\1" + table[4:],
+        table[:4] + bytes(size // 4 * 4)[:-4] + b"\0\xff\xff\x7f" + table[4 + size :],
+    ):
+        with pytest.raises(CheckpointError, match="charsmap is damaged"):
+            opened_with(tmp_path, normalizer=charsmap(damaged))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_that_the_tokenizer_fails_at_is_one_sentence(tmp_path: Path) -> None:
+    letters = {letter: number for number, letter in enumerate(sorted({*PROBE, "b"}))}
+    model = {**BPE, "vocab": letters, "merges": [], "unk_token": "nope"}
+    opened = opened_with(tmp_path, model=model, pre_tokenizer=None, added_tokens=[])
+    assert opened.encode("b") == [letters["b"]]
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: cannot encode a text \(Unk token"):
+        opened.encode("bq")
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:

@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from penguin_edge.errors import CheckpointError, PenguinError
+from penguin_edge.files import file_hash, manifest_hash, write_json
+from penguin_edge.model.checkpoint import EMBEDDED
 from penguin_edge.training.state import LOG, STATE, STEP, check_step, checkpoints, cut_log
-from penguin_edge.training.train_config import STAGES, TrainConfig
+from penguin_edge.training.train_config import STAGES, Lora, TrainConfig
 from penguin_edge.training.trainer import train
 
 STEPS = 6
@@ -163,6 +166,165 @@ def test_a_state_runs_no_code(data: Path, stopped: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="cannot be read as a training state"):
         resumed(data, stopped)
     assert not (tmp_path / "evil").exists()
+
+
+# --- states that are no states ---------------------------------------------------------------------------------------
+
+
+def rewrite(step: Path, change: Any) -> None:
+    """Change the state of a step, and hash it again as if it had been written so."""
+    state = torch.load(step / STATE, weights_only=True)
+    change(state)
+    torch.save(state, step / STATE)
+    names = sorted(path.name for path in step.iterdir() if path.name != STEP)
+    files = {name: {"sha256": file_hash(step / name), "bytes": (step / name).stat().st_size} for name in names}
+    data = {"schema": 2, "files": files}
+    write_json(step / STEP, {**data, "sha256": manifest_hash(data)})
+
+
+def put(**fields: Any) -> Any:
+    return lambda state: state.update(fields)
+
+
+def moment(key: str, change: Any) -> Any:
+    """Change one tensor of the optimiser, of a matrix; None takes it away."""
+
+    def edit(state: dict[str, Any]) -> None:
+        values = state["optimizer"]["decoder.layers.0.mlp.up_proj.weight"]
+        value = change(values[key])
+        values.pop(key) if value is None else values.update({key: value})
+
+    return edit
+
+
+def holding(value: float) -> Any:
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "step text": (put(step="4"), "step is"),
+    "step real": (put(step=4.0), "step is 4.0"),
+    "step tensor": (put(step=torch.tensor(4)), "step is"),
+    "step true": (put(step=True), "step is true"),
+    "step beyond": (put(step=100), "step is 100"),
+    "step below": (put(step=-4), "step is -4"),
+    "step of another folder": (put(step=2), "step is 2"),
+    "step missing": (lambda state: state.pop("step"), "has no step"),
+    "schema text": (put(schema="2"), 'schema "2"'),
+    "schema of tomorrow": (put(schema=3), "schema 3"),
+    "identity list": (put(identity=[]), "identity is []"),
+    "identity tensor": (lambda state: state["identity"].update(seed=torch.zeros(2)), "identity.seed is"),
+    "counts list": (put(counts=[]), "counts is []"),
+    "counts of text": (lambda state: state["counts"].update(bad="0"), 'counts.bad is "0"'),
+    "counts below": (lambda state: state["counts"].update(bad=-1), "counts.bad is -1"),
+    "counts missing": (lambda state: state["counts"].pop("bad"), "counts has no bad"),
+    "counts more": (lambda state: state["counts"].update(odd=0), "unknown field 'odd'"),
+    "no optimizer": (put(optimizer=None), "optimizer is null"),
+    "optimizer of lists": (put(optimizer={"x": []}), "optimizer.x is []"),
+    "optimizer of others": (lambda state: state["optimizer"].update(x={}), "the first difference is x"),
+    "moment missing": (moment("exp_avg", lambda _: None), "has no exp_avg"),
+    "moment misshapen": (moment("exp_avg", lambda _: torch.zeros(3)), "exp_avg is [3]"),
+    "moment of one number": (moment("exp_avg_sq", lambda _: torch.zeros(())), "exp_avg_sq is []"),
+    "moment whole": (moment("exp_avg", lambda t: t.long()), "exp_avg is a tensor of torch.int64"),
+    "moment double": (moment("exp_avg", lambda t: t.double()), "torch.float64"),
+    "moment sparse": (moment("exp_avg", lambda t: t.to_sparse()), "torch.sparse_coo"),
+    "moment text": (moment("exp_avg", lambda _: "x"), 'exp_avg is "x"'),
+    "moment NaN": (moment("exp_avg", holding(torch.nan)), "exp_avg holds a number that is NaN"),
+    "moment infinite": (moment("exp_avg_sq", holding(torch.inf)), "exp_avg_sq holds a number that is NaN or inf"),
+    "squares below": (moment("exp_avg_sq", holding(-1.0)), "exp_avg_sq holds a negative"),
+    "moment unknown": (
+        lambda state: next(iter(state["optimizer"].values())).update(odd=torch.zeros(1)),
+        "unknown field 'odd'",
+    ),
+    "steps text": (moment("step", lambda _: "4"), 'step is "4"'),
+    "steps in part": (moment("step", holding(0.5)), "step is 0.5"),
+    "steps beyond": (moment("step", holding(5.0)), "step is 5.0"),
+    "steps many": (moment("step", lambda _: torch.ones(4)), "step is [1.0"),
+    "no extra": (put(extra=None), "extra is null"),
+    "extra of others": (put(extra={"x": torch.zeros(1)}), "extra has an unknown tensor x"),
+    "nothing": (lambda state: state.clear(), "schema null"),
+    "more fields": (put(more=1), "unknown field 'more'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_state_is_checked_before_torch_gets_it(data: Path, stopped: Path, name: str) -> None:
+    change, says = WRONG[name]
+    step = stopped / "step-00000004"
+    rewrite(step, change)
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as refused:
+        resumed(data, stopped)
+    message = str(refused.value)
+    assert message.startswith(str(step / STATE)) and says in message and "\n" not in message
+    assert f"remove {step} to go on from there" in message or "freeze the same parts" in message
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
+def test_the_states_of_muon_are_checked_too(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(config(data, out, max_steps=2, muon_lr=1e-3), quiet)
+    shutil.rmtree(out / "model")
+    rewrite(out / "step-00000002", moment("momentum_buffer", lambda _: torch.zeros(3)))
+    with pytest.raises(CheckpointError, match=r"momentum_buffer is \[3\]"):
+        resumed(data, out, max_steps=2, muon_lr=1e-3)
+
+
+@pytest.mark.parametrize("name", [LOG, f"step-00000004/{STEP}", f"step-00000004/{STATE}", "step-00000004/config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_is_not_waited_for(data: Path, stopped: Path, name: str, kind: str) -> None:
+    path = stopped / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path if kind == "pipe" else stopped / "pipe")
+        if kind == "link":
+            path.symlink_to(stopped / "pipe")
+    if name.endswith(STATE):  # as if the step were none: the one before is gone on from, up to where that one stands
+        (stopped / "step-00000002" / STATE).unlink()
+    with pytest.raises(CheckpointError, match=r"no regular file|missing|move it away"):
+        resumed(data, stopped)
+
+
+# --- what a step does not hold ----------------------------------------------------------------------------------------
+
+
+def test_a_lora_run_goes_on_over_the_same_base_alone(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = Path(shutil.copytree(EMBEDDED["nano"], tmp_path / "base"))
+    more = {"model": str(base), "random_weights": False, "lora": Lora(rank=2), "max_steps": 2, "save_every": 1}
+    out = tmp_path / "out"
+    train(config(data, out, **more), quiet)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "step-00000002")
+    content = (base / "model.safetensors").read_bytes()
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"made with base weights of SHA-256 .*, this run has .*; use the same"):
+        resumed(data, out, **more)
+    (base / "model.safetensors").write_bytes(content)
+    rewrite(out / "step-00000001", lambda state: state["identity"].pop("base weights of SHA-256"))
+    assert "without a hash of the base that LoRA adapts" in "\n".join(resumed(data, out, **more))
+
+
+def test_a_run_with_a_teacher_goes_on_with_the_same_one_alone(data: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(EMBEDDED["nano"], tmp_path / "teacher"))
+    rates = dataclasses.replace(STAGES[1].rates.scaled_to(1e-3), distill=1e-3)
+    more = {"stage": 1, "rates": rates, "teacher": teacher, "max_steps": 2, "save_every": 1}
+    out = tmp_path / "out"
+    train(config(data, out, **more), quiet)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "step-00000002")
+    settings = (teacher / "config.json").read_text()
+    changed = json.loads(settings)
+    changed["vision_encoder_config"]["rope_theta"] = 77.0
+    (teacher / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"made with a teacher of SHA-256 .*, this run has .*; use the same"):
+        resumed(data, out, **more)
+    (teacher / "config.json").write_text(settings)
+    assert "step 1 of 2" in "\n".join(resumed(data, out, **more))
 
 
 # --- what is the user's -----------------------------------------------------------------------------------------------
@@ -325,7 +487,6 @@ def test_rests_of_a_killed_save_are_cleared_by_resuming(data: Path, stopped: Pat
 def test_the_result_of_a_lora_run_is_whole(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     from penguin_edge.training import state as trainer_state
-    from penguin_edge.training.train_config import Lora
 
     def fails(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from penguin_edge.bundle.manifest import Bounds, signature
+from penguin_edge.bundle.manifest import EXECUTORCH_MERGED, Bounds, signature
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import EncoderMethod, decoder_logits
@@ -47,8 +47,6 @@ from penguin_edge.quantize.linear import Activations, QuantizedLinear, Scheme
 
 log = logging.getLogger(__name__)
 
-MAX_PATCHES = 4096
-"""Attention scores of one frame are `[heads, P, P]` in one piece: 1.1 GB at 4096 patches, 17 GB at 16,384."""
 PRODUCTS = ("linear", "addmm", "mm", "bmm")
 MASKED = -1e4
 """Added to a masked score: far below any real score, and finite in fp16, where -1e9 is not."""
@@ -269,9 +267,9 @@ class ExecutorchTarget:
         """
         if max_seq_len < 32:
             raise InputError(f"max_seq_len {max_seq_len}, wanted at least 32; pass a larger --max-seq-len")
-        # Four patches per visual token at merge size 2, and never more visual tokens than the cache holds.
-        patches = min(MAX_PATCHES, 4 * max_seq_len)
-        return Bounds(max_seq_len, min(128, max_seq_len), max_batch=1, patch_buckets=(patches,))
+        bounds = Bounds.of(self.name, max_seq_len)
+        assert bounds is not None
+        return bounds
 
     def check_model(self, config: PenguinConfig) -> None:
         """XNNPACK takes every shape that a checkpoint may have."""
@@ -334,7 +332,7 @@ class ExecutorchTarget:
         if part not in ("encoder", "projector", "decoder") or module is None:
             raise InputError(f"part {part!r}, wanted encoder, projector or decoder, loaded in the model")
         specs, _ = signature(part, model.config, bounds)
-        limits = {"P": bounds.max_patches, "T": bounds.max_patches, "M": 4}
+        limits = {"P": bounds.max_patches, "T": bounds.max_patches, "M": EXECUTORCH_MERGED}
         limits |= {"S": bounds.max_chunk, "K": bounds.max_logits, "L": bounds.max_seq_len}
         sizes = {"B": 1, "P": 24, "T": 6, "M": 4, "S": 5, "K": 3, "L": 19}
         shapes: list[tuple[tuple[int | str, ...], str]] = [(spec.shape, spec.dtype) for spec in specs]

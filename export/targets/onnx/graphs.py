@@ -122,7 +122,9 @@ class OnnxTarget:
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """Bounds from which ONNX Runtime plans nothing; they limit the time and memory of one call."""
-        return Bounds(max_seq_len=max_seq_len, max_chunk=256)
+        bounds = Bounds.of(self.name, max_seq_len)
+        assert bounds is not None
+        return bounds
 
     def kv_dtype(self, precision: str) -> str:
         """fp32 for all precisions: nothing is rounded that a recipe does not name."""

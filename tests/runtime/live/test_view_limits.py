@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="the live view's packages are not installe
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.view import View
-from penguin_edge.runtime.live.view_limits import ViewLimits
+from penguin_edge.runtime.live.view_limits import HEAD_BYTES, ViewLimits
 from penguin_edge.runtime.live.view_server import ViewServer, socket_at
 from penguin_edge.runtime.stream import Stream
 
@@ -56,7 +56,11 @@ def status(one: socket.socket) -> int:
         text = one.recv(12)
     except ConnectionResetError:
         return 0
-    return int(text.split()[1]) if text else 0
+    return status_of(text) if text else 0
+
+
+def status_of(text: bytes) -> int:
+    return int(text.split()[1])
 
 
 def ended(one: socket.socket) -> bool:
@@ -162,6 +166,47 @@ def test_a_head_has_its_time(sent: str) -> None:
         assert ended(one)
         stop.set()
         thread.join()
+        assert visitors.status() == 200
+
+
+def head_of(length: int, path: str = "/") -> str:
+    """A request's head of so many bytes."""
+    begin, end = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: ", "\r\n\r\n"
+    return begin + "c" * (length - len(begin) - len(end)) + end
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(HEAD_BYTES, 200), (HEAD_BYTES + 1, 400), (17_000, 400), (99_999, 400)])
+@pytest.mark.parametrize("sent", ["in one piece", "in two", "behind another"])
+def test_a_head_has_its_length_however_it_comes(length: int, wanted: int, sent: str) -> None:
+    with visited(ViewLimits()) as visitors:
+        if sent == "in two":
+            one = visitors.open(head_of(length)[:100])
+            time.sleep(0.05)
+            one.sendall(head_of(length)[100:].encode())
+        elif sent == "behind another":
+            one = visitors.open(head_of(100, "/frames/1.jpg") + head_of(length))
+            found = b""
+            while found.count(b"HTTP/1.1") < 2:
+                found += one.recv(65_536)
+            assert status_of(found) == 404
+            assert status_of(found[found.rindex(b"HTTP/1.1") :]) == wanted
+            return
+        else:
+            one = visitors.open(head_of(length))
+        assert status(one) == wanted
+        assert visitors.status() == 200
+
+
+def test_a_head_is_as_long_as_it_was_sent_blanks_included() -> None:
+    with visited(ViewLimits()) as visitors:
+        blanks = " " * 20_000
+        assert status(visitors.open(f"GET / HTTP/1.1\r\nHost: localhost\r\nX:{blanks}x\r\n\r\n")) == 400
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 19, "-1", "1e3", "%D9%A3", "1%0A", "x", "1.5", "%00"])
+def test_what_is_no_number_of_a_frame_is_not_found(number: str) -> None:
+    with visited(ViewLimits()) as visitors:
+        assert visitors.status(f"/frames/{number}.jpg") == 404
         assert visitors.status() == 200
 
 
