@@ -415,14 +415,15 @@ def _verify(folder: Path, progress: ExportProgress) -> None:
         lines = out_path.read_text(encoding="utf-8").splitlines()
         if not lines:
             raise BundleError(f"verifying the bundle ended {_ending(code)}; {_tail(log_path)}")
-    failed = [stage for stage in parse_json(lines[-1], "the verification")["stages"] if not stage["passed"]]
+    found = parse_json(lines[-1], "the verification")
+    failed = [stage for stage in found["stages"] if not stage["passed"]]
     if failed:
         raise BundleError(
             f"the exported {failed[0]['name']} differs from the eager model (relative error "
             f"{failed[0]['relative']:.3g}, cosine {failed[0]['cosine']:.6f}); no bundle was written: choose another "
             "recipe, or look at it with --no-verify and `penguin-edge verify`"
         )
-    progress.done(VERIFY, time.monotonic() - begin, 0)
+    progress.done(VERIFY, time.monotonic() - begin, found["peak_mb"])
 
 
 def _watch(

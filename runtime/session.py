@@ -24,7 +24,7 @@ from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.guard import Guard
 from penguin_edge.media.frames import Frame
-from penguin_edge.prompt.chat import Message, Piece, Tokenizer, part_kind, parts_of, render
+from penguin_edge.prompt.chat import Message, Piece, Tokenizer, check_roles, part_kind, parts_of, render
 from penguin_edge.runtime.core.answer import (
     Answering,
     Layout,
@@ -38,12 +38,12 @@ from penguin_edge.runtime.core.answer import (
     shapes,
 )
 from penguin_edge.runtime.core.checks import check_options
-from penguin_edge.runtime.core.decode import Parts, answer
+from penguin_edge.runtime.core.decode import Parts, answer, check_parts
 from penguin_edge.runtime.core.features import Features
 from penguin_edge.runtime.core.media import Clip, Library, Picture, open_media, own
 from penguin_edge.runtime.core.options import PROMPT, SessionChanges, SessionOptions, given_options
 from penguin_edge.runtime.core.report import Clock, Report
-from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
 from penguin_edge.runtime.core.turns import Turn, Turns
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Visual
@@ -77,6 +77,7 @@ class Session:
             BusyError: the engine has no room for one more cache.
         """
         self.options = given_options(SessionOptions, options, changes)
+        check_parts(engine, tokenizer)
         self.engine, self.config = engine, engine.config
         self.tokenizer = tokenizer or engine.tokenizer()
         self.policy = self.options.policy
@@ -139,6 +140,7 @@ class Session:
             BusyError: another thread uses the session.
         """
         with self._guard:
+            self.cache.check_open()
             new = own(frame, time, len(self._frames))
             self._clip.add(new)
             self._frames.append(new)
@@ -161,7 +163,7 @@ class Session:
             BusyError: another thread uses the session or its engine.
             PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
-        return Answering(self._guard, self._ask(prompt, keep, options or SamplingOptions()))
+        return Answering(self._guard, self._ask(prompt, keep, given_sampling(options, SamplingOptions())))
 
     def _ask(self, prompt: str, keep: bool, options: SamplingOptions) -> Generator[Token, None, None]:
         check_options(prompt=(prompt, PROMPT))
@@ -189,7 +191,7 @@ class Session:
             BusyError: another thread uses the session or its engine.
             PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
-        return Answering(self._guard, self._converse(messages, options or SamplingOptions()))
+        return Answering(self._guard, self._converse(messages, given_sampling(options, SamplingOptions())))
 
     def _converse(self, messages: Sequence[Message], options: SamplingOptions) -> Generator[Token, None, None]:
         clock = self.new_clock()
@@ -197,6 +199,7 @@ class Session:
         with ending(report):
             if not isinstance(messages, Sequence):
                 raise InputError(f"messages: {type(messages).__name__}, wanted a list of objects with role and content")
+            check_roles(messages)
             refuse_media(self.config, any(part_kind(part) != "text" for part in parts_of(messages)))
             media = open_media(messages, self._library, clock)
 

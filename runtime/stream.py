@@ -52,14 +52,14 @@ from penguin_edge.runtime.core.answer import (
     refuse_media,
 )
 from penguin_edge.runtime.core.checks import check_options
-from penguin_edge.runtime.core.decode import Parts, answer
+from penguin_edge.runtime.core.decode import Parts, answer, check_parts
 from penguin_edge.runtime.core.features import Calls, Features
 from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
 from penguin_edge.runtime.core.media import Clip, Library, Picture, own
 from penguin_edge.runtime.core.options import PROMPT, StreamChanges, StreamOptions, given_options
 from penguin_edge.runtime.core.pool import pooled, retained
 from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
-from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
 from penguin_edge.runtime.core.turns import Turn, Turns
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Key, Visual
@@ -95,6 +95,7 @@ class Stream:
             BusyError: the engine has no room for one more cache.
         """
         self.options = given_options(StreamOptions, options, changes)
+        check_parts(engine, tokenizer)
         refuse_media(engine.config, True)
         if self.options.cache == "rebase" and not engine.can_move:
             raise InputError(
@@ -322,7 +323,7 @@ class Stream:
                 for frames if they were kept.
             PenguinError: no token follows, because the model's numbers are NaN or infinite.
         """
-        wanted = options or SamplingOptions(max_new_tokens=self.options.answer_tokens)
+        wanted = given_sampling(options, SamplingOptions(max_new_tokens=self.options.answer_tokens))
         return Answering(self._guard, self._ask(prompt, keep, wanted))
 
     def _ask(self, prompt: str, keep: bool, options: SamplingOptions) -> Generator[Token, None, None]:

@@ -50,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
             low, high = metric["ci95"]
             rows.append((name, f"{metric['ratio']:.3f}", f"{low:.3f} to {high:.3f}", metric["verdict"]))
     print(table(rows, indent=""))
-    worse = [name for name, metric in result["metrics"].items() if metric["verdict"] == "worse"]
+    worse, unclear = (
+        [name for name, metric in result["metrics"].items() if metric["verdict"] == verdict]
+        for verdict in ("worse", "unclear")
+    )
+    if unclear:
+        say(f"too noisy to tell: {', '.join(unclear)}; measure again with more rounds (--repeat), on an idle machine")
     if args.json:
         emit({**result, "worse": worse})
     if args.fail_above is not None and worse:

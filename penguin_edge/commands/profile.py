@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.bundle.manifest import PROFILE, Bundle
-from penguin_edge.commands.common import emit, positive, status, table
+from penguin_edge.commands.common import emit, positive, say, status, table
 from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError, WriteError
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.runtime.live.profile import LONG_S, ROUNDS, keep, profile
+
+NOISY = 1.0
+"""Error of predictions, at the 95th percentile, above which the profile is said to mislead."""
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
         error = result["error_by_stage"].get(stage)
         rows.append((stage, f"{least:.2f}", f"{most:.2f}", "" if error is None else f"{error:.1%}"))
     print(table(rows, indent=""))
+    if result["error"]["p95"] > NOISY:
+        status("")
+        say(
+            f"the machine was busy: predictions were off by up to {result['error']['p95']:.0%}, which would mislead a "
+            "controller; profile again on an idle machine"
+        )
     print(f"error: median {result['error']['median']:.1%}, p95 {result['error']['p95']:.1%}")
     try:
         keep(bundle, result)

@@ -20,7 +20,7 @@ from penguin_edge.commands.options import (
 from penguin_edge.errors import InputError
 from penguin_edge.files import read_json
 from penguin_edge.media.places import existing, is_data, local_path
-from penguin_edge.prompt.chat import Message
+from penguin_edge.prompt.chat import Message, part_kind, parts_of
 from penguin_edge.runtime.core.options import SessionOptions
 from penguin_edge.runtime.core.report import PHASES, Report
 from penguin_edge.runtime.core.sampling import SamplingOptions
@@ -40,7 +40,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--top-p", type=float, default=defaults.top_p, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
-    parser.add_argument("--max-ms", type=float, metavar="MS", help="end the answer MS milliseconds after the question")
+    parser.add_argument(
+        "--max-ms",
+        type=float,
+        metavar="MS",
+        help="end the answer at the first token that comes MS milliseconds after the question or later",
+    )
     add_engine(parser)
     add_fps(parser, note="the model's", usage=False)
     parser.add_argument("--max-frames", type=positive, help="most frames taken (default: the model's)")
@@ -95,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         max_packets=args.max_packets,
     )
     session = Session(engine, tokenizer, planned)
+    # Graphs are loaded at their first use, which would be booked under the first answer's parts.
+    engine.load(media=any(part_kind(part) != "text" for part in parts_of(messages)))
     load_ms = 1e3 * (time.monotonic() - begin)
     answer = session.converse(messages, options)
     code = 0

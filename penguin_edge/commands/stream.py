@@ -35,12 +35,13 @@ from penguin_edge.commands.options import (
 from penguin_edge.errors import InputError
 from penguin_edge.machine import keep_heap_compact, peak_mb
 from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.bench.streams import phases_per_frame
 from penguin_edge.runtime.core.options import StreamOptions
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.live.events import Observers
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.live_options import LiveOptions
-from penguin_edge.runtime.live.sources import is_live, paced, read_source, without_password
+from penguin_edge.runtime.live.sources import Timed, is_live, paced, read_source, without_password
 from penguin_edge.runtime.live.view import View
 from penguin_edge.runtime.live.view_server import PORT, ViewServer, socket_at
 from penguin_edge.runtime.live.watch import Watch
@@ -109,13 +110,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--port names the port of the page; add --ui to show the page")
     target = latency.target(args)
     keep_heap_compact()
-    frames = read_source(
-        args.source,
-        fps=args.fps,
-        loop=args.loop,
-        note=say,
-        max_pixels=checked_max_pixels(args),
-        max_packets=args.max_packets,
+    frames = Timed(
+        read_source(
+            args.source,
+            fps=args.fps,
+            loop=args.loop,
+            note=say,
+            max_pixels=checked_max_pixels(args),
+            max_packets=args.max_packets,
+        )
     )
     # Before the model is loaded: a port that is taken is said at once.
     bound = socket_at(PORT if args.port is None else args.port) if args.ui else None
@@ -162,7 +165,12 @@ def run(args: argparse.Namespace) -> int:
         if watch is not None:
             reader.join()
     decisions = [decision.to_json() for decision in live.control.decisions] if live.control else []
-    result = {**live.status(), **_costs(stream), "decisions": decisions, "answers": list(answers)}
+    result = {
+        **live.status(),
+        **_costs(stream, None if live_source else frames.ms_per_frame),
+        "decisions": decisions,
+        "answers": list(answers),
+    }
     result |= {"peak_mb": peak_mb(), "engine": engine.name}
     _report(result)
     if args.json:
@@ -239,7 +247,8 @@ def _show(at: float | None, text: str) -> None:
     print(f"[{at or 0.0:.1f} s] {text.strip()}", flush=True)
 
 
-def _costs(stream: Stream) -> dict[str, Any]:
+def _costs(stream: Stream, read_ms: float | None) -> dict[str, Any]:
+    """What the stream cost; `read_ms` is what reading a frame of a clip took, in the thread that reads it."""
     stats = stream.stats
     frames = max(1, stats.frames)
     return {
@@ -248,7 +257,7 @@ def _costs(stream: Stream) -> dict[str, Any]:
         "reencodings_per_frame": stats.reencoded / frames,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames,
         "given_up": dict(stats.given_up),
-        "phases_ms_per_frame": {name: ns / 1e6 / frames for name, ns in stream.clock.spent.items() if ns},
+        "phases_ms_per_frame": phases_per_frame(stream, read_ms),
     }
 
 

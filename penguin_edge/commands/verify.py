@@ -9,6 +9,7 @@ from penguin_edge.bundle.manifest import Bundle
 from penguin_edge.commands.common import emit, require_torch, say, table
 from penguin_edge.commands.options import add_allow_outside, add_json, add_threads
 from penguin_edge.errors import BundleError, InputError
+from penguin_edge.machine import peak_mb
 from penguin_edge.runtime.engines.opening import open_engine
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         args.calibration,
         allow_outside=args.allow_outside,
     )
+    result["peak_mb"] = peak_mb()
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [

@@ -94,6 +94,9 @@ class EagerEngine:
     def tokenizer(self) -> Tokenizer:
         raise InputError("this engine was made from a model alone, without a tokenizer; pass the tokenizer, too")
 
+    def load(self, *, media: bool) -> None:
+        """Nothing: the model is there."""
+
     def new_cache(self) -> Cache:
         return self._caches.new()
 

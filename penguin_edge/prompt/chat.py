@@ -164,6 +164,24 @@ def message_fields(message: Message) -> tuple[str | None, str | list[dict[str, A
     return role, message["content"]
 
 
+ROLES = ("system", "user", "assistant", "stream")
+"""Roles of the published template; it would write any other word as it is, and the model has seen none."""
+
+
+def check_roles(messages: Sequence[Message]) -> None:
+    """Refuse a conversation that asks nothing, or has a role that the model does not know.
+
+    Raises:
+        InputError: no message, or a message with such a role or of another form.
+    """
+    if not messages:
+        raise InputError("messages: an empty list, wanted at least one object with role and content")
+    for message in messages:
+        role = message_fields(message)[0]
+        if role is not None and role not in ROLES:
+            raise InputError(f"a message has role {role[:40]!r}; wanted one of {', '.join(ROLES)}")
+
+
 def parts_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """All content parts of a conversation, strings left out.
 

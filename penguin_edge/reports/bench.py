@@ -305,7 +305,7 @@ def _stream_pictures(result: Result) -> tuple[list[Drawing], list[str]]:
         text = "Share of frames, and of questions, that took no longer than a time."
         found.append(picture("distribution", "Distribution", text, ecdf(series)))
     if sum(result["phases_ms_per_frame"].values()):
-        text = "Means over all frames that were processed."
+        text = "Means over all frames that were processed; `read` is in another thread, and in no frame's age."
         draw = stacked([("a frame", result["phases_ms_per_frame"])])
         found.append(picture("breakdown", "Where a frame's time goes", text, draw))
     if len(told["memory_mb"]) > 1:

@@ -23,6 +23,7 @@ STAND_IN = {role: f"#00fe{index:02x}" for index, role in enumerate(ROLES)}
 PHASE_ROLES = {
     "decode_image": "c8",
     "decode_video": "c1",
+    "read": "c6",
     "plan": "c4",
     "preprocess": "c3",
     "encode": "c2",

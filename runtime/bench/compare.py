@@ -21,6 +21,8 @@ from penguin_edge.schema import Maybe, Real, Record, Rows, Table, Text
 DRAWS = 2000
 LEAST = 3
 """Samples on each side, below which nothing can be said."""
+TELLING = 0.1
+"""Where the interval ends further above 1 than this, and than what is tolerated, the verdict is `unclear`."""
 _samples = Rows(Real(0))
 RULES = Record(
     {"schema": Text()},
@@ -73,7 +75,7 @@ def change(before: Sequence[float], after: Sequence[float], tolerated: float) ->
     drawn = [np.median(x[random.integers(0, len(x), (DRAWS, len(x)))], axis=1) for x in (a, b)]
     ratio = float(np.median(b) / max(np.median(a), 1e-12))
     low, high = np.quantile(drawn[1] / np.maximum(drawn[0], 1e-12), (0.025, 0.975))
-    verdict = "same"
+    verdict = "same" if high <= 1 + max(tolerated, TELLING) else "unclear"
     if low > 1 and ratio > 1 + tolerated:
         verdict = "worse"
     elif high < 1:

@@ -33,7 +33,7 @@ from penguin_edge.runtime.live.cost import CostModel
 from penguin_edge.runtime.live.events import Observer, Observers
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.live_options import LiveOptions
-from penguin_edge.runtime.live.sources import paced
+from penguin_edge.runtime.live.sources import Timed, paced
 from penguin_edge.runtime.stream import Stream
 
 QUESTION = "What is happening now?"
@@ -117,6 +117,9 @@ class SlowedEngine:
     def can_move(self) -> bool:
         return self.inner.can_move
 
+    def load(self, *, media: bool) -> None:
+        self.inner.load(media=media)
+
     def new_cache(self) -> Cache:
         return self.inner.new_cache()
 
@@ -175,6 +178,7 @@ def bench_stream(
         meter: reads power and temperature meanwhile; None: those of this machine.
     """
     found, meter, budget = _Samples(), meter or Meter(), stream.planner.limits.budget
+    read = Timed(frames)
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         stream.clock, stream.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
@@ -189,7 +193,7 @@ def bench_stream(
         timeline.start()
         begin = timeline.begin
         # A camera does not wait for answers.
-        camera = threading.Thread(target=_feed, args=(live, frames, options, found, progress), daemon=True)
+        camera = threading.Thread(target=_feed, args=(live, read, options, found, progress), daemon=True)
         camera.start()
         while camera.is_alive():
             # Where an answer took longer than that, the next moment is waited for.
@@ -232,13 +236,25 @@ def bench_stream(
         "reencodings_per_frame": stats.reencoded / frames_seen,
         "reprefilled_tokens_per_frame": stats.reprefilled_tokens / frames_seen,
         "first_token_ms": {"warm": percentiles(found.warm_ms), "cold": percentiles(cold)},
-        "phases_ms_per_frame": {name: ns / 1e6 / frames_seen for name, ns in stream.clock.spent.items() if ns},
+        "phases_ms_per_frame": phases_per_frame(stream, read.ms_per_frame),
         "memory_mb": found.memory[-1][1] if found.memory else None,
         "memory_slope_mb_per_h": slope(found.memory),
         **meter.to_json(),
         "timeline": timeline.to_json(found.memory, meter),
         "samples": {"frame_age_ms": timeline.age_ms, "warm_ms": found.warm_ms, "cold_ms": cold},
     }
+
+
+def phases_per_frame(stream: Stream, read_ms: float | None) -> dict[str, float]:
+    """Milliseconds of each part, per frame that was worked on.
+
+    `read` is decoding the clip, in the thread that reads it: no part of a frame's age. None leaves it out.
+    """
+    frames = max(1, stream.stats.frames)
+    parts = {} if read_ms is None else {"read": read_ms}
+    # The pixels are there: taking them is no decoding.
+    spent = {name: ns for name, ns in stream.clock.spent.items() if ns and not name.startswith("decode_")}
+    return parts | {name: ns / 1e6 / frames for name, ns in spent.items()}
 
 
 def _deadlines(

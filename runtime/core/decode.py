@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penguin_edge.errors import BusyError, PenguinError
+from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.machine import peak_mb
 from penguin_edge.prompt import chat
 from penguin_edge.prompt.chat import TextStream, Tokenizer
@@ -45,6 +45,18 @@ class Parts:
         """Bring the cache to `keys`; positions that were reused, and the logits [V] after the last one if asked for."""
         done = extend_to(self.engine, self.cache, keys, self.features.embeds, logits=logits)
         return done.reused, done.logits
+
+
+def check_parts(engine: object, tokenizer: object) -> None:
+    """Refuse what is no engine and no tokenizer, such as the path of a bundle.
+
+    Raises:
+        InputError: either.
+    """
+    if not hasattr(engine, "new_cache"):
+        raise InputError(f"engine: {type(engine).__name__}, wanted what open_engine(bundle) gives")
+    if tokenizer is not None and not hasattr(tokenizer, "encode_pieces"):
+        raise InputError(f"tokenizer: {type(tokenizer).__name__}, wanted a Tokenizer, or None for the bundle's own")
 
 
 def answer(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.errors import PenguinError
+from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.engines.base import sound
 from penguin_edge.schema import Maybe, Real, Whole
@@ -34,6 +34,17 @@ class SamplingOptions:
             seed=(self.seed, Whole(most=2**128)),
             max_ms=(self.max_ms, Maybe(Real(above=0))),
         )
+
+
+def given_sampling(options: SamplingOptions | None, usual: SamplingOptions) -> SamplingOptions:
+    """Options of a call; None: the usual ones.
+
+    Raises:
+        InputError: anything else.
+    """
+    if options is not None and not isinstance(options, SamplingOptions):
+        raise InputError(f"options: {type(options).__name__}, wanted SamplingOptions, or None")
+    return options or usual
 
 
 class Sampler:

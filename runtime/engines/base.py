@@ -70,6 +70,14 @@ class Engine(Protocol):
         """
         ...
 
+    def load(self, *, media: bool) -> None:
+        """Load what answers need, with pictures or without; otherwise each graph is loaded at its first use.
+
+        Raises:
+            BundleError: a graph cannot be loaded.
+        """
+        ...
+
     def new_cache(self) -> Cache:
         """An empty KV cache of `max_seq_len` positions.
 
@@ -110,7 +118,7 @@ def check_threads(threads: int | None) -> None:
         InputError: none of 1 to `MAX_THREADS`, and not None.
     """
     if threads is not None and not (_is_whole(threads) and 1 <= threads <= MAX_THREADS):
-        raise InputError(f"{threads} threads, wanted 1 to {MAX_THREADS}, or none for one per core")
+        raise InputError(f"{threads!r} threads, wanted 1 to {MAX_THREADS}, or none for one per core")
 
 
 def chunks(count: int, bounds: Bounds) -> Iterator[slice]:

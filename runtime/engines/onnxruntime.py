@@ -112,6 +112,13 @@ class OnnxRuntimeEngine:
         """See `penguin_edge.runtime.engines.base.Engine`."""
         return open_tokenizer(self._bundle)
 
+    def load(self, *, media: bool) -> None:
+        """See `penguin_edge.runtime.engines.base.Engine`."""
+        with self.guard:
+            for graph in self._bundle.manifest.graphs:
+                if media or graph not in ("encoder", "projector"):
+                    self._session(graph)
+
     def new_cache(self) -> Cache:
         """See `penguin_edge.runtime.engines.base.Engine`."""
         return self._caches.new()

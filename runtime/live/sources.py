@@ -110,6 +110,31 @@ def read_source(
     return _clip(path, fps, loop, max_pixels, max_packets)
 
 
+class Timed:
+    """Frames of a source, and how long reading and decoding them takes; of a live source that is waiting, too."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self.spent_ns, self.count = 0, 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self
+
+    def __next__(self) -> Frame:
+        begin = time.monotonic_ns()
+        try:
+            frame = next(self._frames)
+        finally:
+            self.spent_ns += time.monotonic_ns() - begin
+        self.count += 1
+        return frame
+
+    @property
+    def ms_per_frame(self) -> float:
+        """Milliseconds for each frame that came."""
+        return self.spent_ns / 1e6 / max(1, self.count)
+
+
 def paced(frames: Iterator[Frame], sleep: Callable[[float], None] = time.sleep) -> Iterator[Frame]:
     """Each frame when its time has come, counted from the first one; late frames come at once."""
     begin: float | None = None

@@ -293,3 +293,33 @@ def test_a_deadline_ends_an_answer_at_a_token() -> None:
     assert len(list(run.ask("What is it?", options=soon))) == 3 and run.report.finish_reason == "length"
     with pytest.raises(InputError, match="max_ms"):
         SamplingOptions(max_ms=0.0)
+
+
+def test_conversations_that_ask_nothing_or_of_an_unknown_role_are_refused() -> None:
+    run, _ = session()
+    with pytest.raises(InputError, match="an empty list"):
+        next(run.converse([]))
+    for role in ("robot", "User", ""):
+        with pytest.raises(InputError, match=r"has role .*; wanted one of system, user, assistant"):
+            next(run.converse([{"role": role, "content": "hi"}]))
+    assert list(run.converse([{"role": "system", "content": "Be short."}, {"role": "user", "content": "hi"}], SHORT))
+
+
+def test_what_is_no_engine_tokenizer_or_option_is_refused() -> None:
+    engine = CountingEngine()
+    for call in (
+        lambda: Session("out/nano"),  # type: ignore[arg-type]
+        lambda: Session(engine, "tokenizer.json"),  # type: ignore[arg-type]
+        lambda: session()[0].ask("hi", options=3),  # type: ignore[arg-type]
+        lambda: session()[0].converse([], options={}),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match="wanted"):
+            call()
+
+
+def test_a_closed_session_takes_no_frame() -> None:
+    run, _ = session()
+    run.push(picture(0), time=0.0)
+    run.close()
+    with pytest.raises(InputError, match="this session was closed"):
+        run.push(picture(1), time=1.0)

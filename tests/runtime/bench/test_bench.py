@@ -165,6 +165,8 @@ def test_a_change_is_told_from_noise(samples: list[float], factor: float) -> Non
     assert change(steady, slower, 0.05)["verdict"] == "worse" and change(slower, steady, 0.05)["verdict"] == "better"
     assert change(steady, slower, factor)["verdict"] == "same"
     assert change(steady[:2], slower, 0.0)["verdict"] == "too few samples"
+    noisy = [1.0, 1.0, 9.0]
+    assert change(noisy, noisy, 0.05)["verdict"] == "unclear"
 
 
 def test_percentiles_of_nothing_are_nothing() -> None:

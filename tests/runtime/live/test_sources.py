@@ -21,7 +21,7 @@ from PIL import Image
 
 from penguin_edge.errors import InputError
 from penguin_edge.media.frames import Frame, read_video
-from penguin_edge.runtime.live.sources import is_live, paced, read_source
+from penguin_edge.runtime.live.sources import Timed, is_live, paced, read_source
 
 
 def cli(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -122,3 +122,15 @@ def test_stream_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     refused(tmp_path, "--source", CLIP, word="config.json")
     (tmp_path / "empty").mkdir()
     refused("tiny", "--source", tmp_path / "empty", "--threads", 1, word="empty")
+
+
+def test_reading_a_clip_is_timed_where_it_is_read() -> None:
+    """Decoding is in no frame's age; what it takes is told beside."""
+    timed = Timed(read_source(str(CLIP), fps=2))
+    first = next(timed)
+    assert first.time == 0.0 and timed.count == 1 and timed.spent_ns > 0
+    rest = len(list(timed))
+    assert timed.count == 1 + rest > 10 and timed.ms_per_frame == timed.spent_ns / 1e6 / timed.count
+    done = cli("tiny", "--source", CLIP, "--fps", 1, "--duration", 4, "--budget", 60, "--fast", "--json")
+    parts = json.loads(done.stdout.splitlines()[-1])["phases_ms_per_frame"]
+    assert parts["read"] > 0 and not [name for name in parts if name.startswith("decode")]
