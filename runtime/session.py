@@ -136,12 +136,16 @@ class Session:
         Args:
             frame: a `Frame`, or pixels [H, W, 3] uint8 RGB with `time` in seconds.
         Raises:
-            InputError: wrong shape or dtype, or another size than the frames before.
+            InputError: wrong shape or dtype, another size than the frames before, or a time where those have none.
             BusyError: another thread uses the session.
         """
         with self._guard:
             self.cache.check_open()
             new = own(frame, time, len(self._frames))
+            if self._clip.times and (new.time is None) != (self._clip.times[-1] is None):
+                raise InputError(
+                    "a frame without a time among frames with one; give each frame its time in seconds, or none of them"
+                )
             self._clip.add(new)
             self._frames.append(new)
             if len(self._frames) > self._max_frames:

@@ -134,6 +134,11 @@ def describe(report: Report, media: list[Picture | Clip], layout: Layout, tokeni
         report.intermediates += plan.intermediates
         report.dropped += plan.dropped
         report.notes += plan.notes
+        times = [time for time in clip.times if time is not None]
+        if len(times) < len(clip.times):
+            report.notes.append("the frames have no times: the prompt says nothing of when they were")
+        elif times != sorted(times):
+            report.notes.append("the frames' times go back: the prompt has them as they came")
         tags = [frame_tag(t) for t, f in zip(clip.times, plan.frames, strict=True) if f.kind != DROPPED]
         report.timestamp_tokens += sum(len(tokenizer.encode(("," if i else "") + tag)) for i, tag in enumerate(tags))
 

@@ -323,3 +323,19 @@ def test_a_closed_session_takes_no_frame() -> None:
     run.close()
     with pytest.raises(InputError, match="this session was closed"):
         run.push(picture(1), time=1.0)
+
+
+def test_times_that_are_missing_or_go_back_are_told() -> None:
+    run, _ = session()
+    run.push(picture(0), time=1.0)
+    with pytest.raises(InputError, match="a frame without a time among frames with one"):
+        run.push(picture(1))
+    run.push(picture(1), time=0.5)
+    answer(run, "What?")
+    assert run.report.notes == ["the frames' times go back: the prompt has them as they came"]
+    run, _ = session()
+    run.push(picture(0))
+    with pytest.raises(InputError, match="a frame without a time among frames with one"):
+        run.push(picture(1), time=1.0)
+    answer(run, "What?")
+    assert run.report.notes == ["the frames have no times: the prompt says nothing of when they were"]

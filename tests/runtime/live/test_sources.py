@@ -131,6 +131,6 @@ def test_reading_a_clip_is_timed_where_it_is_read() -> None:
     assert first.time == 0.0 and timed.count == 1 and timed.spent_ns > 0
     rest = len(list(timed))
     assert timed.count == 1 + rest > 10 and timed.ms_per_frame == timed.spent_ns / 1e6 / timed.count
-    done = cli("tiny", "--source", CLIP, "--fps", 1, "--duration", 4, "--budget", 60, "--fast", "--json")
+    done = cli("stream", "tiny", "--source", CLIP, "--fps", 1, "--duration", 4, "--budget", 60, "--fast", "--json")
     parts = json.loads(done.stdout.splitlines()[-1])["phases_ms_per_frame"]
     assert parts["read"] > 0 and not [name for name in parts if name.startswith("decode")]
