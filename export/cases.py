@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from penguin_edge.bundle.manifest import COPY_AGAIN
+from penguin_edge.bundle.contract import COPY_AGAIN
 from penguin_edge.config import PATCH, PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BundleError
 

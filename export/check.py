@@ -34,7 +34,8 @@ from penguin_edge.media.preprocess import positions, preprocess_image, resize
 from penguin_edge.model.decoder import KVCache
 from penguin_edge.model.generate import continue_greedy
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer, render
+from penguin_edge.prompt.chat import render
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear
 
 

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from penguin_edge.bundle.manifest import Bounds, TablePlace
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.bundle.rules import BOUNDS, EMBEDDING_DTYPES, FILE_NAME, LAYER, PLACE
 from penguin_edge.errors import BundleError, PenguinError
 from penguin_edge.files import read_json

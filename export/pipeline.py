@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from penguin_edge import child
-from penguin_edge.bundle import manifest as contract
-from penguin_edge.bundle.manifest import Bundle, GraphEntry, Manifest, TablePlace, signature
+from penguin_edge.bundle.contract import CHECK, TOKENIZER, signature
+from penguin_edge.bundle.folder import Bundle, finish
+from penguin_edge.bundle.manifest import GraphEntry, Manifest, TablePlace
 from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError
 from penguin_edge.export.estimate import bundle_bytes
@@ -43,7 +44,8 @@ from penguin_edge.files import parse_json
 from penguin_edge.folders import held, place_of, scratch
 from penguin_edge.machine import human_bytes, require_memory, resident_mb, version_of
 from penguin_edge.model.checkpoint import Checkpoint, meta_model
-from penguin_edge.prompt.chat import EMPTY_THINK, END, IMAGE, START, Tokenizer
+from penguin_edge.prompt.chat import EMPTY_THINK, END, IMAGE, START
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, check_layers, chosen, embedding_scheme, linears, shareable
 from penguin_edge.quantize.calibration import kept
 from penguin_edge.quantize.calibration.calibrate import CalibrationOptions
@@ -343,8 +345,8 @@ def _export(
                     round(outcome.peak_mb - outcome.baseline_mb, 1),
                     round(outcome.seconds, 1),
                 )
-        shutil.copyfile(checkpoint.tokenizer, folder / contract.TOKENIZER)
-        (folder / "check.partial").replace(folder / contract.CHECK)
+        shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
+        (folder / "check.partial").replace(folder / CHECK)
         manifest = Manifest(
             model=config,
             source={"name": checkpoint.source, "sha256": checkpoint.fingerprint(), "random": checkpoint.stored is None},
@@ -361,7 +363,7 @@ def _export(
             generation={"temperature": 0.0, "top_p": 1.0, "top_k": 0},
             verified=options.verify,
         )
-        finished = contract.finish(folder, manifest)
+        finished = finish(folder, manifest)
         most, got = (options.auto or {}).get("max_size"), bundle_bytes(folder)
         if most is not None and got > most:
             raise BundleError(

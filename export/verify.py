@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import CHECK, VERIFY, Bundle, Manifest
+from penguin_edge.bundle.contract import CHECK, VERIFY
+from penguin_edge.bundle.folder import Bundle
+from penguin_edge.bundle.manifest import Manifest
 from penguin_edge.errors import BundleError, InputError, WriteError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json

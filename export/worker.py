@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from penguin_edge.bundle.manifest import EMBEDDING, TablePlace, config_hash
+from penguin_edge.bundle.contract import EMBEDDING
+from penguin_edge.bundle.manifest import TablePlace, config_hash
 from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.estimate import choose
@@ -36,7 +37,7 @@ from penguin_edge.files import write_json
 from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.apply import embedding_scheme, load_quantized, quantize_rows
 from penguin_edge.quantize.calibration.calibrate import (
     calibrate,

@@ -20,21 +20,21 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from penguin_edge.bundle.manifest import Bundle as Bundle
+    from penguin_edge.bundle.folder import Bundle as Bundle
     from penguin_edge.media.frames import read_image as read_image
     from penguin_edge.media.frames import read_video as read_video
-    from penguin_edge.prompt.chat import Tokenizer as Tokenizer
+    from penguin_edge.prompt.tokenizer import Tokenizer as Tokenizer
     from penguin_edge.runtime.engines.opening import open_engine as open_engine
     from penguin_edge.runtime.live.live import Live as Live
     from penguin_edge.runtime.session import Session as Session
     from penguin_edge.runtime.stream import Stream as Stream
 
 _PLACES = {
-    "Bundle": "bundle.manifest.Bundle",
+    "Bundle": "bundle.folder.Bundle",
     "Live": "runtime.live.live.Live",
     "Session": "runtime.session.Session",
     "Stream": "runtime.stream.Stream",
-    "Tokenizer": "prompt.chat.Tokenizer",
+    "Tokenizer": "prompt.tokenizer.Tokenizer",
     "open_engine": "runtime.engines.opening.open_engine",
     "read_image": "media.frames.read_image",
     "read_video": "media.frames.read_video",

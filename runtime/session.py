@@ -20,11 +20,12 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.guard import Guard
 from penguin_edge.media.frames import Frame
-from penguin_edge.prompt.chat import Message, Piece, Tokenizer, check_roles, part_kind, parts_of, render
+from penguin_edge.prompt.chat import Message, Piece, check_roles, part_kind, parts_of, render
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.answer import (
     Answering,
     Layout,

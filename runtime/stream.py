@@ -35,12 +35,13 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.guard import Guard
 from penguin_edge.media.frames import Frame
 from penguin_edge.media.preprocess import preprocess_image
-from penguin_edge.prompt.chat import Tokenizer, frame_tag
+from penguin_edge.prompt.chat import frame_tag
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.answer import (
     Answering,
     Layout,

@@ -22,7 +22,8 @@ from penguin_edge.model.generate import generate
 from penguin_edge.model.layers import rotary_angles, rotate
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.model.weights import canonical_name, published_name
-from penguin_edge.prompt.chat import IMAGE, Tokenizer, as_text, render
+from penguin_edge.prompt.chat import IMAGE, as_text, render
+from penguin_edge.prompt.tokenizer import Tokenizer
 
 ROPE, ENCODER, HIDDEN, LOGITS = 1e-6, 5e-5, 2e-4, 3e-4
 """Absolute, fp32: another implementation differs in summation order alone."""

@@ -17,7 +17,7 @@ from penguin_edge.config import PenguinConfig
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.generate import EagerEngine
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear
 from penguin_edge.runtime.engines.base import F32, I64, Engine
 from penguin_edge.runtime.engines.cache import Cache, Key

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle.manifest import MANIFEST, VERIFY, manifest_hash
+from penguin_edge.bundle.contract import MANIFEST, VERIFY
 from penguin_edge.bundle.writing import writing
+from penguin_edge.files import manifest_hash
 
 
 def bundle(folder: Path, content: str = "old", **more: Any) -> Path:

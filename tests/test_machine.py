@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.machine import page_out, resident_mb, trim_heap
 from penguin_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.machine import keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.engines.opening import open_engine

@@ -64,7 +64,7 @@ class Bundled(Contestant):
     """A bundle of ours, for ONNX Runtime or ExecuTorch."""
 
     def __init__(self, path: Path, threads: int, capacity: int) -> None:
-        from penguin_edge.bundle.manifest import Bundle
+        from penguin_edge.bundle.folder import Bundle
         from penguin_edge.runtime.engines.base import chunks
         from penguin_edge.runtime.engines.opening import open_engine
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from shapes import SHAPES, VOCAB
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.machine import describe, peak_mb
 from penguin_edge.runtime.engines.base import Engine, chunks
 from penguin_edge.runtime.engines.cache import Cache

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.machine import describe, peak_mb
 from penguin_edge.media.preprocess import positions, preprocess_image
 from penguin_edge.runtime.engines.opening import open_engine

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penguin_edge.bundle.manifest import KV_SCALES, Bundle
+from penguin_edge.bundle.contract import KV_SCALES
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.dataset.records import read_records
 from penguin_edge.evaluation.score import Question, questions_of
 from penguin_edge.media.frames import Frame, read_video
@@ -32,7 +33,8 @@ from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVForm
 from penguin_edge.model.generate import EagerEngine
 from penguin_edge.model.layers import rotate
-from penguin_edge.prompt.chat import Tokenizer, part_kind
+from penguin_edge.prompt.chat import part_kind
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.engines.cache import Cache
 from penguin_edge.runtime.engines.kv_shift import turn

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from penguin_edge.bundle.manifest import Bounds, TablePlace
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import TargetUnavailable
 from penguin_edge.machine import EXPORTERS

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from penguin_edge import folders
-from penguin_edge.bundle.manifest import MANIFEST, PROFILE, VERIFY, manifest_hash
+from penguin_edge.bundle.contract import MANIFEST, PROFILE, VERIFY
 from penguin_edge.errors import BundleError
-from penguin_edge.files import read_json
+from penguin_edge.files import manifest_hash, read_json
 from penguin_edge.folders import MayReplace, whole
 
 BESIDE = frozenset({MANIFEST, VERIFY, PROFILE})

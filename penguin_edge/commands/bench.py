@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands import latency
 from penguin_edge.commands.common import (
     above_zero,
@@ -30,7 +30,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.files import write_text
 from penguin_edge.machine import describe, human_bytes, keep_heap_compact, peak_mb, resident_mb
 from penguin_edge.media.frames import Frame
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.reports.bench import csv_text, html_text, require_matplotlib
 from penguin_edge.runtime.bench.clips import QUESTION, VideoOptions, bench_video
 from penguin_edge.runtime.bench.power import Meter

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.bundle.manifest import MANIFEST, Bundle
+from penguin_edge.bundle.contract import MANIFEST
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import EXPORTERS, require_memory
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.base import Engine, check_threads
 from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.runtime.engines.self_check import open_tokenizer

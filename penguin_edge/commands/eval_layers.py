@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import DEFAULT_TARGET, TORCH_BYTES, emit, is_bundle, require_torch, say, table
 from penguin_edge.dataset.records import missing_media, read_records
 from penguin_edge.errors import InputError

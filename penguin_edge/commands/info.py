@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from penguin_edge.bundle.manifest import VERIFY, Bundle
+from penguin_edge.bundle.contract import VERIFY
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import emit, is_bundle, require_torch, table
 from penguin_edge.commands.options import add_json
 from penguin_edge.errors import InputError

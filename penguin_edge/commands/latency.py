@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import above_zero, is_bundle, say, status
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.engines.base import Engine

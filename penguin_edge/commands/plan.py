@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.commands.common import check_outputs, emit, positive, say
 from penguin_edge.commands.options import add_budget, add_fps, add_json, add_media_limits, add_tra, checked_max_pixels
 from penguin_edge.config import ImageConfig, PenguinConfig

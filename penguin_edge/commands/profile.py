@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from penguin_edge.bundle.manifest import PROFILE, Bundle
+from penguin_edge.bundle.contract import PROFILE
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import emit, positive, say, status, table
 from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError, WriteError

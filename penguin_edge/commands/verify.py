@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import emit, require_torch, say, table
 from penguin_edge.commands.options import add_allow_outside, add_json, add_threads
 from penguin_edge.errors import BundleError, InputError

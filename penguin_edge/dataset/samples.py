@@ -29,13 +29,13 @@ from penguin_edge.prompt.chat import (
     EMPTY_THINK,
     Message,
     Piece,
-    Tokenizer,
     VisualTokens,
     message_fields,
     part_kind,
     parts_of,
     render,
 )
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan
 from penguin_edge.tra.layout import (
     Fit,

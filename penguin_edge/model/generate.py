@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.model.decoder import KVCache
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.base import check_encode, check_forward, check_move, check_project
 from penguin_edge.runtime.engines.cache import Cache, Caches, Key
 

@@ -31,7 +31,7 @@ from penguin_edge.files import write_json
 from penguin_edge.folders import clear_all, held
 from penguin_edge.model.checkpoint import Checkpoint, encoder_fingerprint, read_encoder
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.training.feed import Corpus, Delivery, Micro, Run, deliveries, measured_lengths, steps_of
 from penguin_edge.training.initialise import initialise
 from penguin_edge.training.losses import Distiller, count_items

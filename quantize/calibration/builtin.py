@@ -23,7 +23,8 @@ from penguin_edge.errors import InputError
 from penguin_edge.media.frames import read_image
 from penguin_edge.media.preprocess import fit_area, resize
 from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER
-from penguin_edge.prompt.chat import Message, Tokenizer
+from penguin_edge.prompt.chat import Message
+from penguin_edge.prompt.tokenizer import Tokenizer
 
 PHOTOS = {
     "astronaut": "An astronaut in an orange suit, in front of a flag and a model of the Space Shuttle.",

@@ -35,7 +35,7 @@ from penguin_edge.model.checkpoint import Checkpoint, meta_model
 from penguin_edge.model.encoder import rotary_2d
 from penguin_edge.model.layers import full_attention, rotary_angles
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.apply import DECODERS, Calibrated, chosen, linears
 from penguin_edge.quantize.calibration.builtin import builtin_pictures, builtin_text
 from penguin_edge.quantize.calibration.kept import prepare, write_tensors

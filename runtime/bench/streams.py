@@ -20,7 +20,7 @@ import numpy as np
 from penguin_edge.errors import InputError
 from penguin_edge.machine import resident_mb
 from penguin_edge.media.frames import Frame
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.bench.power import Meter
 from penguin_edge.runtime.bench.stages import percentiles
 from penguin_edge.runtime.bench.timeline import Timeline

@@ -10,7 +10,8 @@ from typing import Any
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.guard import Guard
-from penguin_edge.prompt.chat import Piece, Tokenizer, frame_tag
+from penguin_edge.prompt.chat import Piece, frame_tag
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.media import Clip, Picture
 from penguin_edge.runtime.core.report import Report
 from penguin_edge.runtime.engines.cache import Visual

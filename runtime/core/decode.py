@@ -11,7 +11,7 @@ import numpy as np
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.machine import peak_mb
 from penguin_edge.prompt import chat
-from penguin_edge.prompt.chat import TextStream, Tokenizer
+from penguin_edge.prompt.tokenizer import TextStream, Tokenizer
 from penguin_edge.runtime.core.answer import Layout, Token, describe, refuse_media
 from penguin_edge.runtime.core.features import Features
 from penguin_edge.runtime.core.media import Clip, Picture

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.config import PATCH_VALUES, PenguinConfig
 from penguin_edge.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
-    from penguin_edge.prompt.chat import Tokenizer
+    from penguin_edge.prompt.tokenizer import Tokenizer
     from penguin_edge.runtime.engines.cache import Cache, Key
 
 F32 = NDArray[np.float32]

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import EMBEDDING, Bundle
+from penguin_edge.bundle.contract import EMBEDDING
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.bundle.stamps import Stamp
 from penguin_edge.errors import BundleError, InputError
 

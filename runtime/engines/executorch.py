@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.manifest import COPY_AGAIN, EXECUTORCH_MERGED, Bundle
+from penguin_edge.bundle.contract import COPY_AGAIN, EXECUTORCH_MERGED
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import TORCH, Package
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.base import (
     F32,
     I64,

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.manifest import COPY_AGAIN, KV_SCALES, Bundle, kv_names
+from penguin_edge.bundle.contract import COPY_AGAIN, KV_SCALES, kv_names
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import Package, int8_overflows, page_out, trim_heap
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.base import (
     F32,
     I64,

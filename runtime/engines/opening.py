@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError
 from penguin_edge.machine import Package
 from penguin_edge.runtime.engines.base import Engine

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import CHECK, COPY_AGAIN, TOKENIZER, Bundle, config_hash
+from penguin_edge.bundle.contract import CHECK, COPY_AGAIN, TOKENIZER
+from penguin_edge.bundle.folder import Bundle
+from penguin_edge.bundle.manifest import config_hash
 from penguin_edge.config import PATCH, PATCH_VALUES, ImageConfig
 from penguin_edge.errors import BundleError, CheckpointError, InputError
 from penguin_edge.media.preprocess import preprocess_image
-from penguin_edge.prompt.chat import END, Tokenizer
+from penguin_edge.prompt.chat import END
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.embedding import EmbeddingTable
 
 ROWS = 16

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BudgetError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.report import Work

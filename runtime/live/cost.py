@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engines.base import chunks
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.manifest import PROFILE, Bundle
+from penguin_edge.bundle.contract import PROFILE
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.files import read_json, write_json

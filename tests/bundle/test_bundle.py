@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from penguin_edge.bundle.manifest import MANIFEST, Bounds, manifest_hash, signature
+from penguin_edge.bundle.contract import MANIFEST, Bounds, signature
 from penguin_edge.bundle.writing import writing
 from penguin_edge.config import PRESETS
 from penguin_edge.errors import BundleError
+from penguin_edge.files import manifest_hash
 
 DATA = {"files": {}, "schema": 1}
 OLD = json.dumps({**DATA, "sha256": manifest_hash(DATA)})

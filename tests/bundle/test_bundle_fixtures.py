@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from exports import stamps
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.cli import main
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session

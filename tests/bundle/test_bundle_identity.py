@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penguin_edge.bundle.manifest import EMBEDDING, MANIFEST, TOKENIZER, Bundle
+from penguin_edge.bundle.contract import EMBEDDING, MANIFEST, TOKENIZER
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.bundle.writing import writing
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engines.base import Engine

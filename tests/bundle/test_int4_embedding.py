@@ -11,7 +11,9 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from penguin_edge.bundle.manifest import EMBEDDING, Bundle, TablePlace
+from penguin_edge.bundle.contract import EMBEDDING
+from penguin_edge.bundle.folder import Bundle
+from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.export.pipeline import shares_table
 from penguin_edge.model.checkpoint import Checkpoint

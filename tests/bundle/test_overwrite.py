@@ -15,7 +15,7 @@ import pytest
 from overwriting import bundle, listing, write_new
 
 from penguin_edge import folders
-from penguin_edge.bundle.manifest import MANIFEST, VERIFY
+from penguin_edge.bundle.contract import MANIFEST, VERIFY
 from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from overwriting import bundle, listing, write_new
 
-from penguin_edge.bundle.manifest import MANIFEST
+from penguin_edge.bundle.contract import MANIFEST
 from penguin_edge.bundle.writing import check_place, writing
 from penguin_edge.errors import BundleError
 from penguin_edge.folders import MARK, discard, held, scratch

@@ -21,7 +21,7 @@ from helpers import CLIP
 from PIL import Image
 
 from penguin_edge import machine
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import open_model
 from penguin_edge.errors import MemoryLimitError
 from penguin_edge.export.verify import reference_arrays

@@ -22,7 +22,7 @@ from penguin_edge.dataset.nano.vocabulary import KEPT, SPECIAL, cut_tokenizer, s
 from penguin_edge.dataset.records import read_records
 from penguin_edge.errors import InputError
 from penguin_edge.media.frames import read_video
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.tra.keyframes import KeyFrameDetector
 
 TOKENIZER = Path(__file__).parents[2] / "penguin_edge" / "data" / "nano" / "tokenizer.json"

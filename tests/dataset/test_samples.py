@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.config import PRESETS, ImageConfig, PenguinConfig
 from penguin_edge.dataset import samples
 from penguin_edge.dataset.records import ANNOTATIONS, DataRecord, read_records

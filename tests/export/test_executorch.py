@@ -18,7 +18,9 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("executorch", reason="executorch is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from penguin_edge.bundle.manifest import EMBEDDING, Bundle, GraphEntry, Manifest, finish, signature  # noqa: E402
+from penguin_edge.bundle.contract import EMBEDDING, signature  # noqa: E402
+from penguin_edge.bundle.folder import Bundle, finish  # noqa: E402
+from penguin_edge.bundle.manifest import GraphEntry, Manifest  # noqa: E402
 from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export.targets.executorch import programs as export  # noqa: E402
@@ -475,7 +477,7 @@ def test_opening_imports_no_compiler_and_writes_nothing(nano_bundle: Callable[[s
     code = f"""
 import sys
 import numpy as np
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.runtime.engines.executorch import ExecutorchEngine
 engine = ExecutorchEngine.open(Bundle.read({str(nano_bundle("executorch", "fp32"))!r}), threads=1)
 engine.forward(engine.new_cache(), engine.embed(np.array([1, 2])), np.array([-1]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from folders import config, make, weights
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.export.pipeline import ExportOptions, check_options
 from penguin_edge.export.targets.known import TARGETS

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from penguin_edge.bundle.manifest import Bounds, TablePlace
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.errors import BundleError, PenguinError
 from penguin_edge.export import worker
 from penguin_edge.export.jobs import (

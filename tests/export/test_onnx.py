@@ -18,7 +18,9 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from penguin_edge.bundle.manifest import EMBEDDING, Bundle, GraphEntry, Manifest, finish, kv_names, signature  # noqa: E402
+from penguin_edge.bundle.contract import EMBEDDING, kv_names, signature  # noqa: E402
+from penguin_edge.bundle.folder import Bundle, finish  # noqa: E402
+from penguin_edge.bundle.manifest import GraphEntry, Manifest  # noqa: E402
 from penguin_edge.config import PRESETS  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export.targets.onnx import graphs as export  # noqa: E402

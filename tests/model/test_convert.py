@@ -22,7 +22,8 @@ from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint, read_en
 from penguin_edge.model.convert import RECORD, convert_language_model, save_encoder
 from penguin_edge.model.layers import full_attention
 from penguin_edge.model.penguin import PenguinModel
-from penguin_edge.prompt.chat import IMAGE, Tokenizer
+from penguin_edge.prompt.chat import IMAGE
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.training.initialise import initialise
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.model.checkpoint import DEFAULT_TOKENIZER, Checkpoint
-from penguin_edge.prompt.chat import END, IMAGE, PROBE, START, TextStream, Tokenizer, as_text, render
+from penguin_edge.prompt.chat import END, IMAGE, START, as_text, render
+from penguin_edge.prompt.tokenizer import PROBE, TextStream, Tokenizer
 
 TOKENIZER = Tokenizer.open(DEFAULT_TOKENIZER, image_token_id=603, vocab_size=640)
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.cli import main
 from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError, MemoryLimitError

@@ -18,7 +18,7 @@ import torch
 from helpers import asked_pictures, tiny_model
 from torch import nn
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.config import TextConfig
 from penguin_edge.dataset.samples import NO_TARGET, Sample
 from penguin_edge.errors import InputError

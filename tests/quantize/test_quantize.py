@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch import nn
 
-from penguin_edge.bundle.manifest import CHECK, Bounds, Bundle
+from penguin_edge.bundle.contract import CHECK, Bounds
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import InputError
 from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.export.verify import QUANTIZED, beyond_noise

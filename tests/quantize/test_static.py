@@ -17,7 +17,7 @@ import torch
 from helpers import asked_pictures, products_of
 from torch import nn
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import InputError
 from penguin_edge.export.targets.known import TARGETS

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import PenguinError
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.generate import EagerEngine

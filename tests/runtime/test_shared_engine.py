@@ -16,12 +16,12 @@ from helpers import Alone, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.guard import Guard
 from penguin_edge.model.decoder import KVCache
 from penguin_edge.model.generate import EagerEngine
-from penguin_edge.prompt.chat import Tokenizer
+from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.answer import Token
 from penguin_edge.runtime.core.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions
 from penguin_edge.runtime.core.sampling import SamplingOptions

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from penguin_edge.bundle.manifest import EXECUTORCH_MERGED, Bounds, signature
+from penguin_edge.bundle.contract import EXECUTORCH_MERGED, Bounds, compiled_bounds, signature
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import EncoderMethod, decoder_logits
@@ -267,7 +267,7 @@ class ExecutorchTarget:
         """
         if max_seq_len < 32:
             raise InputError(f"max_seq_len {max_seq_len}, wanted at least 32; pass a larger --max-seq-len")
-        bounds = Bounds.of(self.name, max_seq_len)
+        bounds = compiled_bounds(self.name, max_seq_len)
         assert bounds is not None
         return bounds
 

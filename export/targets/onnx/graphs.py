@@ -39,7 +39,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from penguin_edge.bundle.manifest import KV_SCALES, Bounds, TablePlace, TensorSpec, kv_names, signature
+from penguin_edge.bundle.contract import KV_SCALES, Bounds, TensorSpec, compiled_bounds, kv_names, signature
+from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.export.methods import ProjectorMethod
@@ -122,7 +123,7 @@ class OnnxTarget:
 
     def bounds(self, max_seq_len: int) -> Bounds:
         """Bounds from which ONNX Runtime plans nothing; they limit the time and memory of one call."""
-        bounds = Bounds.of(self.name, max_seq_len)
+        bounds = compiled_bounds(self.name, max_seq_len)
         assert bounds is not None
         return bounds
 

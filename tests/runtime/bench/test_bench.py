@@ -16,7 +16,7 @@ from helpers import CLIP, CountingEngine, picture, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.bench import traffic
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.model.generate import EagerEngine

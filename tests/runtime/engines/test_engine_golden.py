@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from golden_model import LOGITS, VLM_CASES, VLMS, close, frames_of, vlm_of
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.export.pipeline import ExportOptions, export_bundle
 from penguin_edge.export.targets.known import TARGETS
 from penguin_edge.export.verify import prefill

@@ -13,7 +13,9 @@ import pytest
 import torch
 from helpers import Alone
 
-from penguin_edge.bundle.manifest import EMBEDDING, KV_SCALES, Bundle, GraphEntry, Manifest, finish, signature
+from penguin_edge.bundle.contract import EMBEDDING, KV_SCALES, signature
+from penguin_edge.bundle.folder import Bundle, finish
+from penguin_edge.bundle.manifest import GraphEntry, Manifest
 from penguin_edge.config import PRESETS
 from penguin_edge.dataset.samples import Sample
 from penguin_edge.errors import BundleError, InputError

@@ -12,7 +12,7 @@ from helpers import Alone, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import InputError
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVCache, KVForm

@@ -13,7 +13,7 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bounds
+from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.report import Work
 from penguin_edge.runtime.live.control import KEPT, Decision, Device, LatencyControl, LatencyTarget

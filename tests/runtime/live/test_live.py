@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from helpers import CLIP, CountingEngine, picture, tiny_tokenizer
 
-from penguin_edge.bundle.manifest import Bundle
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands import latency
 from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.media.frames import Frame

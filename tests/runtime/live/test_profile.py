@@ -17,7 +17,8 @@ from helpers import CountingEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.bundle.manifest import Bounds, Bundle
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.live.cost import AXES, CostModel, errors, fit
 from penguin_edge.runtime.live.profile import PROFILE, SCHEMA, differences, load, profile
