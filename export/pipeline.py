@@ -420,10 +420,13 @@ def _verify(folder: Path, progress: ExportProgress) -> None:
     found = parse_json(lines[-1], "the verification")
     failed = [stage for stage in found["stages"] if not stage["passed"]]
     if failed:
+        stage = failed[0]
+        apart = "its numbers are NaN or infinite"
+        if stage["relative"] is not None and stage["cosine"] is not None:
+            apart = f"relative error {stage['relative']:.3g}, cosine {stage['cosine']:.6f}"
         raise BundleError(
-            f"the exported {failed[0]['name']} differs from the eager model (relative error "
-            f"{failed[0]['relative']:.3g}, cosine {failed[0]['cosine']:.6f}); no bundle was written: choose another "
-            "recipe, or look at it with --no-verify and `penguin-edge verify`"
+            f"the exported {stage['name']} differs from the eager model ({apart}); no bundle was written: choose "
+            "another recipe, or look at it with --no-verify and `penguin-edge verify`"
         )
     progress.done(VERIFY, time.monotonic() - begin, found["peak_mb"])
 

@@ -148,6 +148,13 @@ def _record_check(part: str, model: PenguinModel, checkpoint: Checkpoint, folder
             arrays |= check.check_decoder(model, arrays, lambda index: teller.begin(step_name(index)))
             del arrays["cache"]
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    overflown = [name for name, value in arrays.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    if overflown:
+        precision = str(model.dtype).removeprefix("torch.")
+        raise PenguinError(
+            f"the {part} of this model gives NaN or infinite numbers in {precision} ({overflown[0]} of the check "
+            "data), so no bundle of it could answer; export it in a wider precision (--quant fp32)"
+        )
     save_file(arrays, path, metadata={"model": config_hash(checkpoint.config)})
 
 

@@ -119,7 +119,7 @@ def write_json(path: str | Path, data: Any) -> None:
         WriteError: it cannot be written.
         TypeError: a value that JSON has no form for.
     """
-    write_text(path, json.dumps(_finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(data), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str, *, advice: str = NAME_ANOTHER) -> None:
@@ -209,11 +209,12 @@ def sync(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with null in place of NaN and infinity, for which JSON has no word."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

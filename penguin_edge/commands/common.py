@@ -15,6 +15,7 @@ from typing import Any
 from penguin_edge.bundle.contract import MANIFEST
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import InputError, PenguinError, TargetUnavailable
+from penguin_edge.files import finite
 from penguin_edge.machine import EXPORTERS, require_memory
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.engines.base import Engine, check_threads
@@ -42,8 +43,8 @@ def status(text: str) -> None:
 
 
 def emit(data: dict[str, Any]) -> None:
-    """The last line of stdout: one JSON object."""
-    print(json.dumps(data), flush=True)
+    """The last line of stdout: one JSON object; null stands for what is not finite."""
+    print(json.dumps(finite(data), allow_nan=False), flush=True)
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,7 @@ from penguin_edge.media.frames import read_video
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.tra.keyframes import KeyFrameDetector
 
-TOKENIZER = Path(__file__).parents[2] / "penguin_edge" / "data" / "nano" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[2] / "penguin_edge" / "assets" / "nano" / "tokenizer.json"
 DRAWS = 400
 
 

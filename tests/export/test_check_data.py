@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from penguin_edge.errors import PenguinError
 from penguin_edge.export import check
 from penguin_edge.export.cases import DECODED, Arrays
+from penguin_edge.export.stages import Teller
+from penguin_edge.export.worker import _record_check
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVForm
 from penguin_edge.quantize import linear
@@ -122,3 +126,15 @@ def test_a_gradient_passes_through_a_quantized_layer(monkeypatch: pytest.MonkeyP
     x = torch.ones((2, 64), requires_grad=True)
     QuantizedLinear(integers, None, "float")(x).sum().backward()
     torch.testing.assert_close(x.grad, integers.weight().sum(0).expand(2, -1))
+
+
+def test_a_model_that_overflows_is_refused_by_its_part(tmp_path: Path) -> None:
+    """Weights that are finite can still give what the precision cannot hold; a bundle of that could answer nothing."""
+    checkpoint = Checkpoint.open("tiny", note=lambda line: None)
+    model = checkpoint.load().half()
+    assert model.encoder is not None
+    with torch.no_grad():
+        model.encoder.layers[0].mlp.down_proj.weight.fill_(60_000.0)
+    with pytest.raises(PenguinError, match=r"the encoder .* NaN or infinite numbers in float16 \(features_0"):
+        _record_check("encoder", model, checkpoint, tmp_path, Teller([], print))
+    assert not list(tmp_path.iterdir())
