@@ -16,6 +16,8 @@ GAP_S = 10.0
 """Seconds by which two frames that come at once may lie apart."""
 USUAL_STEP_S = 0.04
 """Seconds between frames, until some have come."""
+WRAP = 2**33 / 90_000
+"""Seconds after which the clock of MPEG-TS comes round, 26.5 hours."""
 RECENT, DISTRUST = 50, 38
 """Frames looked back at, and how many of them may fail to advance before the clock is distrusted."""
 
@@ -155,5 +157,7 @@ class LiveClock(Generic[T]):
     def _say_jump(self, peak: Stamped[T], held: Stamped[T]) -> None:
         self._advanced.append(False)
         away = held.at - peak.at
+        if away > WRAP / 2:  # FFmpeg takes a clock that goes back for one that has come round.
+            away -= WRAP
         what = "started again" if away < 0 else f"jumped ahead by {away:.1f} s"
         self.note(f"the clock of the stream {what} after {self._due:.1f} s; times go on")
