@@ -23,7 +23,7 @@ from penguin_edge.errors import BundleError, InputError, WriteError
 from penguin_edge.export.cases import CASES, DECODED, Arrays, distance, stored_arrays
 from penguin_edge.files import write_json
 from penguin_edge.folders import scratch
-from penguin_edge.machine import require_memory
+from penguin_edge.machine import peak_mb, require_memory
 from penguin_edge.media.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.engines.base import Engine, chunks
 from penguin_edge.runtime.engines.cache import Cache
@@ -330,6 +330,7 @@ def verify_bundle(
         "precision": bundle.manifest.precision,
         "against": "check data of the bundle" if checkpoint is None else checkpoint.source,
         "tolerance": asdict(tolerance),
+        "peak_mb": peak_mb(),
         "manifest_sha256": bundle.manifest.to_json()["sha256"],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

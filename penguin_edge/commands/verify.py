@@ -9,7 +9,6 @@ from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import emit, require_torch, say, table
 from penguin_edge.commands.options import add_allow_outside, add_json, add_threads
 from penguin_edge.errors import BundleError, InputError
-from penguin_edge.machine import peak_mb
 from penguin_edge.runtime.engines.opening import open_engine
 
 
@@ -53,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         args.calibration,
         allow_outside=args.allow_outside,
     )
-    result["peak_mb"] = peak_mb()
     if not args.json:
         head = ("stage", "max abs", "relative", "cosine", "")
         rows = [
