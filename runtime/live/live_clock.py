@@ -157,7 +157,7 @@ class LiveClock(Generic[T]):
     def _say_jump(self, peak: Stamped[T], held: Stamped[T]) -> None:
         self._advanced.append(False)
         away = held.at - peak.at
-        if away > WRAP / 2:  # FFmpeg takes a clock that goes back for one that has come round.
+        if WRAP / 2 < away < WRAP:  # FFmpeg takes a clock that goes back for one that has come round.
             away -= WRAP
         what = "started again" if away < 0 else f"jumped ahead by {away:.1f} s"
         self.note(f"the clock of the stream {what} after {self._due:.1f} s; times go on")

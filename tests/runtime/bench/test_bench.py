@@ -159,11 +159,11 @@ def test_memory_is_extrapolated_after_ten_minutes_alone() -> None:
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=3, max_size=30), st.floats(1.2, 5))
 def test_a_change_is_told_from_noise(samples: list[float], factor: float) -> None:
-    assert change(samples, samples, 0.0)["verdict"] == "same"
+    assert change(samples, samples, 0.0)["verdict"] in ("same", "unclear")  # Few of them may be too noisy to tell.
     steady = [10.0 + i % 3 / 100 for i in range(12)]
     slower = [value * factor for value in steady]
     assert change(steady, slower, 0.05)["verdict"] == "worse" and change(slower, steady, 0.05)["verdict"] == "better"
-    assert change(steady, slower, factor)["verdict"] == "same"
+    assert change(steady, slower, factor)["verdict"] == change(steady, steady, 0.0)["verdict"] == "same"
     assert change(steady[:2], slower, 0.0)["verdict"] == "too few samples"
     noisy = [1.0, 1.0, 9.0]
     assert change(noisy, noisy, 0.05)["verdict"] == "unclear"
