@@ -197,7 +197,13 @@ def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64, wi
             f"a chunk of {count} tokens with {wanted} logits, wanted 1 to {bounds.max_chunk} with at most "
             f"{bounds.max_logits}; split the prompt into chunks"
         )
-    if wanted and (logit_index.min() < -1 or logit_index.max() >= count):
+    if not wanted:
+        return
+    # A decoded token asks for one: a reduction over one number takes a microsecond.
+    least = most = int(logit_index[0])
+    if wanted > 1:
+        least, most = int(logit_index.min()), int(logit_index.max())
+    if least < -1 or most >= count:
         raise InputError(
             f"logit_index {logit_index.tolist()} outside a chunk of {count} tokens; wanted -1 to {count - 1}"
         )

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 from penguin_edge.errors import BusyError, InputError
 from penguin_edge.guard import Guard
@@ -49,9 +49,9 @@ class Cache:
     Positions from `length` on keep what was written there until they are written again: they can still be moved.
     """
 
-    def __init__(self, guard: Guard, release: Callable[[Cache], None]) -> None:
-        """Use `Engine.new_cache`; `guard` is the engine's, and `release` gives the engine its memory back."""
-        self._guard, self._release = guard, release
+    def __init__(self, guard: Guard, owner: Caches[Any], state: object) -> None:
+        """Use `Engine.new_cache`; `guard` and `state` are the engine's, `owner` holds the caches of one engine."""
+        self._guard, self.owner, self.state = guard, owner, state
         self._keys: list[Key | None] = []
         self._length = 0
         self._closed = ""
@@ -101,20 +101,18 @@ class Cache:
         if self._closed:
             raise InputError(f"this {self._closed} was closed, and its cache with it; open another one")
 
-    @contextmanager
-    def writing(self, count: int, keys: Sequence[Key]) -> Iterator[None]:
-        """For engines: append `count` positions. They are nobody's until the block has ended well.
+    def writing(self, count: int, keys: Sequence[Key]) -> _Writing:
+        """For engines: a block that appends `count` positions. They are nobody's until it has ended well.
 
         Raises:
             InputError: keys for another number of positions.
         """
         if keys and len(keys) != count:
             raise InputError(f"{len(keys)} keys for {count} positions, wanted one for each, or none")
-        end = self._length + count
-        self._keys[self._length : end] = [None] * count
-        yield
-        self._keys[self._length : end] = [*keys] if keys else [None] * count
-        self._length = end
+        return _Writing(self._keys, self._length, count, keys, self._grow)
+
+    def _grow(self, length: int) -> None:
+        self._length = length
 
     @contextmanager
     def moving(self, begin: int, end: int, to: int) -> Iterator[None]:
@@ -131,13 +129,35 @@ class Cache:
         """Give the memory back to the engine; the cache cannot be used again. `what` was closed, for messages."""
         self._closed = self._closed or what
         self.forget()
-        self._release(self)
+        self.state = None
+        self.owner.drop(self)
 
     def __enter__(self) -> Cache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close("cache")
+
+
+class _Writing:
+    """See `Cache.writing`. A class, since a decoded token has time for little: a generator would take a microsecond."""
+
+    __slots__ = ("_begin", "_count", "_grow", "_held", "_keys")
+
+    def __init__(
+        self, held: list[Key | None], begin: int, count: int, keys: Sequence[Key], grow: Callable[[int], None]
+    ) -> None:
+        self._held, self._begin, self._count, self._keys, self._grow = held, begin, count, keys, grow
+
+    def __enter__(self) -> None:
+        self._held[self._begin : self._begin + self._count] = [None] * self._count
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            end = self._begin + self._count
+            if self._keys:
+                self._held[self._begin : end] = self._keys
+            self._grow(end)
 
 
 class Caches(Generic[State]):
@@ -151,7 +171,7 @@ class Caches(Generic[State]):
         """
         self.guard = Guard("engine")
         self.capacity, self._make = capacity, make
-        self._states: weakref.WeakKeyDictionary[Cache, State] = weakref.WeakKeyDictionary()
+        self._open: weakref.WeakSet[Cache] = weakref.WeakSet()
         self._closed = False
         self._making = threading.RLock()
 
@@ -171,8 +191,8 @@ class Caches(Generic[State]):
                     f"this engine holds {self.capacity} KV cache at a time, and a session has it; close that "
                     "session, or open the bundle again for an engine of its own"
                 )
-            cache = Cache(self.guard, self._drop)
-            self._states[cache] = self._make()
+            cache = Cache(self.guard, self, self._make())
+            self._open.add(cache)
             return cache
 
     def state(self, cache: Cache) -> State:
@@ -181,14 +201,16 @@ class Caches(Generic[State]):
         Raises:
             InputError: the cache is another engine's, or was closed.
         """
+        if self._closed or not isinstance(cache, Cache) or cache.owner is not self or cache.state is None:
+            self._refuse(cache)
+        return cast(State, cache.state)
+
+    def _refuse(self, cache: object) -> NoReturn:
         self.check_open()
         if not isinstance(cache, Cache):
             raise InputError(f"got {type(cache).__name__} for a cache, wanted one of this engine's new_cache()")
         cache.check_open()
-        found = self._states.get(cache)
-        if found is None:
-            raise InputError("this cache belongs to another engine; use one of this engine's new_cache()")
-        return found
+        raise InputError("this cache belongs to another engine; use one of this engine's new_cache()")
 
     def check_open(self) -> None:
         """Refuse an engine that was closed.
@@ -207,11 +229,12 @@ class Caches(Generic[State]):
         """
         with self.guard:
             self._closed = True
-            for cache in list(self._states):
+            for cache in list(self._open):
                 cache.close("engine")
 
-    def _drop(self, cache: Cache) -> None:
-        self._states.pop(cache, None)
+    def drop(self, cache: Cache) -> None:
+        """Let go of a cache that was closed."""
+        self._open.discard(cache)
 
     def _full(self) -> bool:
-        return self.capacity is not None and len(self._states) >= self.capacity
+        return self.capacity is not None and len(self._open) >= self.capacity
