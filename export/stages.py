@@ -33,7 +33,7 @@ PASS_NS, ROW_NS = {True: 0.35, False: 0.3}, 0.015
 """Per weight of an eager pass, quantized or not, and of each row on top."""
 TRACE_SECONDS, TRACE_BLOCK_SECONDS = 3.0, 0.6
 WRITE_SECONDS, WRITE_NS = 1.5, 1.5
-"""Of any graph, and per byte."""
+"""Writing any graph, and each byte of it."""
 COMPILE_NS = 3.0
 """Per weight, where a compiler takes the graph apart."""
 LINE = re.compile(r"^progress (\S+) (\S+) (\S+) (.*)$", re.MULTILINE)

@@ -67,7 +67,7 @@ LAYER = Record(
 QUANTIZATION = Record({}, {"recipe": Free(), "layers": Rows(LAYER), "calibration": Free(), "auto": Free()})
 EMBEDDING_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 PLACE = Record({"file": FILE_NAME, "levels": Whole(0), "scales": Whole(0), "group": Whole(1, 1 << 20)})
-"""Of an int4 table."""
+"""Where the integers and scales of an int4 table lie."""
 KV_DTYPES = ("fp32", "fp16", "int8")
 
 MANIFEST = Record(

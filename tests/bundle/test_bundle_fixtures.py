@@ -24,7 +24,7 @@ BUNDLES = Path(__file__).parents[1] / "bundles"
 TARGETS = ("onnx", "executorch")
 ANSWERS: list[dict[str, Any]] = json.loads((BUNDLES / "answers.json").read_text(encoding="utf-8"))
 MAX_BYTES = 3_000_000
-"""Of a folder: everybody who clones the repository has them, for ever."""
+"""Limit of one folder: everybody who clones the repository has them, for ever."""
 
 
 @pytest.fixture(params=TARGETS)
