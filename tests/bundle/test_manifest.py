@@ -22,10 +22,9 @@ from safetensors.numpy import load, save_file
 
 from penguin_edge.bundle.contract import CHECK, EMBEDDING, MANIFEST, TOKENIZER
 from penguin_edge.bundle.folder import Bundle
-from penguin_edge.bundle.manifest import file_hash
 from penguin_edge.errors import BundleError
 from penguin_edge.export.cases import stored_arrays
-from penguin_edge.files import manifest_hash
+from penguin_edge.files import file_hash, manifest_hash
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session
