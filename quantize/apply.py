@@ -16,6 +16,7 @@ from penguin_edge.model.decoder import KVForm
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.linear import Activations, Integers, QuantizedLinear, Scheme, quantize_weight
 from penguin_edge.quantize.recipe import Recipe
+from penguin_edge.quantize.rows import by_parts
 from penguin_edge.quantize.smooth import apply_factors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -183,11 +184,16 @@ def _smooth(model: PenguinModel, part: str, block: str, ready: Calibrated | None
 
 def _relative_error(weight: torch.Tensor, integers: Integers) -> float:
     """Relative error by slabs of rows, so that a head of 150,000 rows is not in memory twice more."""
-    missed = whole = 0.0
-    for rows, made in integers.slabs():
-        wanted = weight[rows].float()
-        missed += float(made.sub_(wanted).square_().sum())
-        whole += float(wanted.square().sum())
+
+    def squares(begin: int, end: int) -> tuple[float, float]:
+        missed = whole = 0.0
+        for rows, made in integers.slabs(begin, end):
+            wanted = weight[rows].float()
+            missed += float(made.sub_(wanted).square_().sum())
+            whole += float(wanted.square().sum())
+        return missed, whole
+
+    missed, whole = (sum(parts) for parts in zip(*by_parts(len(weight), squares), strict=True))
     return math.sqrt(missed / max(whole, 1e-30))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from penguin_edge.errors import InputError
+from penguin_edge.quantize.rows import by_parts
 
 Method = Literal["rtn", "mse", "gptq"]
 METHODS: tuple[Method, ...] = ("rtn", "mse", "gptq")
@@ -39,6 +40,8 @@ SMALLEST = 1e-30
 """Takes the place of the largest activation of a row of zeros."""
 SLAB = 3 << 18
 """Weights that are made anew at a time: 3 MB of fp32, which a cache holds until they are multiplied."""
+ROUNDED = 1 << 19
+"""Weights that are rounded at a time."""
 FEW = 128
 """Rows of activations up to which the memory that a weight goes through takes longer than the sums."""
 SHRINK = 20
@@ -115,13 +118,13 @@ class Integers:
         grouped.sub_(self.zeros[..., None]).mul_(self.scales[..., None])
         return values
 
-    def slabs(self, size: int = SLAB) -> Iterator[tuple[slice, Tensor]]:
-        """The weight by some rows at a time, about `size` weights; a slab is overwritten by the next one."""
-        outputs, inputs = self.levels.shape
-        step = min(max(1, size // inputs), outputs)
+    def slabs(self, begin: int, end: int) -> Iterator[tuple[slice, Tensor]]:
+        """The weight of some of the N outputs, about `SLAB` weights at a time; a slab is overwritten by the next."""
+        inputs = self.levels.shape[1]
+        step = min(max(1, SLAB // inputs), end - begin)
         room = torch.empty((step, inputs), device=self.levels.device)
-        for begin in range(0, outputs, step):
-            rows = slice(begin, min(begin + step, outputs))
+        for at in range(begin, end, step):
+            rows = slice(at, min(at + step, end))
             yield rows, self.rows(rows.start, rows.stop).weight(room)
 
 
@@ -143,14 +146,18 @@ def quantize_weight(weight: Tensor, scheme: Scheme, name: str = "the layer") -> 
     levels = torch.empty((outputs, inputs), dtype=torch.uint8)
     scales = torch.empty((outputs, inputs // group))
     zeros = torch.empty((outputs, inputs // group), dtype=torch.uint8)
-    slab = max(1, (1 << 18) // inputs)  # fits a cache: twice as fast as a sixteenth of the calls
-    for begin in range(0, outputs, slab):
-        rows = slice(begin, begin + slab)
-        values = weight.detach()[rows].to(torch.float32).unflatten(1, (-1, group))
-        if not bool(values.isfinite().all()):
-            raise InputError(f"{name}: a weight is NaN or infinite; repair the checkpoint before you quantize it")
-        rounded, scales[rows], zeros[rows] = _round(values, scheme)
-        levels[rows] = rounded.flatten(1)
+    step = max(1, ROUNDED // inputs)
+
+    def round_part(begin: int, end: int) -> None:
+        for at in range(begin, end, step):
+            rows = slice(at, min(at + step, end))
+            values = weight.detach()[rows].to(torch.float32).unflatten(1, (-1, group))
+            if not bool(values.isfinite().all()):
+                raise InputError(f"{name}: a weight is NaN or infinite; repair the checkpoint before you quantize it")
+            rounded, scales[rows], zeros[rows] = _round(values, scheme)
+            levels[rows] = rounded.flatten(1)
+
+    by_parts(outputs, round_part)
     return Integers(levels, scales, zeros, scheme)
 
 
@@ -287,7 +294,14 @@ class QuantizedLinear(nn.Module):
         # A whole weight is written to memory and read back three times, which only many rows are worth. Elsewhere than
         # on a processor a call costs more than the memory, and a gradient would need the slabs that are gone.
         few = y.device.type == "cpu" and not y.requires_grad and y.numel() <= FEW * y.shape[-1]
+        if not few:
+            return functional.linear(y, self.integers.weight(), self.bias).to(x.dtype)
+        integers, bias = self.integers, self.bias
         out = torch.empty((*y.shape[:-1], len(self.levels)), device=y.device)
-        for rows, weight in self.integers.slabs(SLAB if few else self.levels.numel()):
-            out[..., rows] = functional.linear(y, weight, None if self.bias is None else self.bias[rows])
+
+        def multiply(begin: int, end: int) -> None:
+            for rows, weight in integers.slabs(begin, end):
+                out[..., rows] = functional.linear(y, weight, None if bias is None else bias[rows])
+
+        by_parts(len(self.levels), multiply)
         return out.to(x.dtype)
