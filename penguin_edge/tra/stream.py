@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from penguin_edge.config import PATCH, TraConfig
@@ -130,6 +131,17 @@ class StreamPlanner:
         _check(limits, tag_tokens)
         self._held: deque[_Held] = deque()
         self._level = self._next = self._total = 0
+
+    def copy(self) -> StreamPlanner:
+        """A planner that stands where this one does, for finding out what would become of frames to come."""
+        found = copy(self)
+        found._held = deque(replace(held) for held in self._held)
+        return found
+
+    @property
+    def latest(self) -> float:
+        """Time of the newest frame, in seconds; 0 when there is none."""
+        return self._held[-1].time if self._held else 0.0
 
     @property
     def level(self) -> int:

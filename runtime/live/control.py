@@ -1,17 +1,18 @@
-"""Keeps a stream within a latency target: predicts what a setting costs, corrects by what is observed, and decides.
+"""Keeps a stream within a latency target: takes the largest setting whose 99th percentile keeps the limits.
 
-A setting is how much is asked of the machine. They are tried in this order, and left in the other:
+| what               | comes from                                                                                  |
+|--------------------|---------------------------------------------------------------------------------------------|
+| the next frames    | the stream's own planner, which goes on as a copy under the setting (`forecast.py`)         |
+| what they take     | the cost model of this machine, by a line that is fitted to what was seen of late (`pace.py`) |
+| what may come on   | the noise around that line: the 99th percentile of frames and noise together                |
+| top                |                                                                                             |
+| what that gets     | the deadlines that were missed: the limits that predictions are held against shrink with    |
+| wrong              | each, and grow with each that was kept, so that `ALLOWED` of them are missed in the long run |
 
-1. key frames get smaller: at most half of native, a quarter, … down to the floor;
-2. the budget of visual tokens halves, down to a few floors;
-3. frames are left out: every second is taken, every fourth, every eighth.
-
-A setting fits when the costliest frame and the first token of a question, as predicted and corrected, are within the
-target, and usual frames do not come faster than they can be worked on. One that no longer fits is left at once, for the
-first that does, or that comes close to the least that can be reached: nothing is given up for nothing. A better one is
-taken one step at a time, when it would fit `MARGIN` of the target on the machine at its slowest of late, and nothing
-has changed for `HOLD_S` seconds; a rise that had to be taken back makes that time `BACK_OFF` times as long, so that a
-machine at the border does not swing.
+A setting is how much is asked of the machine; `settings` has them in order. One that no longer fits is left at once for
+the largest that does, or that comes close to the least that can be reached: nothing is given up for nothing. A larger
+one is taken when it would fit `MARGIN` of the limits, and nothing has changed for `HOLD_S` seconds; every rise that had
+to be taken back of late makes that time `BACK_OFF` times as long, so that a machine at the border does not swing.
 """
 
 from __future__ import annotations
@@ -19,40 +20,48 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BudgetError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.report import Work
 from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.live.forecast import Forecast, Setting, price
+from penguin_edge.runtime.live.pace import NOISE, Pace, Seen
 from penguin_edge.schema import Maybe, Real
-from penguin_edge.tra.stream import LOW, STEP
 
-MARGIN = 0.8
-HOLD_S, LONGEST_S, BACK_OFF = 3.0, 120.0, 4
-EASING, ALARM = 0.25, 0.5
-"""Weight of what was observed when it is faster than the correction says, and when it is slower."""
-TELLING, LEAST = 0.25, 0.1
-"""Share of the costliest frame's work from which on a frame's own counts in full, and what it counts at least: what is
-small tells little of it."""
-SPIKE, LONG_MS = 5, 200.0
-"""The middle one of so many observations counts: one alone is an accident of the machine. Of work that takes longer
-than this, three: it is less of an accident, and there is less time."""
+ALLOWED = 0.01
+"""Share of deadlines that may be missed."""
+NOISY = 0.95
+"""Share of the noise that is reckoned with; rarer accidents are too few to be foreseen, and are left to what is missed.
+"""
+GAIN, LEEWAY = 0.05, (0.5, 1.25)
+"""How much of a limit a missed deadline takes away, and how little and how much may be left. With a gain of `GAIN *
+ALLOWED` for each that was kept, the share of those missed tends to `ALLOWED` whatever the predictions are worth
+(adaptive conformal inference: Gibbs and Candès, 2021, arXiv 2106.00170)."""
+MARGIN = 0.85
+"""Share of the limits that a larger setting has to fit."""
+HOLD_S, BACK_OFF, RECENT_S = 3.0, 4, 120.0
+"""Seconds without a change before a rise, their growth with each rise that was taken back, and for how long that
+counts."""
+LOOK_S = 1.0
+"""Seconds between forecasts while nothing is new."""
 BUSY = 0.9
 """Share of the time that frames and answers may take; beyond, frames would wait for frames."""
+WAIT = 0.5
+"""Share of a frame's limit that answers may take of it. How long they are is not the controller's: what they leave too
+little for, no setting makes good."""
 REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
-FADING, WAIT = 0.95, 0.5
-"""Share of the longest wait for an answer that is left a frame later, and of a frame's limit that it may take."""
-RECALL = 0.985
-"""Share of the slowest correction that is left a frame later."""
-NEARING = 0.05
-"""Share by which the corrections of answers follow that of frames, with every frame: questions may be rare."""
+QUEUED = 5
+"""Waits for other frames that are remembered; the middle one counts."""
 KEPT = 1000
-"""Decisions that are remembered."""
+"""Decisions, and times as predicted and as taken, that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +88,15 @@ class LatencyTarget:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Visual tokens of the window, most tokens of one frame, and how many frames make one that is taken."""
-
-    budget: int
-    frame_tokens: int
-    stride: int = 1
-
-
-@dataclass(frozen=True)
 class Costs:
-    """Milliseconds: the costliest frame, a question's first token, one more token; and the share of the time that usual
-    frames take, and answers."""
+    """Milliseconds, each at its 99th percentile: a frame, a question's first token, one more token; the share of the
+    time that frames take, and answers; and the window's visual tokens."""
 
     frame: float
     first: float
     token: float
-    busy: float = 0.0
+    busy: float
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -123,33 +124,38 @@ class Decision:
 
 @dataclass(frozen=True)
 class Device:
-    """What predictions need to know beside the cost model. `tokens` are visual ones, `pixels` those of a frame."""
+    """What predictions need to know beside the cost model; `interval_ms` is between frames that come."""
 
     bounds: Bounds
     merge: int
-    tag_tokens: int
     question_tokens: int
-    recompute: bool
-    """Whether a frame that changes makes all behind it be computed again."""
-    pixels: int
-    floor_tokens: int
-    """The least that a kept frame takes."""
-    frames: int
-    """Frames that the window will hold if all are taken."""
     interval_ms: float = math.inf
-    """Between frames that come."""
 
 
 def settings(native: int, floor: int, budget: int) -> list[Setting]:
-    """All settings, in order; `native` and `floor` are tokens of one frame."""
-    frame, found = min(native, budget), [Setting(budget, min(native, budget))]
-    while frame > floor:
-        # Near the floor a frame that steps down frees so little that many have to.
-        frame = frame // 2 if frame >= 8 * floor else floor
-        found.append(Setting(budget, frame))
-    while budget > 4 * floor:
-        budget = max(4 * floor, budget // 2)
-        found.append(Setting(budget, min(frame, budget)))
+    """All settings, from the largest on; `native` and `floor` are tokens of one frame.
+
+    By what it costs in answers (the budget study in docs/training.md): detail of key frames first, down to half; then
+    the budget, which shortens what the window remembers, down to a quarter; then both, down to the floor; frames are
+    left out last. Each step takes about three tenths.
+    """
+    frame = min(native, budget)
+    found = [Setting(budget, frame)]
+
+    def step(budget: int, frame: int) -> None:
+        if (budget, frame) != (found[-1].budget, found[-1].frame_tokens):
+            found.append(Setting(budget, min(frame, budget)))
+
+    def shrunk(value: int, least: int) -> int:
+        return max(least, min(value, round(value / math.sqrt(2))))
+
+    for share in (2, 1):
+        least = max(floor, frame // 2) if share == 2 else floor
+        while found[-1].frame_tokens > least:
+            step(found[-1].budget, shrunk(found[-1].frame_tokens, least))
+        least = max(4 * floor, budget // 4) if share == 2 else min(budget, 4 * floor)
+        while found[-1].budget > least:
+            step(shrunk(found[-1].budget, least), found[-1].frame_tokens)
     return found + [Setting(found[-1].budget, found[-1].frame_tokens, stride) for stride in (2, 4, 8)]
 
 
@@ -162,40 +168,45 @@ class LatencyControl:
         cost: CostModel,
         device: Device,
         choices: list[Setting],
+        foresee: Callable[[Setting], Forecast],
         decided: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         """
         Args:
+            foresee: what the next frames will make the engine do under a setting.
             decided: is told every decision.
         Raises:
             BudgetError: even the last setting is predicted to miss the target; the message says what it reaches.
         """
         self.target, self.cost, self.device, self.choices = target, cost, device, choices
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
-        self._decided = decided
-        self._slower = {"frame": 1.0, "first": 1.0, "token": 1.0}
-        self._slowest = dict(self._slower)
-        # Begun with two that are as predicted: the very first one alone is an accident, too.
-        self._ratios = {name: deque([1.0, 1.0], maxlen=SPIKE) for name in self._slower}
-        self._overheads: deque[float] = deque(maxlen=SPIKE)
-        self._queued = deque([0.0, 0.0], maxlen=SPIKE)  # As if all frames had been taken.
+        self.frames_seen: deque[Seen] = deque(maxlen=KEPT)
+        self.questions_seen: deque[Seen] = deque(maxlen=KEPT)
+        self._foresee, self._decided = foresee, decided
+        self._frame, self._first = Pace(cost.wake_ms), Pace(cost.wake_ms)
+        self._token = Pace()
+        self._leeway = 1.0
+        self._held_up: deque[float] = deque(maxlen=NOISE)
+        self._queued: deque[float] = deque(maxlen=QUEUED)
+        self._answering = 0.0
         self._observed: float | None = None
-        self._held_up = self._answering = 0.0
-        self._changed, self._hold, self._rose, self.index = 0.0, HOLD_S, False, 0
+        self._changed, self._looked, self._rose = 0.0, -math.inf, -math.inf
+        self._taken_back: deque[float] = deque(maxlen=3)
+        self.index = 0
         least = self.predicted(choices[-1])
-        if not self._within(replace(least, busy=0.0), 1.0):  # Too many frames are left out.
+        if not self._fits(least, busy=math.inf):  # too many frames are left out
             raise BudgetError(
                 f"{target} cannot be kept here: with the least of everything this machine is predicted to need "
                 f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "
                 f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
             )
-        self.index = self._first()
+        self.index = self._largest(0, 1.0)
 
     def see(self, device: Device, choices: list[Setting]) -> None:
         """Frames of another size from now on."""
-        self.index = 0  # Another thread may look.
+        self.index = 0  # another thread may look
         self.device, self.choices = device, choices
-        self.index = self._first()
+        self.index = self._largest(0, 1.0)
 
     @property
     def setting(self) -> Setting:
@@ -203,125 +214,103 @@ class LatencyControl:
 
     @property
     def slower(self) -> float:
-        """Measured time of recent frames over the predicted time; 1 is as predicted, 2 twice as slow."""
-        return self._slower["frame"]
+        """Time that work takes over the time that the cost model says, beside what is added whatever the work."""
+        return self._frame.factor
 
-    def engine_ms(self, work: Work) -> float:
-        """What one frame makes the engine do is predicted to take, uncorrected."""
-        cost, merged = self.cost, self.device.merge**2
-        spent = cost.wake_ms
-        for frames, patches in work.encoded:
-            spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merged)
-        if work.prefilled:
-            each = -(-work.prefilled // work.pieces)
-            spent += work.pieces * cost.prefill_ms(each, work.past, self.device.bounds)
-        if work.moved and "move" in cost.tables:  # A cache of a few positions is profiled without.
-            spent += cost.stage_ms("move", work.moved)
-        return spent
+    def work_ms(self, work: Work) -> float:
+        """What one frame takes by the cost model, uncorrected."""
+        return price(self.cost, work, self.device.bounds, self.device.merge)
 
-    def overhead_ms(self, work: Work) -> float:
-        """What a frame takes beside: label, resize, patches, and finding out what to do. As observed; of fewer than
-        three, what the model says counts beside."""
-        guess = self.cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
-        return median([*self._overheads, *[guess] * (3 - len(self._overheads))])
-
-    def _question_ms(self, tokens: int, past: int) -> float:
-        return self.cost.wake_ms + self.cost.prefill_ms(tokens, past, self.device.bounds)
-
-    def window(self, setting: Setting) -> int:
-        """Positions that the window will take when it is full."""
-        device = self.device
-        frames = max(1, min(device.frames // setting.stride, setting.budget // device.floor_tokens))
-        room = device.bounds.max_seq_len - device.question_tokens - setting.frame_tokens - device.tag_tokens
-        return max(0, min(room, setting.budget + frames * device.tag_tokens))
-
-    def costliest(self, setting: Setting) -> Work:
-        """Work for a frame that makes older ones step down.
-
-        What they free is tokens: they are encoded again at a quarter of the area, or go when they are at the floor.
-        """
-        device, window = self.device, self.window(setting)
-        piece = max(device.floor_tokens, setting.frame_tokens // STEP)
-        again = 0
-        if setting.frame_tokens > device.floor_tokens:
-            again = max(1, round((1 - LOW) * setting.budget / (setting.frame_tokens - piece)))
-        most, merged = device.bounds.max_batch, device.merge**2
-        encoded = [(min(again - i, most), piece * merged) for i in range(0, again, most)]
-        encoded.append((1, setting.frame_tokens * merged))
-        new = setting.frame_tokens + device.tag_tokens
-        if device.recompute:
-            return Work(device.pixels, tuple(encoded), int(LOW * window) + new, 0)
-        changed = again * (piece + device.tag_tokens)
-        return Work(device.pixels, tuple(encoded), changed + new, window, again + 1, window)
-
-    def predicted(self, setting: Setting, corrected: bool = False, slowest: bool = False) -> Costs:
-        """What the model says, or that corrected by what was observed, of late or at its slowest."""
-        work, window = self.costliest(setting), self.window(setting)
-        slower = (self._slowest if slowest else self._slower) if corrected else dict.fromkeys(self._slower, 1.0)
-        frame = slower["frame"] * self.engine_ms(work) + self.overhead_ms(work)
-        question = slower["first"] * self._question_ms(self.device.question_tokens, window)
-        token = slower["token"] * self.cost.stage_ms("decode", window)
+    def predicted(self, setting: Setting) -> Costs:
+        """What a setting is to take here, as far as is known by now."""
+        found = self._foresee(setting)
+        works = np.array([self.work_ms(work) for work in found.works])
+        expected = self._frame.added + self._frame.factor * works
+        noise = float(np.quantile(self._frame.noise(float(np.median(works))), NOISY))
+        frame = float(np.quantile(expected, 1 - ALLOWED)) + noise
+        question = self.cost.prefill_ms(self.device.question_tokens, found.past, self.device.bounds)
+        token = self.cost.stage_ms("decode", found.past)
         wait, limit = 0.0, self.target.frame_ms
-        if corrected and limit:
-            # How long answers take is not the controller's: what they leave too little for, no setting makes good.
-            wait = min(self._held_up, WAIT * limit) + (median(self._queued) if self._queued else 0.0) / setting.stride
-        usual = Work(self.device.pixels, work.encoded[-1:], setting.frame_tokens + self.device.tag_tokens, window)
-        each = slower["frame"] * self.engine_ms(usual) + self.overhead_ms(usual)
-        busy = each / (self.device.interval_ms * setting.stride) + (self._answering if corrected else 0.0)
+        if limit is not None and self._held_up:
+            wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * limit)
+        if self._queued:
+            wait += median(self._queued) / setting.stride
+        busy = float(expected.mean()) / (self.device.interval_ms * setting.stride) + self._answering
         # A question waits for the frame in work; a frame for answers, and for frames.
-        return Costs(frame + wait, frame + question + token, token, busy)
+        first = frame + self._first.at_most(question, NOISY)
+        return Costs(frame + wait, first, self._token.at_most(token, 0.5), busy, found.tokens)
 
     def observe_frame(
-        self, work: Work, took_ms: float, engine_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
-    ) -> None:
-        """What a frame took, from its turn to the end of its prefill, the engine's part of that, and how long it had
-        waited for its turn, for answers and for other frames."""
-        predicted, costliest = self.engine_ms(work), self.engine_ms(self.costliest(self.setting))
-        self._observe("frame", engine_ms, predicted, min(1.0, max(LEAST, predicted / max(TELLING * costliest, 1e-3))))
+        self, now: float, work: Work, took_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
+    ) -> Seen:
+        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn, for
+        answers and for other frames."""
+        seen = self._frame.observe(now, self.work_ms(work), took_ms)
+        self.frames_seen.append(seen)
+        if (ratio := self._frame.changed) is not None:
+            for pace in (self._first, self._token):
+                pace.scale(ratio)
+            self._looked = -math.inf
         self._observed = took_ms
-        self._overheads.append(max(0.0, took_ms - engine_ms))
-        self._held_up = max(held_up_ms, FADING * self._held_up)
+        self._held_up.append(held_up_ms)
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)
-        for name in ("first", "token"):
-            self._slower[name] += NEARING * (self._slower["frame"] - self._slower[name])
-        for name, known in self._slower.items():
-            self._slowest[name] = max(known, RECALL**self.setting.stride * self._slowest[name])
+        if self.target.frame_ms is not None:
+            self._judge(took_ms + held_up_ms + queued_ms > self.target.frame_ms)
+        return seen
 
-    def observe_answer(self, past: int, tokens: int, first_ms: float, token_ms: float | None = None) -> None:
-        """What a question of so many tokens took to its first one, after `past` positions, once the worker was free,
-        and one more token of its answer."""
-        self._observe("first", first_ms, self._question_ms(tokens, past))
+    def observe_answer(
+        self,
+        now: float,
+        past: int,
+        tokens: int,
+        first_ms: float,
+        token_ms: float | None = None,
+        waited_ms: float = 0.0,
+    ) -> Seen:
+        """What a question of so many tokens took to its first one, after `past` positions, once the worker was free;
+        one more token of its answer; and how long the question had waited for the worker."""
+        seen = self._first.observe(now, self.cost.prefill_ms(tokens, past, self.device.bounds), first_ms)
+        self.questions_seen.append(seen)
         self._observed = first_ms
         if token_ms is not None:
-            self._observe("token", token_ms, self.cost.stage_ms("decode", past))
+            self._token.observe(now, self.cost.stage_ms("decode", past), token_ms)
+        self._judge(waited_ms + first_ms > self.target.first_token_ms)
+        return seen
 
     def observe_share(self, answering: float) -> None:
         """The share of the time that answers take."""
         self._answering = min(max(answering, 0.0), WAIT)
 
-    def _observe(self, what: str, took: float, predicted: float, weight: float = 1.0) -> None:
-        self._ratios[what].append(min(max(took / max(predicted, 1e-3), 0.1), 100.0))
-        latest = list(self._ratios[what])[-3 if predicted >= LONG_MS else 0 :]
-        ratio, known = median(latest), self._slower[what]
-        self._slower[what] = known + weight * (EASING if ratio < known else ALARM) * (ratio - known)
+    def miss(self) -> None:
+        """A frame was given up that would not have been ready in time."""
+        self._judge(True)
+
+    def _judge(self, late: bool) -> None:
+        """One deadline."""
+        self._leeway += GAIN * (ALLOWED - late)
+        self._leeway = min(max(self._leeway, LEEWAY[0]), LEEWAY[1])
+        if late:
+            self._looked = -math.inf
 
     def decide(self, now: float) -> Decision | None:
         """The next setting, if it is another one; `decided` is told, too."""
-        wanted, reason = self._first(), ""
-        if wanted > self.index:
-            reason = "slower than the target allows"
-            if self._rose and now - self._changed < 2 * LONGEST_S:
-                self._hold = min(BACK_OFF * self._hold, LONGEST_S)
-            self._rose = False
-        elif self.index and now - self._changed >= self._hold:
-            better = self.index - 1
-            if self._within(self.predicted(self.choices[better], corrected=True, slowest=True), MARGIN):
-                wanted, reason = better, "room to spare"
-                if now - self._changed >= 2 * LONGEST_S:
-                    self._hold = HOLD_S
-                self._rose = True
-            elif wanted < self.index and not self._within(self.predicted(self.choices[-1], corrected=True), 1.0):
+        if now - self._looked < LOOK_S:
+            return None
+        self._looked = now
+        wanted, reason = self.index, ""
+        if not self._fits(self.predicted(self.setting)):
+            wanted = self._largest(self.index, 1.0)
+            if wanted > self.index:
+                reason = "slower than the target allows"
+                if now - self._rose < RECENT_S:
+                    self._taken_back.append(now)
+                self._rose = -math.inf
+            elif wanted < self.index:
                 reason = "less would not help"
+        elif self.index and now - self._changed >= self._hold(now):
+            wanted = self._largest(0, MARGIN)
+            if wanted < self.index:
+                reason, self._rose = "room to spare", now
         if not reason:
             return None
         before, self.index = self.setting, wanted
@@ -331,31 +320,46 @@ class LatencyControl:
     def tell(self, now: float, before: Setting, reason: str) -> Decision:
         """Write down that this setting takes the place of another one; `decided` is told."""
         self._changed = now
-        found = self.predicted(self.setting, corrected=True)
+        found = self.predicted(self.setting)
         decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
         self.decisions.append(decision)
         self._decided(decision)
         return decision
 
-    def _within(self, costs: Costs, share: float) -> bool:
-        target = self.target
+    def _hold(self, now: float) -> float:
+        return HOLD_S * BACK_OFF ** sum(now - at < RECENT_S for at in self._taken_back)
+
+    def _fits(self, costs: Costs, share: float = 1.0, busy: float = BUSY) -> bool:
+        target, limit = self.target, share * self._leeway
         return (
-            costs.first <= share * target.first_token_ms
-            and costs.busy <= share * BUSY
-            and (target.frame_ms is None or costs.frame <= share * target.frame_ms)
+            costs.first <= limit * target.first_token_ms
+            and costs.busy <= share * busy
+            and (target.frame_ms is None or costs.frame <= limit * target.frame_ms)
             and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
         )
 
-    def _first(self) -> int:
-        """The first setting that fits; where none does, the first that comes close to what the last one reaches."""
-        costs = [self.predicted(one, corrected=True) for one in self.choices]
-        fitting = (i for i, one in enumerate(costs) if self._within(one, 1.0))
-        least = costs[-1]
-        close = (
-            i
-            for i, one in enumerate(costs)
-            if one.frame <= REACHED * least.frame
-            and one.first <= REACHED * least.first
-            and one.busy <= max(BUSY, REACHED * least.busy)
-        )
-        return next(fitting, next(close))
+    def _largest(self, begin: int, share: float) -> int:
+        """The first setting from `begin` on that fits, taking it that later ones ask for less; where the last one does
+        not, the first of all that comes close to what that reaches."""
+        low, high = begin, len(self.choices) - 1
+        least = self.predicted(self.choices[high])
+        if not self._fits(least, share):
+            if share < 1:
+                return self.index
+
+            def close(costs: Costs) -> bool:
+                return (
+                    costs.frame <= REACHED * least.frame
+                    and costs.first <= REACHED * least.first
+                    and costs.busy <= max(BUSY, REACHED * least.busy)
+                )
+
+            low = 0
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if close(self.predicted(self.choices[middle])) else (middle + 1, high)
+            return low
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(self.predicted(self.choices[middle]), share) else (middle + 1, high)
+        return low

@@ -320,6 +320,7 @@ class Live:
                 lost = []
                 if self._steering is not None:
                     while len(self._frames) > 1 and self._steering.late(self._frames[0][1]):
+                        self._steering.missed()
                         lost.append((self._frames.popleft()[0], "late"))
                 item = self._frames.popleft() if question is None else None
             self._drop(*lost)
@@ -397,7 +398,7 @@ class Live:
         finally:
             answer.close()
             if self._steering is not None and not error:
-                self._steering.answer(begun, past, self.stream.report)
+                self._steering.answer(asked, begun, past, self.stream.report)
             self._tell.said(replace(said, done=True, error=error, first_token_ms=None if error else first))
 
     def _answer(self, question: _Question) -> None:
