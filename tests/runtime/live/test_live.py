@@ -473,7 +473,7 @@ def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
             steering._begun = now - 10 * second
             steering._spoken.append((now - 3 * second, now - 2 * second, 1.0))
             steering._spoken.append((now - 2 * second, now - second, 2.0))
-        steering.frame(now, now, now)
+        steering.frame(now, now - second // 100, now)
     control = steering.control
     assert control is not None and control.slower > 1.1
     assert control._answering == pytest.approx(min(0.15 * control.slower, 0.5))
