@@ -451,7 +451,8 @@ def test_options_of_a_session(options: dict[str, Any], word: str) -> None:
         ({"answer_tokens": -1}, "answer_tokens is -1"),
         ({"budget": [600]}, "budget is \\[600\\]"),
         ({"max_frames": 0}, "max_frames is 0"),
-        ({"tra": "strict"}, "there is no option 'tra'; known: budget, window_s"),
+        ({"policy": None}, "there is no option 'policy'; known: budget, tra, window_s"),
+        ({"tra": "reference"}, "a stream has no tra mode 'reference'; known: adaptive, strict"),
         ({"options": SessionOptions()}, "options: SessionOptions, wanted StreamOptions"),
     ],
 )
