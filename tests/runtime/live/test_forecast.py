@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from penguin_edge.runtime.live.forecast import Following, Scene, Setting, forecast
 from penguin_edge.runtime.live.steering import choices, following
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.tra.clip import INTERMEDIATE, KEY
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, KeyFrameDetector
 from penguin_edge.tra.stream import Limits, StreamPlanner
 
 SIZE = (280, 392)
@@ -25,11 +25,8 @@ def stream_of(**options: Any) -> Stream:
 
 def kinds_of(count: int) -> list[str]:
     """Labels of the frames that `push` shows."""
-    stream, found = stream_of(budget=2000), []
-    for index in range(count):
-        push(stream, index)
-        found.append(stream.window[-1].kind)
-    return found
+    detector = KeyFrameDetector("fast", stream_of().config.tra)
+    return [detector.push(picture(index // 6, *SIZE)).kind for index in range(count)]
 
 
 def push(stream: Stream, index: int) -> None:
