@@ -35,6 +35,8 @@ BATCH, BATCHED = 4, 256
 CHUNKS, TRIED_CHUNKS = (1, 8, 32, 128, 256), (4, 16, 64, 192)
 PASTS, TRIED_PASTS = (0.0, 0.25, 0.9), (0.12, 0.6)
 """Depths of the cache before, as shares of `max_seq_len`."""
+SMALL = 16
+"""Of the positions before, one of so many is moved as well."""
 DEEPEST = 4096
 """Beyond it nothing is measured: the last line goes on."""
 PAUSE_S = 0.1
@@ -225,9 +227,10 @@ class Calls:
                     yield self._task("prefill", (count, past), call, tried=tried, depth=past)
                 step = partial(_step, engine, cache, one, last)
                 yield self._task("decode", (past,), step, tried=tried, depth=past)
-                if engine.can_move and past:
-                    move = partial(engine.move, cache, 1, past + 1, 0)
-                    yield self._task("move", (past,), move, tried=tried, depth=past)
+                # A frame's few positions are moved, too: below the first point a table holds its value.
+                for moved in sorted({past // SMALL, past} - {0}) if engine.can_move else ():
+                    move = partial(engine.move, cache, 1, moved + 1, 0)
+                    yield self._task("move", (moved,), move, tried=tried, depth=moved)
 
 
 def _order(task: Task) -> tuple[bool, int, int, float]:

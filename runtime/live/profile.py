@@ -35,7 +35,7 @@ from penguin_edge.machine import describe
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.live.calls import CHAIN, Calls, Clock, Task
 from penguin_edge.runtime.live.cost import CostModel, CostTable, errors, fit, line
-from penguin_edge.runtime.live.fitting import Line, Measured, Point, Sample, all_measured
+from penguin_edge.runtime.live.fitting import LEAST, Line, Measured, Point, Sample, all_measured
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
@@ -219,16 +219,15 @@ class _Run:
         known = self.samples[0].get(stage, {})
         if values := self.samples[tried].get(stage, {}).get(point):
             return statistics.median(sample.ms for sample in values)
-        took = {at: Measured(statistics.median(s.ms for s in values), len(values)) for at, values in known.items()}
-        if len(took) > 1:
-            return line(took, partial(operations.amounts, stage)).ms(operations.amounts(stage, point))
-        if took:
-            return max(one.ms / operations.effort(stage, at) for at, one in took.items()) * operations.effort(
-                stage, point
-            )
-        # The slowest of what was measured, for each operation.
+        if len(known) > 1:
+            count, found = self._lines.get(stage, (0, Line(0.0, (0.0, 0.0))))
+            if count != len(known):
+                found = line({at: _taken(values) for at, values in known.items()}, partial(operations.amounts, stage))
+                self._lines[stage] = len(known), found
+            return found.ms(operations.amounts(stage, point))
+        # The slowest of what was measured, for each operation: of the stage, or of all.
         per = (
-            statistics.median(sample.ms for sample in values) / operations.effort(other, at)
+            _taken(values).ms / operations.effort(other, at)
             for other, points in ({stage: known} if known else self.samples[0]).items()
             for at, values in points.items()
         )
@@ -236,8 +235,7 @@ class _Run:
 
     def _chain_ms(self) -> float:
         """A small frame through the engine."""
-        first = (next(iter(self.samples[0][stage].values())) for stage in CHAIN)
-        return sum(statistics.median(sample.ms for sample in values) for values in first)
+        return sum(_taken(next(iter(self.samples[0][stage].values()))).ms for stage in CHAIN)
 
     def _left(self, rest: list[Task], tasks: list[Task], round_: int) -> float:
         """Seconds until the end."""
@@ -246,6 +244,11 @@ class _Run:
             more = self.options.repeat - round_ - 1
             left = min(left, sum(map(self._expected, rest)) / 1e3 + more * sum(map(self._expected, tasks)) / 1e3)
         return left
+
+
+def _taken(samples: list[Sample]) -> Measured:
+    """What a call took of late, with all that disturbed it: what the next one has to be expected to take."""
+    return Measured(max(LEAST, statistics.median(sample.ms for sample in samples)), len(samples))
 
 
 def _result(run: _Run) -> dict[str, Any]:
