@@ -38,7 +38,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-class Line:
+class ProfileLine:
     """Where a profile is, on stderr: rewritten on a terminal, else every ten seconds."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.read(args.bundle)
     options = ProfileOptions(args.seconds, args.repeat)
     engine = open_engine(bundle, threads=args.threads)
-    result = profile(engine, options, progress=Line())
+    result = profile(engine, options, progress=ProfileLine())
     status("")
     result |= {"machine": describe(), "threads": args.threads, "engine": engine.name, "peak_mb": peak_mb()}
     rows: list[tuple[str, ...]] = [("stage", "least ms", "most ms", "error of sizes not fitted, median")]

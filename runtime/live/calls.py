@@ -23,7 +23,7 @@ from penguin_edge.media.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.core.media import Library
 from penguin_edge.runtime.engines.base import I64, Engine, chunks
 from penguin_edge.runtime.engines.cache import Cache
-from penguin_edge.runtime.live.fitting import Point, Sample
+from penguin_edge.runtime.live.fitting import Point, Timing
 from penguin_edge.runtime.live.operations import Operations
 
 SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
@@ -54,7 +54,7 @@ APART = 4.0
 
 
 @dataclass(frozen=True)
-class Clock:
+class Timer:
     """Seconds: now, and of all threads of this process on a processor; tests have a clock of their own."""
 
     now: Callable[[], float] = time.perf_counter
@@ -84,7 +84,7 @@ class Task:
 class Calls:
     """All tasks of an engine; owns the cache that they are made on."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: Engine, clock: Timer) -> None:
         self._engine, self._clock = engine, clock
         self.operations = Operations(engine.config)
         self._cache = engine.new_cache()
@@ -103,9 +103,9 @@ class Calls:
     def close(self) -> None:
         self._cache.close()
 
-    def timed(self, task: Task) -> Sample:
+    def timed(self, task: Task) -> Timing:
         """Make a call, a short or disturbed one several times: the middle one of those that were not disturbed."""
-        samples: list[Sample] = []
+        samples: list[Timing] = []
         while not samples or (len(samples) <= AGAIN and sum(sample.ms for sample in samples) < AGAIN * SHORT_MS):
             if samples and not self._alone(task, samples[-1]):
                 self._clock.sleep(REST_S)
@@ -119,7 +119,7 @@ class Calls:
         self._best[task] = max(self._best.get(task, 0.0), *(sample.threads for sample in samples))
         return alone[len(alone) // 2] if alone else min(samples, key=lambda sample: sample.ms)
 
-    def _alone(self, task: Task, sample: Sample) -> bool:
+    def _alone(self, task: Task, sample: Timing) -> bool:
         """Whether about as many threads worked at once as in smaller calls of the stage."""
         smaller = (
             threads
@@ -128,10 +128,10 @@ class Calls:
         )
         return sample.threads >= ALONE * max(smaller, default=0.0)
 
-    def _timed(self, call: Callable[[], Any]) -> Sample:
+    def _timed(self, call: Callable[[], Any]) -> Timing:
         worked, begin = self._clock.worked(), self._clock.now()
         call()
-        return Sample(1e3 * (self._clock.now() - begin), 1e3 * (self._clock.worked() - worked))
+        return Timing(1e3 * (self._clock.now() - begin), 1e3 * (self._clock.worked() - worked))
 
     def filling(self, task: Task) -> int:
         """Positions to compute before a call, where the engine cannot move."""

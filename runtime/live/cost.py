@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engines.base import chunks
-from penguin_edge.runtime.live.fitting import Line, Measured, Point, Sample, fit_line, measured
+from penguin_edge.runtime.live.fitting import Line, Measured, Point, Timing, fit_line, measured
 from penguin_edge.runtime.live.operations import Amounts, Operations
 
 AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
@@ -142,7 +142,7 @@ def errors(
 
 
 def _point(values: Sequence[float] | Measured) -> Measured:
-    return values if isinstance(values, Measured) else measured([Sample(ms) for ms in values])
+    return values if isinstance(values, Measured) else measured([Timing(ms) for ms in values])
 
 
 def _filled(

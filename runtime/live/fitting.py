@@ -49,7 +49,7 @@ F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Sample:
+class Timing:
     """Milliseconds of a call, and processor time of all threads meanwhile; 0: not known."""
 
     ms: float
@@ -79,7 +79,7 @@ class Measured:
         return self.trust * self.count / (self.count + LEANS)
 
 
-def measured(samples: Sequence[Sample], threads: float = 0.0) -> Measured:
+def measured(samples: Sequence[Timing], threads: float = 0.0) -> Measured:
     """One point of its samples, of which there is at least one; `threads` of smaller calls work at once, 0: unknown."""
     ms = max(float(np.quantile([sample.ms for sample in samples], QUANTILE)), LEAST)
     fastest = sorted(samples, key=lambda sample: sample.ms)[: math.ceil(len(samples) / 4)]
@@ -87,7 +87,7 @@ def measured(samples: Sequence[Sample], threads: float = 0.0) -> Measured:
     return Measured(ms, len(samples), min(1.0, max(LEAST_SHARE, share)) ** SHARPLY)
 
 
-def all_measured(points: Mapping[Point, Sequence[Sample]], work: Callable[[Point], float]) -> dict[Point, Measured]:
+def all_measured(points: Mapping[Point, Sequence[Timing]], work: Callable[[Point], float]) -> dict[Point, Measured]:
     """All points of a stage; `work` puts them in order."""
     found, threads = {}, 0.0
     for point in sorted(points, key=work):
@@ -126,7 +126,7 @@ def fit_line(amounts: Sequence[Amounts], points: Sequence[Measured]) -> Line:
         found = _least(rows, wanted, np.sqrt(base / np.maximum(np.abs(error), FLOOR)))
         error = rows @ found - wanted
     constant, first, second = (float(value) for value in found @ terms)
-    return Line(constant, (first, second))
+    return Line(constant, (first, second if given[:, 1].any() else 0.0))
 
 
 def _least(rows: F64, wanted: F64, weights: F64) -> F64:

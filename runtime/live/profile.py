@@ -33,9 +33,9 @@ from penguin_edge.errors import BundleError, InputError
 from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.calls import CHAIN, Calls, Clock, Task
+from penguin_edge.runtime.live.calls import CHAIN, Calls, Task, Timer
 from penguin_edge.runtime.live.cost import CostModel, CostTable, errors, fit, line
-from penguin_edge.runtime.live.fitting import LEAST, Line, Measured, Point, Sample, all_measured
+from penguin_edge.runtime.live.fitting import LEAST, Line, Measured, Point, Timing, all_measured
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
@@ -59,7 +59,7 @@ and frames after a pause than so many shares."""
 PAIRS = 8
 """Pairs of an awake and a woken frame from which on they tell anything."""
 
-Samples = dict[str, dict[Point, list[Sample]]]
+Samples = dict[str, dict[Point, list[Timing]]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def profile(
     options: ProfileOptions | None = None,
     *,
     progress: Callable[[Progress], None],
-    clock: Clock | None = None,
+    clock: Timer | None = None,
 ) -> dict[str, Any]:
     """Measure, fit and try; JSON with the model, its errors and all samples.
 
@@ -113,7 +113,7 @@ def profile(
     Raises:
         KeyboardInterrupt: it came before two points of each stage were measured.
     """
-    clock = clock or Clock()
+    clock = clock or Timer()
     begin = clock.now()
     calls = Calls(engine, clock)
     run = _Run(calls, options or ProfileOptions(), clock, progress, begin)
@@ -134,7 +134,7 @@ class _Run:
 
     calls: Calls
     options: ProfileOptions
-    clock: Clock
+    clock: Timer
     progress: Callable[[Progress], None]
     begin: float
     samples: tuple[Samples, Samples] = field(default_factory=lambda: ({}, {}))
@@ -246,7 +246,7 @@ class _Run:
         return left
 
 
-def _taken(samples: list[Sample]) -> Measured:
+def _taken(samples: list[Timing]) -> Measured:
     """What a call took of late, with all that disturbed it: what the next one has to be expected to take."""
     return Measured(max(LEAST, statistics.median(sample.ms for sample in samples)), len(samples))
 
@@ -295,7 +295,7 @@ def _counts(table: CostTable, points: dict[Point, Measured]) -> list[list[int]]:
     return [[found.get((x, y), 0) for y in table.axes[1]] for x in table.axes[0]]
 
 
-def _listed(points: dict[Point, list[Sample]]) -> list[list[Any]]:
+def _listed(points: dict[Point, list[Timing]]) -> list[list[Any]]:
     """[point, milliseconds, processor milliseconds] each."""
     return [
         [list(point), [sample.ms for sample in samples], [sample.cpu_ms for sample in samples]]

@@ -24,7 +24,7 @@ from penguin_edge.config import PRESETS
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Cache, Caches
-from penguin_edge.runtime.live.calls import Clock
+from penguin_edge.runtime.live.calls import Timer
 from penguin_edge.runtime.live.cost import AXES, CostModel, errors, fit
 from penguin_edge.runtime.live.operations import Operations
 from penguin_edge.runtime.live.profile import (
@@ -86,7 +86,7 @@ class Ticking:
     def __init__(self, slow: tuple[float, float] = (0.0, 0.0), noise: float = 0.0) -> None:
         self.seconds, self.slept, self.slow, self.noise = 0.0, 0.0, slow, noise
         self.random = np.random.default_rng(0)
-        self.clock = Clock(now=lambda: self.seconds, sleep=self.sleep, worked=lambda: self.seconds)
+        self.clock = Timer(now=lambda: self.seconds, sleep=self.sleep, worked=lambda: self.seconds)
 
     def sleep(self, seconds: float) -> None:
         self.slept = seconds
