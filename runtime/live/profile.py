@@ -1,16 +1,27 @@
 """Measures what `cost.py` needs, on the machine that will run the model, and how well it then predicts other sizes.
 
-Points that the model is fitted to and points that it is tried on are measured in the same rounds, in turn.
+What makes two runs on one machine agree:
+
+- Rounds go over all points in turn, so that a slow second spoils one sample of each point and not all of one.
+- A point counts by the lowest tenth of its samples: other programs only ever add to a call's time. The first call of
+  each stage, which loads its graph, counts for nothing, and a short call that was disturbed is made again.
+- A stage is a constant plus slopes times the shape's operations (`operations.py`, `fitting.py`). A point that was
+  measured a few times, or never undisturbed, is drawn to that line; another speaks for itself.
+- What a pause costs is the median of paired differences, and 0 where these do not agree on its sign.
+
+Time is limited. Points are measured from the cheapest on; each is estimated before it is made, from its operations and
+what was measured until then. One that does not fit is left out, and the tables have the line's value there. Points that
+the model is tried on are measured in the same rounds, and it is not fitted to them.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +29,17 @@ import numpy as np
 
 from penguin_edge.bundle.contract import PROFILE
 from penguin_edge.bundle.folder import Bundle
-from penguin_edge.config import PATCH, PATCH_VALUES
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import describe
-from penguin_edge.media.frames import Frame
-from penguin_edge.media.preprocess import positions, preprocess_image, resize
-from penguin_edge.runtime.core.media import Library
-from penguin_edge.runtime.engines.base import F32, Engine
-from penguin_edge.runtime.engines.cache import Cache
-from penguin_edge.runtime.live.cost import CostModel, Point, errors, fit
+from penguin_edge.runtime.engines.base import Engine
+from penguin_edge.runtime.live.calls import CHAIN, Calls, Task, Timer
+from penguin_edge.runtime.live.cost import CostModel, CostTable, errors, fit, line
+from penguin_edge.runtime.live.fitting import LEAST, Line, Measured, Point, Timing, all_measured
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
-SCHEMA = "penguin-profile/3"
+SCHEMA = "penguin-profile/4"
 MEASURE_AGAIN = "run `penguin-edge profile` again"
 RULES = Record(
     {"schema": Text((SCHEMA,)), "cost": Record({}, open=True)},
@@ -39,187 +47,267 @@ RULES = Record(
     open=True,
 )
 """What is read of a profile; the tables are checked by `CostModel.from_json`."""
-SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
-"""Frames of side x side patches, as far as the bundle takes them."""
-SOURCES, TRIED_SOURCES = ((240, 320), (480, 640), (1080, 1920)), ((360, 480), (720, 1280))
-"""Frames as they come, (height, width), made into every second of these sizes."""
-BATCH, BATCHED = 4, 256
-"""Frames in one call, and the most patches each that this is measured for: larger ones take as long one by one."""
-CHUNKS, TRIED_CHUNKS = (1, 8, 32, 128, 256), (4, 16, 64, 192)
-PASTS, TRIED_PASTS = (0.0, 0.03, 0.25, 0.5, 0.9), (0.12, 0.7)
-"""Depths of the cache before, as shares of `max_seq_len`."""
-DEEPEST = 4096
-"""Beyond it the cache is not filled: that takes minutes and tells nothing new."""
-ROUNDS, LONG_S = 5, 30.0
-"""Rounds at least, and what they fill where they are short: a machine that is slow for a second spoils several."""
-PAUSE_S = 0.1
-"""Before what is measured of waking: threads no longer spin by then."""
-SHORT_MS, AGAIN = 10.0, 4
-"""A call that is shorter than this is made so many times more, and its median taken: the first one finds the caches of
-the processor filled by another stage."""
+SECONDS = 45.0
+"""With what loading and the last call take beside, a model of 2 billion weights is through within a minute."""
+FIRST, FIRST_TRIED = 1 / 3, 1 / 10
+"""Share of what is left that a point may take when it is new: one to fit to, one to try."""
+LONG_CHAIN_MS = 100.0
+"""A small frame that takes longer than this is not measured after a pause: what that adds is lost in its noise."""
+OFTEN_ENOUGH, SHARES = 5, 8
+"""Rounds that all points have; from then on each is made as long as it has had no more than its even share of the time,
+and frames after a pause than so many shares."""
+PAIRS = 8
+"""Pairs of an awake and a woken frame from which on they tell anything."""
 
-WOKEN = ("encode", "project", "prefill")
-
-Samples = dict[str, dict[Point, list[float]]]
+Samples = dict[str, dict[Point, list[Timing]]]
 
 
-def profile(engine: Engine, *, repeat: int | None = None, progress: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How much is measured."""
+
+    seconds: float | None = None
+    """Limit of the measurement; None: `SECONDS`, or none where rounds are given."""
+    repeat: int | None = None
+    """Rounds; None: as many as the time allows."""
+    tried: bool = True
+    """Whether sizes are measured that the model is only tried on."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: no time, or fewer than one round.
+        """
+        if self.repeat is not None and self.repeat < 1:
+            raise InputError(f"{self.repeat} rounds, wanted at least 1")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"{self.seconds} seconds, wanted more than 0")
+
+    @property
+    def limit(self) -> float:
+        """Seconds; infinite where rounds alone are given."""
+        return self.seconds or (float("inf") if self.repeat else SECONDS)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a profile is: the round, from 1, calls made in it and in all of it, and seconds left."""
+
+    round: int
+    done: int
+    total: int
+    left_s: float
+
+
+def profile(
+    engine: Engine,
+    options: ProfileOptions | None = None,
+    *,
+    progress: Callable[[Progress], None],
+    clock: Timer | None = None,
+) -> dict[str, Any]:
     """Measure, fit and try; JSON with the model, its errors and all samples.
 
-    Args:
-        repeat: rounds; None: `ROUNDS`, and more until `LONG_S` have passed.
+    A KeyboardInterrupt ends the measurement; where there is a model by then, it is returned, and "stopped" is true.
+
     Raises:
-        InputError: fewer than one round.
+        KeyboardInterrupt: it came before two points of each stage were measured.
     """
-    if repeat is not None and repeat < 1:
-        raise InputError(f"{repeat} rounds, wanted at least 1")
-    begin = time.monotonic()
-    fitted, tried = _calls(engine)
-    cache = engine.new_cache()
-    samples: tuple[Samples, Samples] = ({}, {})
-    woken: list[float] = []
-    round_, passed = -1, 0.0
-    while round_ < (repeat or ROUNDS) or (repeat is None and passed < LONG_S):
-        of = str(repeat) if repeat else f"at least {ROUNDS}, {passed:.0f} s of at least {LONG_S:.0f}"
-        progress(f"round {max(0, round_ + 1)} of {of}")
-        for group, calls in zip(samples, (fitted, tried), strict=True):
-            for stage, points in calls.items():
-                for point, call in points.items():
-                    took = _timed(call)
-                    if round_ >= 0:
-                        group.setdefault(stage, {}).setdefault(point, []).append(took)
-        for group, pasts in zip(samples, (PASTS, TRIED_PASTS), strict=True):
-            sizes = CHUNKS if group is samples[0] else TRIED_CHUNKS
-            for stage, point, took in _decoder(engine, cache, pasts, sizes):
-                if round_ >= 0:
-                    group.setdefault(stage, {}).setdefault(point, []).append(took)
-        if fitted and round_ >= 0:
-            woken.append(_woken(engine, cache, fitted))
-        round_, passed = round_ + 1, time.monotonic() - begin
-    cache.close()
-    if woken:
-        awake = sum(statistics.median(next(iter(samples[0][stage].values()))) for stage in WOKEN)
-        samples[0]["wake"] = {(0.0,): [max(0.0, took - awake) for took in woken]}
-    model = fit(_whole(samples[0]))
-    missed = errors(model, samples[1])
+    clock = clock or Timer()
+    begin = clock.now()
+    calls = Calls(engine, clock)
+    run = _Run(calls, options or ProfileOptions(), clock, progress, begin)
+    stopped = False
+    try:
+        run.measure()
+    except KeyboardInterrupt:
+        if not run.usable:
+            raise
+        stopped = True
+    calls.close()
+    return _result(run) | {"stopped": stopped, "seconds": clock.now() - begin}
+
+
+@dataclass
+class _Run:
+    """Rounds over the points of an engine, and what they gave."""
+
+    calls: Calls
+    options: ProfileOptions
+    clock: Timer
+    progress: Callable[[Progress], None]
+    begin: float
+    samples: tuple[Samples, Samples] = field(default_factory=lambda: ({}, {}))
+    """Fitted, tried."""
+    spent: dict[Task | None, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds of each task; None: of frames after a pause."""
+    woken: list[float] = field(default_factory=list)
+    _lines: dict[str, tuple[int, Line]] = field(default_factory=dict)
+    """Of each stage, by the medians of so many points; for estimates."""
+
+    def measure(self) -> None:
+        """
+        Raises:
+            KeyboardInterrupt: somebody wants it to end.
+        """
+        loaded = set()
+        for task in self.calls.tasks:
+            if task.stage not in loaded:
+                self.calls.timed(task)
+                loaded.add(task.stage)
+        tasks = [task for task in self.calls.tasks if self.options.tried or not task.tried]
+        round_ = 0
+        while tasks and (self.options.repeat is None or round_ < self.options.repeat):
+            made = []
+            for done, task in enumerate(tasks):
+                self.progress(Progress(round_ + 1, done, len(tasks), self._left(tasks[done:], tasks, round_)))
+                if self._fits(task, new=round_ == 0) and not self._had_enough(task, round_, len(tasks)):
+                    with self._spending(task):
+                        took = self.calls.timed(task)
+                    self.samples[task.tried].setdefault(task.stage, {}).setdefault(task.point, []).append(took)
+                    made.append(task)
+            if self._wakes(round_, len(tasks)):
+                with self._spending(None):
+                    self.woken.append(self.calls.waking())
+            if not made:
+                return
+            # Without the points that were too long for the first round; a later one leaves out what no longer fits.
+            tasks = made if round_ == 0 else tasks
+            round_ += 1
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a constant and a slope for each stage."""
+        return all(task.point in self.samples[0].get(task.stage, {}) for task in self.calls.tasks if task.needed)
+
+    @contextmanager
+    def _spending(self, task: Task | None) -> Iterator[None]:
+        begin = self.clock.now()
+        yield
+        self.spent[task] += self.clock.now() - begin
+
+    def _had_enough(self, task: Task | None, round_: int, tasks: int) -> bool:
+        """Whether it was made often, and others are to have the time: where there are no rounds to be kept."""
+        shares = SHARES if task is None else 1
+        even = shares * (self.clock.now() - self.begin) / tasks
+        return self.options.repeat is None and round_ >= OFTEN_ENOUGH and self.spent[task] > even
+
+    def _wakes(self, round_: int, tasks: int) -> bool:
+        if not self.calls.wakes or self._had_enough(None, round_, tasks):
+            return False
+        return self._chain_ms() < min(LONG_CHAIN_MS, 250 * self._rest())
+
+    def _rest(self) -> float:
+        return self.options.limit - (self.clock.now() - self.begin)
+
+    def _fits(self, task: Task, *, new: bool) -> bool:
+        share = 1.0
+        if new:
+            if task.needed or self.options.limit == float("inf"):
+                return True
+            share = FIRST_TRIED if task.tried else FIRST
+        return self._expected(task) / 1e3 <= share * self._rest()
+
+    def _expected(self, task: Task) -> float:
+        """Milliseconds of a call, and of filling the cache for it, by what is known until now."""
+        filled = self.calls.filling(task)
+        ms = self._guess(task.stage, task.point, task.tried)
+        return ms + (self._guess("prefill", (float(filled), task.depth / 2), False) if filled else 0.0)
+
+    def _guess(self, stage: str, point: Point, tried: bool) -> float:
+        operations = self.calls.operations
+        known = self.samples[0].get(stage, {})
+        if values := self.samples[tried].get(stage, {}).get(point):
+            return statistics.median(sample.ms for sample in values)
+        if len(known) > 1:
+            count, found = self._lines.get(stage, (0, Line(0.0, (0.0, 0.0))))
+            if count != len(known):
+                found = line({at: _taken(values) for at, values in known.items()}, partial(operations.amounts, stage))
+                self._lines[stage] = len(known), found
+            return found.ms(operations.amounts(stage, point))
+        # The slowest of what was measured, for each operation: of the stage, or of all.
+        per = (
+            _taken(values).ms / operations.effort(other, at)
+            for other, points in ({stage: known} if known else self.samples[0]).items()
+            for at, values in points.items()
+        )
+        return max(per, default=0.0) * operations.effort(stage, point)
+
+    def _chain_ms(self) -> float:
+        """A small frame through the engine."""
+        return sum(_taken(next(iter(self.samples[0][stage].values()))).ms for stage in CHAIN)
+
+    def _left(self, rest: list[Task], tasks: list[Task], round_: int) -> float:
+        """Seconds until the end."""
+        left = max(0.0, self._rest())
+        if self.options.repeat is not None:
+            more = self.options.repeat - round_ - 1
+            left = min(left, sum(map(self._expected, rest)) / 1e3 + more * sum(map(self._expected, tasks)) / 1e3)
+        return left
+
+
+def _taken(samples: list[Timing]) -> Measured:
+    """What a call took of late, with all that disturbed it: what the next one has to be expected to take."""
+    return Measured(max(LEAST, statistics.median(sample.ms for sample in samples)), len(samples))
+
+
+def _result(run: _Run) -> dict[str, Any]:
+    operations = run.calls.operations
+    grids: dict[str, set[Point]] = {}
+    for task in run.calls.tasks:
+        if not task.tried:
+            grids.setdefault(task.stage, set()).add(task.point)
+    fitted, tried = (
+        {stage: all_measured(points, partial(operations.effort, stage)) for stage, points in group.items()}
+        for group in run.samples
+    )
+    awake: dict[str, dict[Point, Measured]] = (
+        {"wake": {(0.0,): Measured(waking(run.woken), 1)}} if run.calls.wakes else {}
+    )
+    model = fit(fitted | awake, operations, grids)
+    missed = errors(model, tried)
     every = [error for values in missed.values() for error in values]
     return {
         "schema": SCHEMA,
         "cost": model.to_json(),
-        "error": {"median": float(np.median(every)), "p95": float(np.quantile(every, 0.95))},
+        "measured": {stage: _counts(model.tables[stage], points) for stage, points in fitted.items()},
+        "lines": {
+            stage: {"constant_ms": found.constant, "ms_per_giga": list(found.slopes)}
+            for stage, points in fitted.items()
+            for found in [line(points, partial(operations.amounts, stage))]
+        },
+        "error": {
+            "median": float(np.median(every)) if every else None,
+            "p95": float(np.quantile(every, 0.95)) if every else None,
+        },
         "error_by_stage": {stage: float(np.median(values)) for stage, values in missed.items()},
         "samples": {
-            name: {stage: [[list(p), v] for p, v in points.items()] for stage, points in group.items()}
-            for name, group in zip(("fitted", "tried"), samples, strict=True)
+            name: {stage: _listed(points) for stage, points in group.items()}
+            for name, group in zip(("fitted", "tried"), run.samples, strict=True)
         },
-        "seconds": time.monotonic() - begin,
+        "woken_ms": run.woken,
     }
 
 
-def _calls(engine: Engine) -> tuple[dict[str, dict[Point, Callable[[], Any]]], ...]:
-    """What needs no cache: fitted, tried."""
-    random, out = np.random.default_rng(0), []
-    if engine.config.vision is None:
-        return {}, {}
-    merge, width = engine.config.image.video_merge_size, engine.config.vision.hidden_size
-    for sides, sources in ((SIDES, SOURCES), (TRIED_SIDES, TRIED_SOURCES)):
-        calls: dict[str, dict[Point, Callable[[], Any]]] = {"preprocess": {}, "encode": {}, "project": {}}
-        taken = [side for side in sides if side * side <= engine.bounds.max_patches]
-        for side in taken:
-            patches = side * side
-            pixels = random.standard_normal((BATCH, patches, PATCH_VALUES), dtype=np.float32)
-            features = random.standard_normal((1, patches // merge**2, merge**2, width), dtype=np.float32)
-            places = positions((side, side), merge)
-            for frames in (1, BATCH)[: 1 + (engine.bounds.max_batch >= BATCH and patches <= BATCHED)]:
-                calls["encode"][float(patches), float(frames)] = partial(engine.encode, pixels[:frames], *places)
-            calls["project"][float(patches // merge**2),] = partial(engine.project, features)
-        for source in sources:
-            arrive = _arrival(engine, source)
-            for side in taken[::2]:
-                calls["preprocess"][float(source[0] * source[1]), float(side * side)] = partial(arrive, side)
-        out.append(calls)
-    return tuple(out)
+def _counts(table: CostTable, points: dict[Point, Measured]) -> list[list[int]]:
+    """For each cell of a table the samples that it comes from; 0: from the line alone."""
+    found = {(*point, 0.0)[:2]: one.count for point, one in points.items()}
+    return [[found.get((x, y), 0) for y in table.axes[1]] for x in table.axes[0]]
 
 
-def _arrival(engine: Engine, source: tuple[int, int]) -> Callable[[int], Any]:
-    """What a frame of a stream goes through before the encoder. Every one shows another picture than the last."""
-    image, merge = engine.config.image, engine.config.image.video_merge_size
-    random = np.random.default_rng(0)
-    coarse = [random.integers(0, 256, (12, 16, 3), dtype=np.uint8) for _ in range(2)]
-    frames = cycle([Frame(resize(picture, *source), 0.0) for picture in coarse])
-    clip = Library(image, "strict").new_clip(lambda: ())
-
-    def arrive(side: int) -> Any:
-        frame = Frame(np.array(next(frames).pixels), 0.0)
-        clip.add(frame)
-        return preprocess_image(frame, image, merge, size=(PATCH * side, PATCH * side))
-
-    return arrive
+def _listed(points: dict[Point, list[Timing]]) -> list[list[Any]]:
+    """[point, milliseconds, processor milliseconds] each."""
+    return [
+        [list(point), [sample.ms for sample in samples], [sample.cpu_ms for sample in samples]]
+        for point, samples in points.items()
+    ]
 
 
-def _whole(samples: Samples) -> Samples:
-    """With the points of `encode` that are not measured: several large frames at once."""
-    found = dict(samples.get("encode", {}))
-    for patches, frames in list(found):
-        if frames == 1 and any(many == BATCH for _, many in found):
-            found.setdefault((patches, float(BATCH)), [BATCH * ms for ms in found[patches, 1.0]])
-    return samples | ({"encode": found} if found else {})
-
-
-def _woken(engine: Engine, cache: Cache, calls: dict[str, dict[Point, Callable[[], Any]]]) -> float:
-    """A small frame after a pause, from the encoder on: the first point of each stage of `WOKEN`."""
-    embeds = engine.embed(np.arange(_chunks(engine, CHUNKS)[0]))
-    cache.truncate(0)
-    first = {stage: next(iter(points.values())) for stage, points in calls.items()}
-    first["prefill"] = partial(engine.forward, cache, embeds, np.array([-1]))
-    time.sleep(PAUSE_S)
-    first["preprocess"]()
-    begin = time.perf_counter()
-    for stage in WOKEN:
-        first[stage]()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def _chunks(engine: Engine, sizes: tuple[int, ...]) -> list[int]:
-    bounds = engine.bounds
-    return [count for count in sizes if bounds.min_chunk <= count <= min(bounds.max_chunk, bounds.max_seq_len - 1)]
-
-
-def _decoder(
-    engine: Engine, cache: Cache, pasts: tuple[float, ...], sizes: tuple[int, ...]
-) -> list[tuple[str, Point, float]]:
-    """Prefill and decoding at some depths, the cache filled in between."""
-    bounds = engine.bounds
-    found: list[tuple[str, Point, float]] = []
-    counts = _chunks(engine, sizes)
-    ids = np.arange(max(counts, default=1)) % engine.config.text.vocab_size
-    embeds = engine.embed(ids)
-    cache.truncate(0)
-    for past in sorted({math.floor(share * min(bounds.max_seq_len - len(ids), DEEPEST)) for share in pasts}):
-        while cache.length < past:
-            engine.forward(cache, embeds[: past - cache.length], np.empty(0, np.int64))
-
-        def step(new: F32, past: int = past) -> None:
-            cache.truncate(past)
-            engine.forward(cache, new, np.array([-1]))
-
-        for count in counts:
-            found.append(("prefill", (float(count), float(past)), _timed(partial(step, embeds[:count]))))
-        found.append(("decode", (float(past),), _timed(lambda: step(engine.embed(ids[:1])))))
-        cache.truncate(past)
-        if engine.can_move and past > 1:
-            # What is in the cache no longer matters; a position less is.
-            found.append(("move", (float(past - 1),), _timed(partial(engine.move, cache, 1, past, 0), again=0)))
-    return found
-
-
-def _timed(call: Callable[[], Any], again: int = AGAIN) -> float:
-    samples: list[float] = []
-    while not samples or (samples[-1] < SHORT_MS and len(samples) <= again):
-        begin = time.perf_counter()
-        call()
-        samples.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(samples)
+def waking(differences: list[float]) -> float:
+    """What a pause adds: the median of paired differences in ms, and 0 where their quartiles differ in sign."""
+    if len(differences) < PAIRS or float(np.quantile(differences, 0.25)) <= 0:
+        return 0.0
+    return statistics.median(differences)
 
 
 def keep(bundle: Bundle, result: dict[str, Any]) -> None:
