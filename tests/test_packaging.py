@@ -64,8 +64,9 @@ ROOMS = {
     "runtime.engines": Room("base bundle media prompt tra"),
     "runtime.core": Room("base media prompt tra runtime.engines"),
     "runtime": Room("base bundle media prompt tra runtime.engines runtime.core"),
-    "runtime.live": Room("base bundle media tra runtime.engines runtime.core runtime"),
-    "runtime.bench": Room("base media prompt runtime.engines runtime.core runtime runtime.live"),
+    "runtime.latency": Room("base bundle media tra runtime.engines runtime.core runtime"),
+    "runtime.live": Room("base media tra runtime.core runtime runtime.latency"),
+    "runtime.bench": Room("base media prompt runtime.engines runtime.core runtime runtime.latency runtime.live"),
     "commands": Room("*", torch=True),
 }
 # Modules that may import more than their room.

@@ -38,7 +38,7 @@ from penguin_edge.runtime.bench.stages import SCHEMA, BenchOptions, Traffic, ben
 from penguin_edge.runtime.bench.streams import Brake, SlowedEngine, StreamRun, bench_stream
 from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.latency.control import LatencyTarget
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.sources import is_live, read_source
 from penguin_edge.runtime.session import Session

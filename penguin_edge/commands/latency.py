@@ -12,10 +12,10 @@ from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.common import above_zero, is_bundle, say
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.control import Decision, LatencyTarget
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import Decision, LatencyTarget
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.profile import ProfileOptions, differences, load, profile
 from penguin_edge.runtime.live.events import Observer
-from penguin_edge.runtime.live.profile import ProfileOptions, differences, load, profile
 
 AT_ONCE_S = 3.0
 """Limit of what is measured before a stream begins, beside loading the model and the calls without which there is no

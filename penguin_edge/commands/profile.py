@@ -14,7 +14,7 @@ from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError, WriteError
 from penguin_edge.machine import describe, peak_mb
 from penguin_edge.runtime.engines.opening import open_engine
-from penguin_edge.runtime.live.profile import SECONDS, ProfileOptions, Progress, keep, profile
+from penguin_edge.runtime.latency.profile import SECONDS, ProfileOptions, Progress, keep, profile
 from penguin_edge.stopping import CTRL_C
 
 NOISY = 1.0

@@ -28,12 +28,12 @@ from penguin_edge.runtime.core.report import Clock
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.engines.base import F32, I64, Engine
 from penguin_edge.runtime.engines.cache import Cache, Key
-from penguin_edge.runtime.live.control import LatencyControl, LatencyTarget
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import LatencyControl, LatencyTarget
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.pace import Seen
 from penguin_edge.runtime.live.events import Observer, Observers
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.live_options import LiveOptions
-from penguin_edge.runtime.live.pace import Seen
 from penguin_edge.runtime.live.sources import Timed, paced
 from penguin_edge.runtime.stream import Stream
 

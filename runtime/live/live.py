@@ -32,10 +32,10 @@ from penguin_edge.runtime.core.answer import Token
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.options import PROMPT, given_options
 from penguin_edge.runtime.core.sampling import SamplingOptions
-from penguin_edge.runtime.live.control import LatencyControl
+from penguin_edge.runtime.latency.control import LatencyControl
+from penguin_edge.runtime.latency.steering import Steering
 from penguin_edge.runtime.live.events import Dropped, Observer, Ready, Said, Telling
 from penguin_edge.runtime.live.live_options import LiveChanges, LiveOptions
-from penguin_edge.runtime.live.steering import Steering
 from penguin_edge.runtime.live.watch import Answer, Watch
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.schema import Maybe, Real

@@ -25,7 +25,7 @@ from penguin_edge.runtime.bench.compare import change, compare, read
 from penguin_edge.runtime.bench.stages import BenchOptions, Traffic, bench_model, percentiles
 from penguin_edge.runtime.bench.streams import Brake, SlowedClock, SlowedEngine, _deadlines, slope
 from penguin_edge.runtime.bench.timeline import Timeline
-from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.latency.control import LatencyTarget
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream

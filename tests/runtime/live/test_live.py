@@ -24,12 +24,12 @@ from penguin_edge.errors import BudgetError, InputError, PenguinError
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.bench.streams import Brake, SlowedEngine
 from penguin_edge.runtime.core.sampling import SamplingOptions
-from penguin_edge.runtime.live.control import Decision, LatencyTarget, Setting
-from penguin_edge.runtime.live.cost import AXES, fit
+from penguin_edge.runtime.latency.control import Decision, LatencyTarget, Setting
+from penguin_edge.runtime.latency.cost import AXES, fit
+from penguin_edge.runtime.latency.profile import SCHEMA, keep
+from penguin_edge.runtime.latency.steering import Steering
 from penguin_edge.runtime.live.events import Observer, Observers, Ready, Said
 from penguin_edge.runtime.live.live import Live
-from penguin_edge.runtime.live.profile import SCHEMA, keep
-from penguin_edge.runtime.live.steering import Steering
 from penguin_edge.runtime.stream import Stream
 
 SHORT = SamplingOptions(max_new_tokens=4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.runtime.core.features import PATCHES_PER_CALL
 from penguin_edge.runtime.core.report import Work
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.cost import CostModel
 from penguin_edge.tra.clip import KEY
 from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Change, StreamPlanner
@@ -32,7 +32,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Arrivals:
     """What comes: frames of (height, width) pixels, `interval_s` apart, and how the last ones were labelled."""
 
     size: tuple[int, int]
@@ -64,7 +64,7 @@ class Forecast:
 def forecast(
     planner: StreamPlanner,
     setting: Setting,
-    scene: Scene,
+    arrivals: Arrivals,
     following: Following,
     *,
     frames: int = FRAMES,
@@ -77,20 +77,20 @@ def forecast(
     """
     planner = planner.copy()
     planner.set_limits(replace(planner.limits, budget=setting.budget))
-    size = cap_size(scene.size, setting.frame_tokens * planner.factor**2)
-    kinds = scene.kinds or (KEY,)
+    size = cap_size(arrivals.size, setting.frame_tokens * planner.factor**2)
+    kinds = arrivals.kinds or (KEY,)
     works: list[Work] = []
     tokens = past = 0
     at = planner.latest
     for turn in range(filling + frames):
-        at += scene.interval_s * setting.stride
+        at += arrivals.interval_s * setting.stride
         changes = planner.push(kinds[turn % len(kinds)], size, at)
         settled = any(change.reason in ("window", "full", "dropped", "budget") for change in changes)
         if filling and not settled:
             filling -= 1
             continue
         filling = 0
-        works.append(frame_work(planner, changes, scene.size, following))
+        works.append(frame_work(planner, changes, arrivals.size, following))
         tokens += planner.total_tokens
         past = max(past, works[-1].past + works[-1].prefilled)
         if len(works) == frames:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from penguin_edge.bundle.contract import Bounds
-from penguin_edge.runtime.live.control import Device, LatencyControl, LatencyTarget, Setting, settings
-from penguin_edge.runtime.live.cost import CostModel, fit
-from penguin_edge.runtime.live.forecast import Following, Scene, forecast, frame_work, price
+from penguin_edge.runtime.latency.control import Device, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.latency.cost import CostModel, fit
+from penguin_edge.runtime.latency.forecast import Arrivals, Following, forecast, frame_work, price
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Limits, StreamPlanner
@@ -104,7 +104,7 @@ class Machine:
 
     def foresee(self, setting: Setting):
         kinds = self.labels[-32:] if len(self.labels) >= 8 else (KEY, *[INTERMEDIATE] * 3)
-        return forecast(self.planner, setting, Scene(self.size, 1 / self.fps, kinds), self.following)
+        return forecast(self.planner, setting, Arrivals(self.size, 1 / self.fps, kinds), self.following)
 
     def control(self, target: LatencyTarget, cost: CostModel | None = None) -> LatencyControl:
         return LatencyControl(target, cost or self.truth.cost, self.device, self.choices, self.foresee)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from penguin_edge.errors import BudgetError
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.core.report import Report
-from penguin_edge.runtime.live.control import Decision, Device, LatencyControl, LatencyTarget, settings
-from penguin_edge.runtime.live.cost import CostModel
-from penguin_edge.runtime.live.forecast import FRAMES, Following, Forecast, Scene, Setting, forecast
+from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget, settings
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.forecast import FRAMES, Arrivals, Following, Forecast, Setting, forecast
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 
@@ -157,7 +157,7 @@ class Steering:
         assert self._size is not None
         kinds = tuple(self._kinds) if len(self._kinds) >= 2 * len(USUAL) else USUAL
         apart = 1.0 if math.isinf(self._apart_ms) else self._apart_ms / 1e3
-        return forecast(self._stream.planner, setting, Scene(self._size, apart, kinds), following(self._stream))
+        return forecast(self._stream.planner, setting, Arrivals(self._size, apart, kinds), following(self._stream))
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self._begun) / 1e9

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.runtime.live.pace import NOISE, RUN, Pace
+from penguin_edge.runtime.latency.pace import NOISE, RUN, Pace
 
 WORK = [2.0, 2.5, 2.0, 20.0, 2.2, 2.0, 9.0]
 """Predictions of usual frames, and of some that cost ten times as much."""

@@ -33,9 +33,9 @@ from penguin_edge.errors import BundleError, InputError
 from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import describe
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.calls import CHAIN, Calls, Task, Timer
-from penguin_edge.runtime.live.cost import CostModel, CostTable, errors, fit, line
-from penguin_edge.runtime.live.fitting import LEAST, Line, Measured, Point, Timing, all_measured
+from penguin_edge.runtime.latency.calls import CHAIN, Calls, Task, Timer
+from penguin_edge.runtime.latency.cost import CostModel, CostTable, errors, fit, line
+from penguin_edge.runtime.latency.fitting import LEAST, Line, Measured, Point, Timing, all_measured
 from penguin_edge.schema import Maybe, Record, Text, Whole
 
 """Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""

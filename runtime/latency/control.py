@@ -30,9 +30,9 @@ from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BudgetError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.report import Work
-from penguin_edge.runtime.live.cost import CostModel
-from penguin_edge.runtime.live.forecast import Forecast, Setting, price
-from penguin_edge.runtime.live.pace import NOISE, Pace, Seen
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.forecast import Forecast, Setting, price
+from penguin_edge.runtime.latency.pace import NOISE, Pace, Seen
 from penguin_edge.schema import Maybe, Real
 
 ALLOWED = 0.01

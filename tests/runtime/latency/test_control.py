@@ -13,8 +13,8 @@ from machine import BOUNDS, Machine, Seen, Truth, model
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.report import Work
-from penguin_edge.runtime.live.control import KEPT, LatencyControl, LatencyTarget
-from penguin_edge.runtime.live.control import settings as all_settings
+from penguin_edge.runtime.latency.control import KEPT, LatencyControl, LatencyTarget
+from penguin_edge.runtime.latency.control import settings as all_settings
 from penguin_edge.tra.clip import INTERMEDIATE, KEY
 
 CALM = (KEY, *[INTERMEDIATE] * 5)

@@ -23,8 +23,8 @@ from penguin_edge.media.preprocess import positions, preprocess_image, resize
 from penguin_edge.runtime.core.media import Library
 from penguin_edge.runtime.engines.base import I64, Engine, chunks
 from penguin_edge.runtime.engines.cache import Cache
-from penguin_edge.runtime.live.fitting import Point, Timing
-from penguin_edge.runtime.live.operations import Operations
+from penguin_edge.runtime.latency.fitting import Point, Timing
+from penguin_edge.runtime.latency.operations import Operations
 
 SIDES, TRIED_SIDES = (4, 8, 12, 16, 24, 32), (6, 10, 20, 28)
 """Frames of side x side patches, as far as the bundle takes them."""

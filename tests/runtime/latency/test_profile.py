@@ -24,10 +24,10 @@ from penguin_edge.config import PRESETS
 from penguin_edge.errors import BundleError, InputError
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Cache, Caches
-from penguin_edge.runtime.live.calls import Timer
-from penguin_edge.runtime.live.cost import AXES, CostModel, errors, fit
-from penguin_edge.runtime.live.operations import Operations
-from penguin_edge.runtime.live.profile import (
+from penguin_edge.runtime.latency.calls import Timer
+from penguin_edge.runtime.latency.cost import AXES, CostModel, errors, fit
+from penguin_edge.runtime.latency.operations import Operations
+from penguin_edge.runtime.latency.profile import (
     PROFILE,
     SCHEMA,
     SECONDS,

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engines.base import chunks
-from penguin_edge.runtime.live.fitting import Line, Measured, Point, Timing, fit_line, measured
-from penguin_edge.runtime.live.operations import Amounts, Operations
+from penguin_edge.runtime.latency.fitting import Line, Measured, Point, Timing, fit_line, measured
+from penguin_edge.runtime.latency.operations import Amounts, Operations
 
 AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
 

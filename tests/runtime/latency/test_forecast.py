@@ -10,8 +10,8 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.runtime.live.forecast import Following, Scene, Setting, forecast
-from penguin_edge.runtime.live.steering import choices, following
+from penguin_edge.runtime.latency.forecast import Arrivals, Following, Setting, forecast
+from penguin_edge.runtime.latency.steering import choices, following
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, KeyFrameDetector
 from penguin_edge.tra.stream import Limits, StreamPlanner
@@ -47,8 +47,8 @@ def test_the_next_frames_are_foretold(cache: Any, shrink: Any, begin: int, choic
     for index in range(begin):
         push(stream, index)
     before = stream.planner.plan()
-    scene = Scene(SIZE, 1.0, kinds[begin:])
-    found = forecast(stream.planner, setting, scene, following(stream), frames=count, filling=0)
+    arrivals = Arrivals(SIZE, 1.0, kinds[begin:])
+    found = forecast(stream.planner, setting, arrivals, following(stream), frames=count, filling=0)
     assert stream.planner.plan() == before
     tokens = []
     for index, work in zip(range(begin, begin + count), found.works, strict=True):
@@ -94,7 +94,7 @@ def test_any_setting_is_foretold_within_its_budget(
     found = forecast(
         planner,
         Setting(budget, frame_tokens, stride),
-        Scene(SIZE, interval, kinds),
+        Arrivals(SIZE, interval, kinds),
         Following(recompute, False, 5, 4, 2),
     )
     assert planner.plan() == was and planner.limits == Limits(900, 1500, window)

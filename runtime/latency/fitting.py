@@ -21,7 +21,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from penguin_edge.runtime.live.operations import Amounts
+from penguin_edge.runtime.latency.operations import Amounts
 
 ATTENTION, RANGE = 1.5, (0.5, 4.0)
 """Time of a multiply-add of the attention over that of one with weights: where measurements do not say, and its limits:
