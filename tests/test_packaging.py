@@ -73,7 +73,7 @@ ROOMS = {
 EXCEPTIONS = {
     "": "bundle media prompt runtime runtime.engines runtime.live",  # the public names, each at its first use
     "__main__": "commands",
-    "model.generate": "runtime.engines",  # the eager engine is one like the others
+    "model.eager": "runtime.engines",  # the eager engine is one like the others
     "export.verify": "runtime.engines",  # the one place where export meets runtime
 }
 # Modules of one base name that are meant: one thing in two rooms. A module of `commands` is named after its verb.

@@ -20,7 +20,7 @@ from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.guard import Guard
 from penguin_edge.model.decoder import KVCache
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.answer import Token
 from penguin_edge.runtime.core.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions

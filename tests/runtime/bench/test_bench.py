@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.bench import traffic
 from penguin_edge.errors import BudgetError, InputError, PenguinError
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.bench.clips import VideoOptions, bench_video
 from penguin_edge.runtime.bench.compare import change, compare, read
 from penguin_edge.runtime.bench.stages import BenchOptions, Traffic, bench_model, percentiles
