@@ -253,7 +253,7 @@ class Session:
             BudgetError: no budget does.
         """
         capacity = self.engine.bounds.max_seq_len - max_new_tokens
-        strict, most = self.options.tra == "strict", self.config.image.max_tokens
+        guarded, most = self.options.tra != "reference", self.config.image.max_tokens
         wanted, least = min(self.options.budget or most, most), max(1, len(media))
         if wanted < least:
             raise BudgetError(
@@ -261,7 +261,7 @@ class Session:
                 "so raise the budget or leave some out"
             )
         best = self._fit(pieces, media, wanted)
-        if best.length > capacity and media and strict:
+        if best.length > capacity and media and guarded:
             best = largest_fit(lambda limit: self._fit(pieces, media, limit), least, wanted, capacity)
         if best.length > capacity:
             raise BudgetError(
@@ -270,7 +270,7 @@ class Session:
                 "export with a larger --max-seq-len"
             )
         used = sum(visual.tokens for visual in best.visuals)
-        if used > best.budget and strict:
+        if used > best.budget and guarded:
             raise BudgetError(
                 f"the images take {used} visual tokens at the reference's size, the budget is {best.budget}; "
                 "raise it or leave out --shared-image-size"

@@ -121,13 +121,14 @@ class Stream:
         """Questions that were kept, with their answers."""
         self._frames: list[Frame] = []
         self._numbers: list[int] = []
-        self._library = Library(image, "strict")
+        self._library = Library(image, self.options.tra)
         self._clip = self._new_clip()
         self._encoded: Calls = []
         self._pieces = 1
         self._answering = 0
         self.planner = StreamPlanner(
             self._limits(),
+            mode=self.options.tra,
             tag_tokens=self._tag_tokens(0.0),
             min_tokens=image.min_tokens,
             merge_size=image.video_merge_size,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from penguin_edge.config import PenguinConfig
 from penguin_edge.model.checkpoint import Checkpoint
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.quantize.linear import QuantizedLinear

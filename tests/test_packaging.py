@@ -64,15 +64,16 @@ ROOMS = {
     "runtime.engines": Room("base bundle media prompt tra"),
     "runtime.core": Room("base media prompt tra runtime.engines"),
     "runtime": Room("base bundle media prompt tra runtime.engines runtime.core"),
-    "runtime.live": Room("base bundle media tra runtime.engines runtime.core runtime"),
-    "runtime.bench": Room("base media prompt runtime.engines runtime.core runtime runtime.live"),
+    "runtime.latency": Room("base bundle media tra runtime.engines runtime.core runtime"),
+    "runtime.live": Room("base media tra runtime.core runtime runtime.latency"),
+    "runtime.bench": Room("base media prompt runtime.engines runtime.core runtime runtime.latency runtime.live"),
     "commands": Room("*", torch=True),
 }
 # Modules that may import more than their room.
 EXCEPTIONS = {
     "": "bundle media prompt runtime runtime.engines runtime.live",  # the public names, each at its first use
     "__main__": "commands",
-    "model.generate": "runtime.engines",  # the eager engine is one like the others
+    "model.eager": "runtime.engines",  # the eager engine is one like the others
     "export.verify": "runtime.engines",  # the one place where export meets runtime
 }
 # Modules of one base name that are meant: one thing in two rooms. A module of `commands` is named after its verb.

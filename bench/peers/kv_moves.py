@@ -31,7 +31,7 @@ from penguin_edge.evaluation.score import Question, questions_of
 from penguin_edge.media.frames import Frame, read_video
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVForm
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.model.layers import rotate
 from penguin_edge.prompt.chat import part_kind
 from penguin_edge.prompt.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from torch import nn
 
 from penguin_edge.evaluation.text import measure_text
 from penguin_edge.model.checkpoint import EMBEDDED, Checkpoint, save
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.quantize.apply import embedding_scheme, kv_form, quantize_part, quantize_rows
 from penguin_edge.quantize.calibration.calibrate import calibrate, ready_from, text_samples

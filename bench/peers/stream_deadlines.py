@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penguin_edge.runtime.live.profile import PROFILE
+from penguin_edge.runtime.latency.profile import PROFILE
 
 
 def command(*arguments: Any) -> str:

@@ -4,8 +4,9 @@
     python bench/peers/stream_quality.py --data DIR [--model nano] [--share 0.5 0.25 0.125] [--count 240]
 
 Every clip gets the same share of its own native tokens. `offline` plans all of its frames at once; a stream gets them
-one after another and is asked after the last one. `same` is the share of answers that are those of a stream that
-encodes shrunk frames and recomputes its cache. The last line is JSON.
+one after another and is asked after the last one. Plans are adaptive, those of a name with `strict` are strict. `same`
+is the share of answers that are those of a stream that encodes shrunk frames and recomputes its cache; `over` is the
+difference from that stream in accuracy, with the paired 95 % interval. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from penguin_edge.commands.common import open_model
 from penguin_edge.config import PATCH
 from penguin_edge.dataset.records import read_records
 from penguin_edge.evaluation.budget_study import about_clips
-from penguin_edge.evaluation.score import Question, answer_tokens, is_right, limited, questions_of, wilson
+from penguin_edge.evaluation.score import Question, answer_tokens, difference, is_right, limited, questions_of, wilson
 from penguin_edge.media.frames import Frame, read_video
 from penguin_edge.prompt.chat import part_kind
 from penguin_edge.runtime.core.sampling import SamplingOptions
@@ -31,6 +32,7 @@ from penguin_edge.tra.layout import media_source
 
 WAYS: dict[str, dict[str, Any]] = {
     "encode, recompute": {},
+    "strict, encode, recompute": {"tra": "strict"},
     "pool, recompute": {"shrink": "pool"},
     "encode, rebase": {"cache": "rebase"},
     "pool, rebase": {"shrink": "pool", "cache": "rebase"},
@@ -76,10 +78,10 @@ def main() -> int:
             native = len(frames) * math.prod(size_ladder(*frames[0].pixels.shape[:2], factor)[-1])
             budget = max(1, int(share * native))
             choice = SamplingOptions(tokens[question.task])
-            for name in ("offline", *WAYS):
+            for name in ("offline", "strict, offline", *WAYS):
                 run: Session
-                if name == "offline":
-                    run = Session(engine, tokenizer, budget=budget)
+                if "offline" in name:
+                    run = Session(engine, tokenizer, budget=budget, tra="strict" if "strict" in name else "adaptive")
                 else:
                     run = Stream(engine, tokenizer, budget=budget, **WAYS[name])
                 for frame in frames:
@@ -101,7 +103,12 @@ def main() -> int:
                 count, again, tokens_again = costs[name]
                 row |= {"reencoded": again / count, "reprefilled": tokens_again / count}
                 extra = f"  encoded again {again / count:.2f}, prefilled again {tokens_again / count:.1f} per frame"
-            print(f"  {name:18} {right:.3f} ({low:.3f} to {high:.3f})  same {same:.3f}{extra}", flush=True)
+            row["over"] = difference(asked, given, base)
+            print(
+                f"  {name:25} {right:.3f} ({low:.3f} to {high:.3f})  same {same:.3f}  "
+                f"over {row['over'][0]:+.3f} ({row['over'][1]:+.3f} to {row['over'][2]:+.3f}){extra}",
+                flush=True,
+            )
             result.setdefault(str(share), {})[name] = row
     print(json.dumps(result))
     return 0

@@ -38,7 +38,7 @@ from penguin_edge.runtime.bench.stages import SCHEMA, BenchOptions, Traffic, ben
 from penguin_edge.runtime.bench.streams import Brake, SlowedEngine, StreamRun, bench_stream
 from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.latency.control import LatencyTarget
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.sources import is_live, read_source
 from penguin_edge.runtime.session import Session
@@ -195,7 +195,8 @@ def _model(
     with Meter() as meter:
         if args.video:  # first: a clip that cannot be read is found out at once
             clip = VideoOptions(args.video, args.prompt, args.fps, args.tokens, args.repeat, args.warmup)
-            video = bench_video(lambda: Session(engine, tokenizer, SessionOptions(budget=args.budget)), clip, status)
+            planned = SessionOptions(budget=args.budget, tra=args.tra)
+            video = bench_video(lambda: Session(engine, tokenizer, planned), clip, status)
         rows = bench_model(engine, choice, status, traffic(bundle, engine))
     result |= {
         "options": asdict(choice),
@@ -223,7 +224,12 @@ def _stream(
     keep_heap_compact()
     brake = Brake(*slow) if slow else None
     kept = StreamOptions(
-        budget=args.budget, window_s=args.window, shrink=args.shrink, cache=args.cache, answer_tokens=16
+        budget=args.budget,
+        window_s=args.window,
+        tra=args.tra,
+        shrink=args.shrink,
+        cache=args.cache,
+        answer_tokens=16,
     )
     stream = Stream(SlowedEngine(engine, brake) if brake else engine, tokenizer, kept)
     cost = latency.cost(args.model, engine, args.threads) if target else None

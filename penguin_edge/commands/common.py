@@ -154,7 +154,7 @@ def open_model(source: str, *, threads: int | None, max_seq_len: int) -> tuple[E
     import torch
 
     from penguin_edge.model.checkpoint import Checkpoint
-    from penguin_edge.model.generate import EagerEngine
+    from penguin_edge.model.eager import EagerEngine
 
     check_threads(threads)
     if threads:

@@ -69,7 +69,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_tra(parser)
     add_engine(parser)
     parser.add_argument(
-        "--budget-study", action="store_true", help="accuracy against budget for TRA, dropping and shrinking frames"
+        "--budget-study",
+        action="store_true",
+        help="accuracy against budget for TRA (strict, adaptive), dropping and shrinking frames",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study or the layers")
     add_json(parser)
@@ -155,8 +157,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("-o draws a budget study; add --budget-study")
     if args.budget_study and (args.answers or args.over):
         raise InputError("a budget study asks every question many times; leave out --answers and --over")
-    if args.budget_study and args.tra != "strict":
-        raise InputError("a budget study compares strict plans; leave out --tra reference")
+    if args.budget_study and args.tra == "reference":
+        raise InputError("a budget study compares plans that keep the budget; leave out --tra reference")
     data = Path(args.data)
     questions = read_questions(data, args.limit, allow_outside=args.allow_outside)
     training = read_training_answers(data if data.is_dir() else data.parent)
@@ -249,10 +251,14 @@ def report(result: dict[str, Any]) -> str:
 
 def study_report(result: dict[str, Any]) -> str:
     """The table of a budget study for a reader."""
-    rows: list[tuple[str, ...]] = [("policy", "budget", "tokens", "frames", "accuracy", "95 % interval", "over TRA")]
+    head = ("policy", "budget", "tokens", "frames", "accuracy", "95 % interval", "over TRA (strict)", "over dropping")
+    rows: list[tuple[str, ...]] = [head]
     for entry in result["budget_study"]:
-        (low, high), (difference, least, most) = entry["interval"], entry["over_tra"]
-        over = "" if entry["policy"] == "tra" else f"{difference:+.3f} ({least:+.3f} to {most:+.3f})"
+        low, high = entry["interval"]
+        over = [
+            "" if entry["policy"] == other else "{:+.3f} ({:+.3f} to {:+.3f})".format(*entry[f"over_{other}"])
+            for other in ("tra", "drop")
+        ]
         cost = (f"{100 * entry['share']:.3g} %", f"{entry['visual_tokens']:.1f}", f"{entry['frames']:.1f}")
-        rows.append((entry["policy"], *cost, f"{entry['accuracy']:.3f}", f"{low:.3f} - {high:.3f}", over))
+        rows.append((entry["policy"], *cost, f"{entry['accuracy']:.3f}", f"{low:.3f} - {high:.3f}", *over))
     return table(rows, indent="")

@@ -219,7 +219,7 @@ def _engine(args: argparse.Namespace, checkpoint: Checkpoint, again: Again) -> E
 
 def _eager(model: Any) -> Engine:
     """An engine that encodes."""
-    from penguin_edge.model.generate import EagerEngine
+    from penguin_edge.model.eager import EagerEngine
 
     return EagerEngine(model, max_seq_len=1)
 

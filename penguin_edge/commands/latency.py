@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TextIO
 
 from penguin_edge.bundle.folder import Bundle
-from penguin_edge.commands.common import above_zero, is_bundle, say, status
+from penguin_edge.commands.common import above_zero, is_bundle, say
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.engines.base import Engine
-from penguin_edge.runtime.live.control import Decision, LatencyTarget
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import Decision, LatencyTarget
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.profile import ProfileOptions, differences, load, profile
 from penguin_edge.runtime.live.events import Observer
-from penguin_edge.runtime.live.profile import differences, load, profile
+
+AT_ONCE_S = 3.0
+"""Limit of what is measured before a stream begins, beside loading the model and the calls without which there is no
+cost model."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +63,7 @@ def target(args: argparse.Namespace) -> LatencyTarget | None:
 
 
 def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
-    """Cost model that is kept beside the bundle, or is measured now.
+    """Cost model that is kept beside the bundle, or is measured now: a few calls, for a stream is to begin at once.
 
     Raises:
         BundleError: what is kept cannot be read.
@@ -73,8 +77,12 @@ def cost(model: str, engine: Engine, threads: int | None) -> CostModel:
                 "run `penguin-edge profile` here"
             )
         return kept
-    say("no profile of this machine is kept with the model: measuring one (`penguin-edge profile` would keep it)")
-    return CostModel.from_json(profile(engine, repeat=2, progress=status)["cost"])
+    say(
+        f"no profile of this machine is kept with the model: measuring a few calls, about {AT_ONCE_S:.0f} s "
+        "(`penguin-edge profile` would measure it well, and keep it)"
+    )
+    result = profile(engine, ProfileOptions(seconds=AT_ONCE_S, tried=False), progress=lambda at: None)
+    return CostModel.from_json(result["cost"])
 
 
 class Trace(Observer):

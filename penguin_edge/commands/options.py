@@ -6,6 +6,8 @@ import argparse
 
 from penguin_edge.commands.common import above_zero, positive
 from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
+from penguin_edge.tra.clip import MODES
+from penguin_edge.tra.stream import STREAM_MODES
 
 MAX_SEQ_LEN = 4096
 """KV positions of a checkpoint that is run, or exported, without a wish."""
@@ -38,7 +40,7 @@ def add_budget(parser: argparse._ActionsContainer, what: str, *, usage: bool, re
 def add_tra(parser: argparse._ActionsContainer) -> None:
     """The flag of how clips are planned."""
     default = SessionOptions().tra
-    parser.add_argument("--tra", choices=("strict", "reference"), default=default, help="default: %(default)s")
+    parser.add_argument("--tra", choices=MODES, default=default, help="default: %(default)s")
 
 
 def add_fps(
@@ -63,6 +65,7 @@ def add_window(parser: argparse._ActionsContainer) -> None:
         "--window", type=above_zero, default=usual.window_s, metavar="S", help="seconds kept (default: %(default)s)"
     )
     for name, words, default in (
+        ("--tra", STREAM_MODES, usual.tra),
         ("--shrink", ("encode", "pool"), usual.shrink),
         ("--cache", ("recompute", "rebase"), usual.cache),
     ):

@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     kept = StreamOptions(
         budget=args.budget,
         window_s=args.window,
+        tra=args.tra,
         shrink=args.shrink,
         cache=args.cache,
         answer_tokens=args.max_new_tokens,

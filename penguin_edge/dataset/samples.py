@@ -36,7 +36,7 @@ from penguin_edge.prompt.chat import (
     render,
 )
 from penguin_edge.prompt.tokenizer import Tokenizer
-from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan
+from penguin_edge.tra.clip import DROPPED, KEY, MODES, KeyFrameDetector, Mode, Plan
 from penguin_edge.tra.layout import (
     Fit,
     LabelledClip,
@@ -186,8 +186,8 @@ class SampleBuilder:
 
     def __init__(self, config: PenguinConfig, tokenizer: Tokenizer, options: DataOptions | None = None) -> None:
         self.options = options = options or DataOptions()
-        if options.tra not in ("strict", "reference"):
-            raise InputError(f"tra mode {options.tra!r} is unknown; known: reference, strict")
+        if options.tra not in MODES:
+            raise InputError(f"tra mode {options.tra!r} is unknown; known: {', '.join(MODES)}")
         for name in ("model_max_length", "mm_max_length"):
             if getattr(options, name) < 1:
                 raise InputError(f"{name} is {getattr(options, name)}, wanted at least 1")

@@ -1,12 +1,13 @@
 """Accuracy against token budget: TRA beside dropping frames and beside shrinking all of them.
 
-Each clip gets the same share of its own native tokens from three policies:
+Each clip gets the same share of its own native tokens from four policies:
 
-| policy | what gives way                                                                        |
-|--------|---------------------------------------------------------------------------------------|
-| tra    | the strict plan of `penguin_edge.tra.clip`: intermediate frames before key frames     |
-| drop   | frames: those that are left are evenly spaced, the first among them, at native size   |
-| shrink | detail: all frames at the same smaller size of the same ladder of sizes that TRA uses |
+| policy   | what gives way                                                                           |
+|----------|------------------------------------------------------------------------------------------|
+| tra      | the strict plan of `penguin_edge.tra.clip`: intermediate frames before key frames        |
+| adaptive | the adaptive plan: as strict, but frames are dropped before key frames become illegible  |
+| drop     | frames: those that are left are evenly spaced, the first among them, at native size      |
+| shrink   | detail: all frames at the same smaller size of the same ladder of sizes that TRA uses    |
 
 Only below one frame does `drop` shrink it, and only below one token each does `shrink` drop frames. Time stamps are
 text and outside of the budget, so a policy that drops frames has the shorter prompt.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,14 @@ from penguin_edge.evaluation.score import (
 )
 from penguin_edge.files import write_picture
 from penguin_edge.prompt.chat import Message, part_kind
-from penguin_edge.tra.clip import DROPPED, KEY, FramePlan, Plan, Policy, plan_clip, size_ladder
+from penguin_edge.tra.clip import DROPPED, KEY, FramePlan, Mode, Plan, Policy, plan_clip, size_ladder
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 """Shares of a clip's native tokens."""
-COLOURS = {"tra": "#d9622b", "drop": "#4f81b0", "shrink": "#5a9367"}
-LABELS = {"tra": "TRA", "drop": "drop frames", "shrink": "shrink all frames"}
+COLOURS = {"tra": "#d9622b", "adaptive": "#8a4fb0", "drop": "#4f81b0", "shrink": "#5a9367"}
+LABELS = {"tra": "TRA, strict", "adaptive": "TRA, adaptive", "drop": "drop frames", "shrink": "shrink all frames"}
+MODES: dict[str, Mode] = {"tra": "strict", "adaptive": "adaptive"}
+"""The mode of `plan_clip` behind a policy's name."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,15 @@ def shrink_frames(kinds: Sequence[str], size: tuple[int, int], budget: int, merg
 
 
 def policies(config: PenguinConfig) -> dict[str, Policy]:
-    """The three policies for a model, by name."""
+    """The four policies for a model, by name."""
 
-    def tra(kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int) -> Plan:
+    def tra(mode: Mode, kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int) -> Plan:
         least = config.image.min_tokens
-        return plan_clip(len(kinds), kinds, size, budget, min_tokens=least, merge_size=merge_size, config=config.tra)
+        return plan_clip(
+            len(kinds), kinds, size, budget, mode=mode, min_tokens=least, merge_size=merge_size, config=config.tra
+        )
 
-    return {"tra": tra, "drop": drop_frames, "shrink": shrink_frames}
+    return {**{name: partial(tra, mode) for name, mode in MODES.items()}, "drop": drop_frames, "shrink": shrink_frames}
 
 
 def within(policy: Policy, share: float) -> Policy:
@@ -134,10 +140,11 @@ def study(
     """Answer every question about clips under every policy and share.
 
     Returns:
-        `score` of the TRA plans under the first share, and `budget_study`, a list with one entry per policy and share:
+        `score` of the strict plans under the first share; `budget_study`, a list with one entry per policy and share:
         `policy`, `share`, mean `visual_tokens` and `frames` per question, `accuracy` over all questions with its
-        `interval`, `tasks` (name -> accuracy), and `over_tra`: accuracy minus TRA's under the same share, with the 95 %
-        interval [difference, low, high] of paired questions.
+        `interval`, `tasks` (name -> accuracy), and `over_tra` and `over_drop`: accuracy minus that of the strict plans
+        and of dropping frames under the same share, with the 95 % interval [difference, low, high] of paired questions;
+        and `study`, its numbers by share and mode: `accuracy`, `count` of questions, mean visual `tokens`.
     Raises:
         InputError: no questions about clips.
     """
@@ -159,27 +166,35 @@ def study(
                 progress(done, len(runs) * len(questions))
     pooled = [replace(question, task="clips") for question in questions]
     entries = []
+    table: dict[str, dict[str, Any]] = {f"{share:g}": {} for share in shares}
     for name, share in runs:
         given = replies[name, share]
         texts = [reply.text for reply in given]
         whole = score(pooled, texts, training={})["tasks"]["clips"]
         tasks = score(questions, texts, training={})["tasks"]
+        tokens = sum(reply.tokens for reply in given) / len(given)
+        table[f"{share:g}"][MODES.get(name, name)] = {
+            "accuracy": whole["accuracy"],
+            "count": len(given),
+            "tokens": tokens,
+        }
         entries.append(
             {
                 "policy": name,
                 "share": share,
-                "visual_tokens": sum(reply.tokens for reply in given) / len(given),
+                "visual_tokens": tokens,
                 "frames": sum(reply.frames for reply in given) / len(given),
                 "accuracy": whole["accuracy"],
                 "interval": whole["interval"],
                 "tasks": {task: row["accuracy"] for task, row in tasks.items()},
-                "over_tra": difference(
-                    questions, [reply.text for reply in given], [reply.text for reply in replies["tra", share]]
-                ),
+                **{
+                    f"over_{other}": difference(questions, texts, [reply.text for reply in replies[other, share]])
+                    for other in ("tra", "drop")
+                },
             }
         )
     first = [reply.text for reply in replies["tra", shares[0]]]
-    return {**score(questions, first, training=training), "budget_study": entries}
+    return {**score(questions, first, training=training), "budget_study": entries, "study": table}
 
 
 def draw_study(result: dict[str, Any], path: str | Path) -> None:

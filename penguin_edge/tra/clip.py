@@ -4,12 +4,13 @@ Key frames keep their detail, intermediate frames get about a sixteenth of it, a
 A plan knows two sizes only, one per kind. A frame of `height` x `width` target pixels costs
 `(height / factor) * (width / factor)` tokens, `factor = 14 * merge_size`.
 
-Two modes:
+Three modes:
 
 - `reference` repeats `simple_batched_resize` of the reference
   (`penguinvl/model/penguinvl_encoder/image_processing_penguinvl.py`) to the last bit, its flaws included: it can exceed
   the budget, and it can enlarge frames far above native.
 - `strict` is the same cascade with a guarantee: never above the budget, never larger than native.
+- `adaptive` keeps that guarantee, and drops frames before key frames get too small to be read.
 
 The strict cascade; the first stage that fits is taken:
 
@@ -22,6 +23,19 @@ The strict cascade; the first stage that fits is taken:
 
 The floor is the smallest size of at least `1.5 * min_tokens` tokens, or native if that is smaller.
 
+The adaptive cascade is the same while key frames are legible, and differs where they would not be:
+
+| stage   | key frames                              | intermediate frames                            |
+|---------|-----------------------------------------|------------------------------------------------|
+| native  | native                                  | native                                         |
+| joint   | as large as fits; legible at least      | key area / 16, or the floor; what fits         |
+| floor   | as large as fits; legible at least      | the floor                                      |
+| thinned | legible, then as large as fits          | the floor, for as many as fit; then none       |
+| one     | frame 0 alone, as large as fits         | none                                           |
+
+A key frame is legible at `LEGIBLE_SHARE` of its native tokens, or at `LEGIBLE_TOKENS * min_tokens` where that is less:
+docs/budgets.md tells how both were found. Where not all key frames fit at that size, as many as do are kept.
+
 Sizes come from a ladder: all sizes met while a frame is scaled down from native with its sides rounded to whole
 factors. At its lower end the ladder gives up the aspect, so it always ends at one token.
 """
@@ -32,7 +46,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
@@ -63,7 +77,12 @@ __all__ = [
     "similarity",
 ]
 
-Mode = Literal["strict", "reference"]
+Mode = Literal["adaptive", "strict", "reference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+LEGIBLE_SHARE = 2 / 3
+"""Tokens of a legible key frame over those of its native size."""
+LEGIBLE_TOKENS = 25
+"""Tokens that are enough for a legible key frame of any native size, in units of the model's `min_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ class FramePlan:
 class Plan:
     """Targets of all frames of a clip, in order, and what was decided on the way.
 
-    `stage` is native, joint, floor or thinned in strict mode; native, joint, floor or key-floor in reference mode.
+    `stage` is native, joint, floor or thinned; in adaptive mode also one, in reference mode key-floor, never thinned.
     `notes` are sentences for the user: what was dropped, relabelled or exceeded.
     """
 
@@ -175,9 +194,10 @@ def plan_clip(
 ) -> Plan:
     """Sizes for `n` frames of one `size` (height, width in pixels), labelled `kinds`, within `budget` tokens.
 
-    In strict mode frame 0 is always key, whatever its label. When even the floor is too much for every frame, the
-    intermediate frames are thinned evenly, then the key frames; frame 0 stays, and alone it may go below the floor,
-    down to one token. If keys below native leave some budget, it is less than one more step of all keys would cost.
+    In strict and adaptive mode frame 0 is always key, whatever its label. When even the least sizes (see the top of
+    this file) are too much for every frame, the intermediate frames are thinned evenly, then the key frames; frame 0
+    stays, and alone it may go below its least size, down to one token. If keys below native leave some budget, it is
+    less than one more step of all keys would cost.
 
     Raises:
         BudgetError: a budget below one token.
@@ -200,9 +220,12 @@ def plan_clip(
     factor = PATCH * merge_size
     if mode == "reference":
         return _reference(list(kinds), height, width, budget, factor, min_tokens, config)
-    if mode == "strict":
-        return _strict(list(kinds), height, width, budget, factor, config.min_factor * min_tokens, config.area_ratio)
-    raise InputError(f"unknown mode {mode!r}; known: strict, reference")
+    if mode not in MODES:
+        raise InputError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    ladder = size_ladder(height, width, factor)
+    least = Least.of(ladder, config.min_factor * min_tokens, LEGIBLE_TOKENS * min_tokens if mode == "adaptive" else 0)
+    plan = _guarded(list(kinds), ladder, budget, factor, least, config.area_ratio)
+    return replace(plan, mode=mode)
 
 
 def _assemble(kinds: Sequence[str], sizes: dict[str, tuple[int, int]], budget: int, factor: int) -> Plan:
@@ -243,31 +266,58 @@ def _reference(
     return replace(plan, notes=(f"{plan.total_tokens} tokens exceed the budget of {budget}, as in the reference",))
 
 
-def _evenly(items: list[int], keep: int) -> set[int]:
-    """`keep` of `items`, spread evenly, the first always among them."""
-    return {items[j * len(items) // keep] for j in range(keep)}
+@dataclass(frozen=True)
+class Least:
+    """Rungs of a ladder below which frames are not scaled down, by kind: key frames and intermediate frames."""
+
+    key: int
+    other: int
+
+    @classmethod
+    def of(cls, ladder: Sequence[tuple[int, int]], floor: float, legible: float) -> Least:
+        """The least rungs for frames of a ladder.
+
+        Args:
+            floor: tokens that any frame should have.
+            legible: tokens that are enough for a key frame; below `LEGIBLE_SHARE` of native it gets that share.
+                0 asks for no more than the floor.
+        """
+        native = len(ladder) - 1
+
+        def reaching(least: float) -> int:
+            return next((i for i, (rows, columns) in enumerate(ladder) if rows * columns >= least), native)
+
+        rows, columns = ladder[-1]
+        other = reaching(floor)
+        return cls(max(other, reaching(min(legible, LEGIBLE_SHARE * rows * columns))), other)
 
 
-def _strict(kinds: list[str], height: int, width: int, budget: int, factor: int, t_min: float, ratio: int) -> Plan:
-    n, notes = len(kinds), []
+def _guarded(
+    kinds: list[str], ladder: Sequence[tuple[int, int]], budget: int, factor: int, least: Least, ratio: int
+) -> Plan:
+    """A plan that keeps the budget: the strict one where both kinds have the same least rung, else the adaptive one."""
+    notes = []
     if kinds[0] != KEY:
         notes.append("frame 0 was made key: a plan starts with a key frame")
         kinds[0] = KEY
-    ladder = size_ladder(height, width, factor)
     tokens = [r * c for r, c in ladder]
     native = len(ladder) - 1
-    floor = next((i for i, t in enumerate(tokens) if t >= t_min), native)
+    n, keys = len(kinds), kinds.count(KEY)
+    legible = least.key > least.other
 
-    stage = ""
-    room = budget // tokens[floor]
-    if room < n:
+    stage, lowest = "", least.key
+    if keys * tokens[least.key] + (n - keys) * tokens[least.other] > budget:
         stage = "thinned"
-        notes.extend(_thin(kinds, room))
+        if budget < tokens[least.key]:
+            stage, lowest = "one" if legible else stage, 0
+        room = max(0, budget - keys * tokens[least.key]) // tokens[least.other]
+        why = f"key frames keep {tokens[least.key]} tokens" if legible else "the budget is below their floor"
+        notes.extend(_thin(kinds, max(1, budget // tokens[least.key]), room, why, last=legible))
     keys, others = kinds.count(KEY), kinds.count(INTERMEDIATE)
 
     def joint(key: int) -> int:
         """Rung of the intermediate frames beside keys on rung `key`: a sixteenth of the tokens, not below the floor."""
-        return min(key, max(floor, bisect_right(tokens, tokens[key] / ratio) - 1))
+        return min(key, max(least.other, bisect_right(tokens, tokens[key] / ratio) - 1))
 
     def fits(key: int, other: int) -> bool:
         return keys * tokens[key] + others * tokens[other] <= budget
@@ -275,36 +325,44 @@ def _strict(kinds: list[str], height: int, width: int, budget: int, factor: int,
     if n == keys + others and fits(native, native):
         stage, key, other = "native", native, native
     else:
-        lowest = floor if room else 0
         key = _largest(native, lowest, lambda i: fits(i, joint(i)))
-        other = joint(key)
+        # At the least size of the keys a sixteenth of it may be too much.
+        other = _largest(joint(key), min(key, least.other), lambda i: fits(key, i))
         # A step of all intermediate frames may have been too much where a step of the keys alone is not.
         key = _largest(native, key, lambda i: fits(i, other))
         if key == native:
             other = _largest(native, other, lambda i: fits(native, i))
-        stage = stage or ("floor" if other == floor and others else "joint")
-        if tokens[key] < tokens[floor]:
-            notes.append(f"the last frame has {tokens[key]} tokens, below the floor of {tokens[floor]}")
+        stage = stage or ("floor" if other == least.other and others else "joint")
+        if key < least.key:
+            notes.append(f"the last frame has {tokens[key]} tokens, below the floor of {tokens[least.key]}")
     sizes = {kind: (ladder[i][0] * factor, ladder[i][1] * factor) for kind, i in ((KEY, key), (INTERMEDIATE, other))}
     plan = _assemble(kinds, {**sizes, DROPPED: (0, 0)}, budget, factor)
-    return replace(plan, mode="strict", stage=stage, notes=tuple(notes))
+    return replace(plan, stage=stage, notes=tuple(notes))
 
 
-def _thin(kinds: list[str], room: int) -> list[str]:
-    """Mark frames as dropped, in place, until at most `room` (at least frame 0) are left. Returns what to say."""
+def _evenly(items: list[int], keep: int, *, last: bool = False) -> set[int]:
+    """`keep` of `items`, spread evenly; the first is always among them, or the last."""
+    if last:
+        return {items[(j + 1) * len(items) // keep - 1] for j in range(keep)}
+    return {items[j * len(items) // keep] for j in range(keep)}
+
+
+def _thin(kinds: list[str], keys: int, others: int, why: str, *, last: bool) -> list[str]:
+    """Mark frames as dropped, in place, until at most so many of each kind are left. Returns what to say.
+
+    Args:
+        last: keep the last intermediate frame rather than the first, which follows a key frame.
+    """
     notes = []
-    keys = [i for i, kind in enumerate(kinds) if kind == KEY]
-    others = [i for i, kind in enumerate(kinds) if kind == INTERMEDIATE]
-    for name, items, keep in (
-        (INTERMEDIATE, others, max(0, room - len(keys))),
-        (KEY, keys, min(len(keys), max(1, room))),
-    ):
-        kept = _evenly(items, keep)
+    for name, most in ((INTERMEDIATE, others), (KEY, keys)):
+        items = [i for i, kind in enumerate(kinds) if kind == name]
+        keep = min(len(items), most)
+        kept = _evenly(items, keep, last=last and name == INTERMEDIATE)
         for i in items:
             if i not in kept:
                 kinds[i] = DROPPED
         if keep < len(items):
-            notes.append(f"dropped {len(items) - keep} of {len(items)} {name} frames: the budget is below their floor")
+            notes.append(f"dropped {len(items) - keep} of {len(items)} {name} frames: {why}")
     return notes
 
 

@@ -72,12 +72,12 @@ class LabelledClip:
         max_tokens: int | None = None,
         policy: Policy | None = None,
     ) -> Plan:
-        """Sizes under `budget`; in strict mode no frame above `max_tokens`, which is what graphs are compiled for.
+        """Sizes under `budget`; no frame above `max_tokens`, which graphs are compiled for, but in reference mode.
 
         A `policy` plans instead of TRA.
         """
         size = self.size
-        if mode == "strict" and max_tokens is not None:
+        if mode != "reference" and max_tokens is not None:
             size = cap_size(size, max_tokens * (PATCH * self.merge_size) ** 2)
         if policy is not None:
             return policy(self.kinds, size, budget, self.merge_size)

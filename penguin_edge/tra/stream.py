@@ -9,11 +9,15 @@ paper's, cut into levels whose areas differ by a factor of 4:
 | 0     | native                  | native                   |
 | 1     | native                  | 1/16 of native           |
 | 2 …   | 1/4, 1/16 … of native   | 1/16 of the key frames'  |
-| n     | the floor               | the floor                |
+| n     | their least size        | the floor                |
 
-When all are at the floor, intermediate frames are thinned evenly, then key frames: the one whose neighbours are closest
-to each other in time goes, never the newest. No frame is below the floor (`tra.py`) but the newest, when it alone is
-more than the budget. The oldest frames step down first, so a window holds two neighbouring levels, or more while the
+Two modes differ in the least size of key frames. `strict`: the floor. `adaptive`: what is legible (both as in
+`tra.clip`), or a `KEYS`th of the limit where that is less: the newest frame is never left out, so a window with room
+for fewer large key frames would soon hold nothing of what came before.
+
+When all are at their least size, intermediate frames are thinned evenly, then key frames: the one whose neighbours are
+closest to each other in time goes, never the newest. No frame is below the floor but the newest, when it alone is more
+than the budget. The oldest frames step down first, so a window holds two neighbouring levels, or more while the
 scene gets quieter: levels never rise with time. A frame steps at most once per level, and levels are four apart, so a
 window that fills for the first time encodes each frame at most 4/3 times more, and one that moves on at most once more.
 
@@ -27,17 +31,23 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, get_args
 
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
-from penguin_edge.tra.clip import INTERMEDIATE, KEY, FramePlan, Plan, size_ladder
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, LEGIBLE_TOKENS, FramePlan, Least, Plan, size_ladder
 
+StreamMode = Literal["adaptive", "strict"]
+STREAM_MODES: tuple[StreamMode, ...] = get_args(StreamMode)
 STEP = 4
 """Area of a level over that of the next."""
 LOW = 0.85
 """Share of the limit down to which frames step."""
+KEYS = 4
+"""Key frames of their least size that the limit has room for, in adaptive mode."""
 COARSE = 0.75
 """Share of the limit below which the last frame to step down takes a larger size that still fits `LOW`."""
 
@@ -83,22 +93,33 @@ class _Held:
 
 
 @lru_cache(maxsize=64)
-def rungs(size: tuple[int, int], factor: int, t_min: float, ratio: int) -> tuple[tuple[int, int], ...]:
-    """Rungs of the ladder, (key, intermediate), at each level for frames of a native size (height, width)."""
-    tokens = [rows * columns for rows, columns in size_ladder(*size, factor)]
-    native = len(tokens) - 1
-    floor = next((i for i, t in enumerate(tokens) if t >= t_min), native)
+def rungs(
+    size: tuple[int, int], factor: int, floor: float, ratio: int, legible: float = 0, most: int = 0
+) -> tuple[tuple[int, int], ...]:
+    """Rungs of the ladder, (key, intermediate), at each level for frames of a native size (height, width).
 
-    def at(area: float) -> int:
-        return max(floor, bisect_right(tokens, area) - 1)
+    Args:
+        floor: tokens that any frame should have.
+        legible: tokens that are enough for a key frame, as `Least.of` takes them.
+        most: tokens above which the least size of a key frame is not, unless the floor is.
+    """
+    ladder = size_ladder(*size, factor)
+    tokens = [rows * columns for rows, columns in ladder]
+    native = len(tokens) - 1
+    least = Least.of(ladder, floor, legible)
+    least_key = max(least.other, min(least.key, bisect_right(tokens, most) - 1))
+
+    def at(area: float, lowest: int) -> int:
+        return max(lowest, bisect_right(tokens, area) - 1)
 
     levels = [(native, native)]
     area = float(tokens[native])
     while True:
-        pair = at(area), min(at(area), at(area / ratio))
+        key = at(area, least_key)
+        pair = key, min(key, at(area / ratio, least.other))
         if pair != levels[-1]:
             levels.append(pair)
-        if pair == (floor, floor):
+        if pair == (least_key, least.other):
             break
         area /= STEP
     return tuple(levels)
@@ -111,6 +132,7 @@ class StreamPlanner:
         self,
         limits: Limits,
         *,
+        mode: StreamMode = "strict",
         tag_tokens: int = 0,
         min_tokens: int = 16,
         merge_size: int = 2,
@@ -121,15 +143,30 @@ class StreamPlanner:
             tag_tokens: text tokens that a kept frame takes besides, counted against `limits.room`.
         Raises:
             BudgetError: no frame would fit.
+            InputError: an unknown mode.
         """
+        if mode not in STREAM_MODES:
+            raise InputError(f"a stream has no tra mode {mode!r}; known: {', '.join(STREAM_MODES)}")
         self.config = config or TraConfig()
         self.factor = PATCH * merge_size
         self.limits = limits
         self.tag_tokens = tag_tokens
         self.least_tokens = self.config.min_factor * min_tokens
+        self._legible = LEGIBLE_TOKENS * min_tokens if mode == "adaptive" else 0
         _check(limits, tag_tokens)
         self._held: deque[_Held] = deque()
         self._level = self._next = self._total = 0
+
+    def copy(self) -> StreamPlanner:
+        """A planner that stands where this one does, for finding out what would become of frames to come."""
+        found = copy(self)
+        found._held = deque(replace(held) for held in self._held)
+        return found
+
+    @property
+    def latest(self) -> float:
+        """Time of the newest frame, in seconds; 0 when there is none."""
+        return self._held[-1].time if self._held else 0.0
 
     @property
     def level(self) -> int:
@@ -207,7 +244,11 @@ class StreamPlanner:
         """
         _check(limits, self.tag_tokens)
         before = self._sizes()
+        levels = [self._levels(held) for held in self._held]
         self.limits = limits
+        for held, known in zip(self._held, levels, strict=True):
+            if self._levels(held) != known:
+                held.level = self._level_of(held)
         while len(self._held) > limits.max_frames:
             self._remove(self._held[0])
         self._settle()
@@ -243,7 +284,17 @@ class StreamPlanner:
         return rows * columns
 
     def _levels(self, held: _Held) -> tuple[tuple[int, int], ...]:
-        return rungs(held.size, self.factor, self.least_tokens, self.config.area_ratio)
+        floor, ratio = self.least_tokens, self.config.area_ratio
+        if not self._legible:
+            return rungs(held.size, self.factor, floor, ratio)
+        limits = self.limits
+        most = limits.budget if limits.room is None else min(limits.budget, limits.room)
+        return rungs(held.size, self.factor, floor, ratio, self._legible, most // KEYS)
+
+    def _level_of(self, held: _Held) -> int:
+        """The last level that is not below the frame's size: a further step makes it smaller."""
+        levels = self._levels(held)
+        return max(i for i, pair in enumerate(levels) if pair[held.kind != KEY] >= held.rung)
 
     def _rung(self, held: _Held, level: int) -> int:
         levels = self._levels(held)

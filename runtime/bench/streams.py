@@ -28,8 +28,9 @@ from penguin_edge.runtime.core.report import Clock
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.engines.base import F32, I64, Engine
 from penguin_edge.runtime.engines.cache import Cache, Key
-from penguin_edge.runtime.live.control import LatencyTarget
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import LatencyControl, LatencyTarget
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.pace import Seen
 from penguin_edge.runtime.live.events import Observer, Observers
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.live_options import LiveOptions
@@ -227,6 +228,7 @@ def bench_stream(
         "deadline_misses": missed,
         "deadline_miss_percent": 100 * missed / deadlines if deadlines else None,
         "decisions": [decision.to_json() for decision in live.control.decisions] if live.control else [],
+        "calibration": calibration(live.control) if live.control else None,
         "budget": budget,
         "budget_at_end": stream.planner.limits.budget,
         "max_live_visual_tokens": stats.max_visual_tokens,
@@ -243,6 +245,26 @@ def bench_stream(
         "timeline": timeline.to_json(found.memory, meter),
         "samples": {"frame_age_ms": timeline.age_ms, "warm_ms": found.warm_ms, "cold_ms": cold},
     }
+
+
+def calibration(control: LatencyControl) -> dict[str, Any]:
+    """How well times were foreseen, of frames and of questions to their first token once the worker was free.
+
+    `above_p95_percent` is the share that took longer than the 95th percentile predicted for it, `ratio` the median of
+    taken over predicted; `times` are [predicted, 95th percentile, taken] in milliseconds, the latest `KEPT`.
+    """
+
+    def said(times: Sequence[Seen]) -> dict[str, Any]:
+        above = [one.taken > one.p95 for one in times]
+        ratios = [one.taken / max(one.predicted, 1e-3) for one in times]
+        return {
+            "count": len(times),
+            "above_p95_percent": 100 * sum(above) / len(above) if above else None,
+            "ratio": float(np.median(ratios)) if ratios else None,
+            "times": [[one.predicted, one.p95, one.taken] for one in times],
+        }
+
+    return {"frames": said(control.frames_seen), "questions": said(control.questions_seen)}
 
 
 def phases_per_frame(stream: Stream, read_ms: float | None) -> dict[str, float]:

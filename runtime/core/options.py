@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.schema import LARGEST, Flag, Maybe, Real, Text, Whole
-from penguin_edge.tra.clip import Mode, Policy
+from penguin_edge.tra.clip import MODES, Mode, Policy
+from penguin_edge.tra.stream import STREAM_MODES, StreamMode
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -51,7 +52,8 @@ class SessionOptions:
 
     budget: int | None = None
     """Visual tokens of a prompt; None takes what the context leaves."""
-    tra: Mode = "strict"
+    tra: Mode = "adaptive"
+    """How clips are planned; see the top of `penguin_edge.tra.clip`."""
     max_frames: int | None = None
     """Pushed frames that are kept; None takes the model's number."""
     thinking: bool = False
@@ -66,8 +68,8 @@ class SessionOptions:
     """Plans clips instead of TRA."""
 
     def __post_init__(self) -> None:
-        if self.tra not in ("strict", "reference"):
-            raise InputError(f"tra mode {self.tra!r} is unknown; known: reference, strict")
+        if self.tra not in MODES:
+            raise InputError(f"tra mode {self.tra!r} is unknown; known: {', '.join(MODES)}")
         check_options(
             max_frames=(self.max_frames, COUNT),
             max_pixels=(self.max_pixels, COUNT),
@@ -87,6 +89,8 @@ class StreamOptions:
     budget: int | None = None
     """Visual tokens of the window at any time; None takes the model's number. What the context leaves beside time
     stamps, question and answer is a limit of its own."""
+    tra: StreamMode = "adaptive"
+    """How the window is planned; see the top of `penguin_edge.tra.stream`."""
     window_s: float = 60.0
     """Seconds that frames are kept."""
     max_frames: int | None = None
@@ -110,6 +114,8 @@ class StreamOptions:
             max_frames=(self.max_frames, COUNT),
             thinking=(self.thinking, Flag()),
         )
+        if self.tra not in STREAM_MODES:
+            raise InputError(f"a stream has no tra mode {self.tra!r}; known: {', '.join(STREAM_MODES)}")
         if self.shrink not in ("encode", "pool"):
             raise InputError(f"frames cannot be shrunk by {self.shrink!r}; known: encode, pool")
         if self.cache not in ("recompute", "rebase"):
@@ -134,6 +140,7 @@ class StreamChanges(TypedDict, total=False):
     """`StreamOptions` by name."""
 
     budget: int | None
+    tra: StreamMode
     window_s: float
     max_frames: int | None
     shrink: Shrink

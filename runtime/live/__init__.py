@@ -1,1 +1,1 @@
-"""Streams that run: the worker, sources of frames, the latency controller, the live view."""
+"""Streams that run: the worker, sources of frames, the live view."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.core.report import Kept
-from penguin_edge.runtime.live.control import Decision
+from penguin_edge.runtime.latency.control import Decision
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from penguin_edge.runtime.core.answer import Token
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.options import PROMPT, given_options
 from penguin_edge.runtime.core.sampling import SamplingOptions
-from penguin_edge.runtime.live.control import LatencyControl
+from penguin_edge.runtime.latency.control import LatencyControl
+from penguin_edge.runtime.latency.steering import Steering
 from penguin_edge.runtime.live.events import Dropped, Observer, Ready, Said, Telling
 from penguin_edge.runtime.live.live_options import LiveChanges, LiveOptions
-from penguin_edge.runtime.live.steering import Steering
 from penguin_edge.runtime.live.watch import Answer, Watch
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.schema import Maybe, Real
@@ -320,6 +320,7 @@ class Live:
                 lost = []
                 if self._steering is not None:
                     while len(self._frames) > 1 and self._steering.late(self._frames[0][1]):
+                        self._steering.missed()
                         lost.append((self._frames.popleft()[0], "late"))
                 item = self._frames.popleft() if question is None else None
             self._drop(*lost)
@@ -397,7 +398,7 @@ class Live:
         finally:
             answer.close()
             if self._steering is not None and not error:
-                self._steering.answer(begun, past, self.stream.report)
+                self._steering.answer(asked, begun, past, self.stream.report)
             self._tell.said(replace(said, done=True, error=error, first_token_ms=None if error else first))
 
     def _answer(self, question: _Question) -> None:

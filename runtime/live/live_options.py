@@ -7,8 +7,8 @@ from typing import TypedDict
 
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.core.checks import check_options
-from penguin_edge.runtime.live.control import LatencyTarget
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import LatencyTarget
+from penguin_edge.runtime.latency.cost import CostModel
 from penguin_edge.schema import Maybe, Real, Whole
 
 

@@ -130,7 +130,7 @@ def test_conversation_file_equals_flags(bundle: Path, tmp_path: Path) -> None:
     assert by_file["token_ids"] == by_flags["token_ids"] and by_file["images"] == 1
 
 
-@pytest.mark.parametrize("tra", ["strict", "reference"])
+@pytest.mark.parametrize("tra", ["adaptive", "strict", "reference"])
 def test_plan_json(tra: str, tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     result = last_json(cli("plan", CLIP, "--budget", 500, "--tra", tra, "--json", "-o", picture))

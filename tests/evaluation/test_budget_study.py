@@ -23,7 +23,7 @@ from penguin_edge.errors import InputError
 from penguin_edge.evaluation.budget_study import SHARES, Reply, drop_frames, policies, shrink_frames, study, within
 from penguin_edge.evaluation.score import Question
 from penguin_edge.runtime.session import Session
-from penguin_edge.tra.clip import DROPPED, KEY, Plan, Policy, plan_clip, size_ladder
+from penguin_edge.tra.clip import DROPPED, KEY, Mode, Plan, Policy, plan_clip, size_ladder
 
 CASES = st.tuples(st.integers(1, 40), st.integers(14, 700), st.integers(14, 700), st.integers(1, 900))
 
@@ -76,15 +76,16 @@ def test_all_policies_agree_where_everything_fits(case: tuple[int, int, int, int
     n, height, width, _ = case
     known = policies(tiny_model().config)
     plans = [within(policy, 1.0)([KEY] * n, (height, width), 10**9, 2) for policy in known.values()]
-    assert len({plan.frames for plan in plans}) == 1 and set(known) == {"tra", "drop", "shrink"}
+    assert len({plan.frames for plan in plans}) == 1 and set(known) == {"tra", "adaptive", "drop", "shrink"}
 
 
-def test_tra_is_the_strict_plan_of_the_model() -> None:
+@pytest.mark.parametrize(("name", "mode"), [("tra", "strict"), ("adaptive", "adaptive")])
+def test_tra_is_the_plan_of_the_model(name: str, mode: Mode) -> None:
     config = tiny_model().config
     kinds = [KEY, "intermediate", "intermediate", KEY]
-    plan = within(policies(config)["tra"], 0.5)(kinds, (280, 280), 10**9, 2)
-    wanted = plan_clip(4, kinds, (280, 280), 200, min_tokens=config.image.min_tokens, config=config.tra)
-    assert plan.frames == wanted.frames
+    plan = within(policies(config)[name], 0.25)(kinds, (280, 280), 10**9, 2)
+    least = config.image.min_tokens
+    assert plan == plan_clip(4, kinds, (280, 280), 100, mode=mode, min_tokens=least, config=config.tra)
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_every_run_gets_its_share_and_its_own_answer(tmp_path: Path) -> None:
 
     result = study(asked, noted, session.config, training={})
     entries = {(entry["policy"], entry["share"]): entry for entry in result["budget_study"]}
-    assert len(entries) == 3 * len(SHARES) and len(seen) == 3 * len(entries) and set(result["tasks"]) == {"a", "b"}
+    assert len(entries) == 4 * len(SHARES) and len(seen) == 3 * len(entries) and set(result["tasks"]) == {"a", "b"}
     native = 4 * 25
     for (policy, share), entry in entries.items():
         assert 1 <= entry["visual_tokens"] <= max(1, share * native)
@@ -130,6 +131,11 @@ def test_every_run_gets_its_share_and_its_own_answer(tmp_path: Path) -> None:
         assert low <= entry["accuracy"] <= high
         wanted = entry["accuracy"] - entries["tra", share]["accuracy"]
         assert entry["over_tra"] == [wanted] * 3  # all questions alike: no spread
+        wanted = entry["accuracy"] - entries["drop", share]["accuracy"]
+        assert entry["over_drop"] == [wanted] * 3
+        row = result["study"][f"{share:g}"]["strict" if policy == "tra" else policy]
+        assert row == {"accuracy": entry["accuracy"], "count": 3, "tokens": entry["visual_tokens"]}
+    assert {len(row) for row in result["study"].values()} == {4} and len(result["study"]) == len(SHARES)
     assert entries["drop", 0.5]["frames"] == 2 and entries["drop", 1.0]["visual_tokens"] == native
 
 
@@ -153,7 +159,9 @@ def test_the_verb_draws_and_prints_a_study(tmp_path: Path) -> None:
     done = cli("--data", tmp_path, "--budget-study", "--json", "-o", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(result["budget_study"]) == 15 and set(result["tasks"]) == {"a", "b"} and "average" in result
+    assert len(result["budget_study"]) == 20 and set(result["tasks"]) == {"a", "b"} and "average" in result
+    assert list(result["study"]) == ["1", "0.5", "0.25", "0.125", "0.0625"]
+    assert all(set(row) == {"strict", "adaptive", "drop", "shrink"} for row in result["study"].values())
     with Image.open(out) as image:
         assert image.width > 900
     done = cli("--data", tmp_path, "--budget-study", "--limit", 1)

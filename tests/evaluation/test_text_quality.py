@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from penguin_edge.errors import InputError
 from penguin_edge.evaluation.text import compare_piece, continuation, measure_text, piece_logits
-from penguin_edge.model.generate import EagerEngine, generate
+from penguin_edge.model.eager import EagerEngine
+from penguin_edge.model.generate import generate
 
 IDS = np.random.default_rng(0).integers(0, 600, (3, 70))
 

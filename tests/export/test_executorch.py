@@ -25,7 +25,7 @@ from penguin_edge.config import PRESETS, PenguinConfig  # noqa: E402
 from penguin_edge.errors import BudgetError, BundleError, InputError, PenguinError, TargetUnavailable  # noqa: E402
 from penguin_edge.export.targets.executorch import programs as export  # noqa: E402
 from penguin_edge.model.decoder import KVCache  # noqa: E402
-from penguin_edge.model.generate import EagerEngine  # noqa: E402
+from penguin_edge.model.eager import EagerEngine  # noqa: E402
 from penguin_edge.model.penguin import PenguinModel  # noqa: E402
 from penguin_edge.runtime.core.sampling import SamplingOptions  # noqa: E402
 from penguin_edge.runtime.engines.executorch import ExecutorchEngine  # noqa: E402

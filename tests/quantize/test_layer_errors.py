@@ -24,7 +24,7 @@ from penguin_edge.errors import InputError, PenguinError
 from penguin_edge.evaluation.layer_study import draw_layers, feature_cosines, picture_size, split_name, summary, worst
 from penguin_edge.media.preprocess import preprocess_image
 from penguin_edge.model.checkpoint import Checkpoint
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.quantize.apply import load_quantized, quantize_part
 from penguin_edge.quantize.calibration.calibrate import (
     BUILTIN,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import PenguinError
 from penguin_edge.model.checkpoint import Checkpoint
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.core.answer import UnusablePicture
 from penguin_edge.runtime.core.sampling import Sampler, SamplingOptions
 from penguin_edge.runtime.engines.base import F32, I64

@@ -13,7 +13,8 @@ from helpers import CLIP, Alone, CountingEngine, picture, tiny_model, tiny_token
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.frames import read_video
 from penguin_edge.media.preprocess import preprocess_image
-from penguin_edge.model.generate import EagerEngine, generate
+from penguin_edge.model.eager import EagerEngine
+from penguin_edge.model.generate import generate
 from penguin_edge.prompt.chat import render
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session

@@ -20,7 +20,7 @@ from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BusyError, InputError, PenguinError
 from penguin_edge.guard import Guard
 from penguin_edge.model.decoder import KVCache
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.answer import Token
 from penguin_edge.runtime.core.options import SessionChanges, SessionOptions, StreamChanges, StreamOptions
@@ -451,7 +451,8 @@ def test_options_of_a_session(options: dict[str, Any], word: str) -> None:
         ({"answer_tokens": -1}, "answer_tokens is -1"),
         ({"budget": [600]}, "budget is \\[600\\]"),
         ({"max_frames": 0}, "max_frames is 0"),
-        ({"tra": "strict"}, "there is no option 'tra'; known: budget, window_s"),
+        ({"policy": None}, "there is no option 'policy'; known: budget, tra, window_s"),
+        ({"tra": "reference"}, "a stream has no tra mode 'reference'; known: adaptive, strict"),
         ({"options": SessionOptions()}, "options: SessionOptions, wanted StreamOptions"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.preprocess import preprocess_image
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.core.pool import pooled
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.session import Session

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, plan_clip, size_ladder
-from penguin_edge.tra.stream import Change, Limits, StreamPlanner
+from penguin_edge.tra.stream import KEYS, STREAM_MODES, Change, Limits, StreamMode, StreamPlanner, rungs
 
 SIDES = st.one_of(st.integers(1, 200), st.integers(28, 2160))
 LIMITS = st.builds(
@@ -28,9 +28,11 @@ LIMITS = st.builds(
 class Planning(RuleBasedStateMachine):
     """Frames of any kind and size, pauses, and other limits, beside a ledger that only believes the changes."""
 
-    @initialize(limits=LIMITS, tag=st.integers(0, 11), least=st.sampled_from([1, 16]))
-    def begin(self, limits: Limits, tag: int, least: int) -> None:
-        self.planner = StreamPlanner(limits, tag_tokens=tag, min_tokens=least)
+    @initialize(
+        limits=LIMITS, tag=st.integers(0, 11), least=st.sampled_from([1, 16]), mode=st.sampled_from(STREAM_MODES)
+    )
+    def begin(self, limits: Limits, tag: int, least: int, mode: StreamMode) -> None:
+        self.planner = StreamPlanner(limits, mode=mode, tag_tokens=tag, min_tokens=least)
         self.time, self.next = 0.0, 0
         self.ledger: dict[int, int] = {}
         self.times: dict[int, float] = {}
@@ -90,18 +92,89 @@ class Planning(RuleBasedStateMachine):
 
 
 TestPlanning = Planning.TestCase
-TestPlanning.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestPlanning.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
-@given(data=st.data(), n=st.integers(1, 40))
-def test_what_fits_natively_is_planned_as_a_clip(data: st.DataObject, n: int) -> None:
+@given(data=st.data(), n=st.integers(1, 40), mode=st.sampled_from(STREAM_MODES))
+def test_what_fits_natively_is_planned_as_a_clip(data: st.DataObject, n: int, mode: StreamMode) -> None:
     kinds = data.draw(st.lists(st.sampled_from([KEY, INTERMEDIATE]), min_size=n, max_size=n))
     size = data.draw(st.tuples(SIDES, SIDES))
     rows, columns = size_ladder(*size, 28)[-1]
     budget = n * rows * columns + data.draw(st.integers(0, 100))
-    planner = StreamPlanner(Limits(budget))
+    planner = StreamPlanner(Limits(budget), mode=mode)
     assert not any(planner.push(kind, size, float(i)) for i, kind in enumerate(kinds))
-    assert planner.plan().frames == plan_clip(n, kinds, size, budget).frames
+    assert planner.plan().frames == plan_clip(n, kinds, size, budget, mode=mode).frames
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    n=st.integers(1, 150),
+    budget=st.one_of(st.integers(1, 600), st.integers(1, 20_000)),
+    least=st.sampled_from([1, 16]),
+)
+def test_adaptive_key_frames_stay_legible_or_a_fourth_of_the_limit(
+    data: st.DataObject, n: int, budget: int, least: int
+) -> None:
+    size = data.draw(st.tuples(SIDES, SIDES))
+    kinds = data.draw(st.lists(st.sampled_from([KEY, INTERMEDIATE, INTERMEDIATE]), min_size=n, max_size=n))
+    planner = StreamPlanner(Limits(budget), mode="adaptive", min_tokens=least)
+    tokens = [rows * columns for rows, columns in size_ladder(*size, 28)]
+    floor = next((t for t in tokens if t >= 1.5 * least), tokens[-1])
+    legible = next(t for t in tokens if t >= min(25 * least, 2 / 3 * tokens[-1]))
+    wanted = max([floor, *(t for t in tokens if t <= min(legible, budget // 4))])
+    pushed = 0
+    for i, kind in enumerate(kinds):
+        planner.push(kind, size, float(i))
+        frames = planner.plan().frames
+        pushed += frames[-1].kind == KEY
+        if len(frames) > 1:
+            assert all(frame.tokens >= (wanted if frame.kind == KEY else floor) for frame in frames)
+        if KEYS * floor <= budget:
+            assert sum(frame.kind == KEY for frame in frames) >= min(pushed, KEYS - 2), "the past is not lost"
+
+
+def test_levels_of_key_frames_end_where_they_are_legible() -> None:
+    """Rungs 0 to 5 of 168 by 168 pixels have 1, 4, 9, 16, 25 and 36 tokens."""
+    assert rungs((168, 168), 28, 1.5, 16) == ((5, 5), (5, 1), (2, 1), (1, 1))
+    assert rungs((168, 168), 28, 1.5, 16, 25, 1000) == ((5, 5), (5, 1), (4, 1))
+    assert rungs((168, 168), 28, 1.5, 16, 25, 18) == ((5, 5), (5, 1), (3, 1))
+    assert rungs((168, 168), 28, 1.5, 16, 25, 3) == rungs((168, 168), 28, 1.5, 16)
+
+
+def test_other_limits_are_another_least_size() -> None:
+    wide = Limits(300, window_s=20.0)
+    planner = StreamPlanner(wide, mode="adaptive", min_tokens=1)
+    for i in range(30):
+        planner.push(KEY, (168, 168), float(i))
+    assert {frame.tokens for frame in planner.plan().frames} <= {25, 36}
+    changes = planner.set_limits(replace(wide, budget=72))
+    kept = [frame.tokens for frame in planner.plan().frames]
+    # 18 tokens are a fourth now: four frames of 16 stay, where two of 25 would.
+    assert len(kept) == 4 and set(kept) == {16} and any(0 < change.tokens < change.before for change in changes)
+    planner.set_limits(wide)
+    for i in range(30, 60):
+        planner.push(KEY, (168, 168), float(i))
+    assert {frame.tokens for frame in planner.plan().frames} <= {25, 36}
+
+
+@pytest.mark.parametrize("mode", STREAM_MODES)
+@pytest.mark.parametrize("window_s", [1.0, 86_400.0])
+@pytest.mark.parametrize("budget", [1, 300])
+def test_a_second_and_a_day(mode: StreamMode, window_s: float, budget: int) -> None:
+    planner = StreamPlanner(Limits(budget, window_s=window_s), mode=mode)
+    random = np.random.default_rng(0)
+    times = np.cumsum(random.exponential(100.0 if window_s > 1 else 0.2, 900))
+    for time in times:
+        planner.push(KEY if random.random() < 0.1 else INTERMEDIATE, (480, 640), float(time))
+        assert planner.total_tokens <= budget and planner.numbers
+        assert time - times[planner.numbers[0]] <= window_s
+    assert len(planner.numbers) == 1 if budget == 1 else len(planner.numbers) > 1
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(InputError, match="known: adaptive, strict"):
+        StreamPlanner(Limits(100), mode="reference")  # type: ignore[arg-type]
 
 
 def test_what_labels_save_is_told() -> None:
@@ -130,8 +203,8 @@ def clip(seed: int, seconds: int, fps: float) -> list[tuple[str, float]]:
     return frames
 
 
-def run(frames: list[tuple[str, float]], size: tuple[int, int], budget: int) -> dict[str, Any]:
-    planner = StreamPlanner(Limits(budget))
+def run(frames: list[tuple[str, float]], size: tuple[int, int], budget: int, mode: StreamMode) -> dict[str, Any]:
+    planner = StreamPlanner(Limits(budget), mode=mode)
     again, used, wanted = 0, [], []
     labels: dict[int, str] = {}
     for i, (kind, time) in enumerate(frames):
@@ -140,14 +213,17 @@ def run(frames: list[tuple[str, float]], size: tuple[int, int], budget: int) -> 
         if i % 7 == 0:
             window = [kind for kind, t in frames[: i + 1] if time - t <= 60.0][-180:]
             used.append(planner.total_tokens)
-            wanted.append(plan_clip(len(window), window, size, budget).total_tokens)
+            wanted.append(plan_clip(len(window), window, size, budget, mode=mode).total_tokens)
     return {"again": again / len(frames), "filled": float(np.mean(np.array(used) / np.array(wanted)))}
 
 
+@pytest.mark.parametrize("mode", STREAM_MODES)
 @pytest.mark.parametrize("size", [(120, 160), (480, 640), (720, 1280), (1080, 1920)])
 @pytest.mark.parametrize("budget", [300, 2048, 16_384])
-def test_few_frames_are_encoded_again_and_the_budget_is_used(size: tuple[int, int], budget: int) -> None:
-    found = [run(clip(seed, 150, fps), size, budget) for seed, fps in enumerate((0.5, 1.0, 2.0, 3.0))]
+def test_few_frames_are_encoded_again_and_the_budget_is_used(
+    size: tuple[int, int], budget: int, mode: StreamMode
+) -> None:
+    found = [run(clip(seed, 150, fps), size, budget, mode) for seed, fps in enumerate((0.5, 1.0, 2.0, 3.0))]
     assert max(one["again"] for one in found) <= 1.5
     # Against the plan of the same window as one clip, which sees the future and sizes all frames anew each time.
     assert float(np.mean([one["filled"] for one in found])) >= 0.7, found

@@ -27,7 +27,10 @@ from penguin_edge.tra.clip import (
     DROPPED,
     INTERMEDIATE,
     KEY,
+    LEGIBLE_SHARE,
+    LEGIBLE_TOKENS,
     KeyFrameDetector,
+    Mode,
     Plan,
     TraPlanner,
     compare_size,
@@ -56,16 +59,28 @@ def clips(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+GUARDED: tuple[Mode, ...] = ("strict", "adaptive")
+MODES = st.sampled_from(GUARDED)
+
+
 def _rungs(clip: dict[str, Any]) -> tuple[list[int], int]:
     """Tokens of all sizes of the clip, and those of its floor, by the definition in the module's docstring."""
     tokens = [r * c for r, c in size_ladder(*clip["size"], PATCH * clip["merge_size"])]
     return tokens, next((t for t in tokens if t >= 1.5 * clip["min_tokens"]), tokens[-1])
 
 
-@settings(max_examples=300, deadline=None)
-@given(clips())
-def test_strict_plans_keep_the_budget_and_never_enlarge(clip: dict[str, Any]) -> None:
-    plan = plan_clip(**clip)
+def _legible(clip: dict[str, Any]) -> int:
+    """Tokens of a legible key frame of the clip, by the definition in the module's docstring."""
+    tokens, floor = _rungs(clip)
+    wanted = max(floor, min(LEGIBLE_SHARE * tokens[-1], LEGIBLE_TOKENS * clip["min_tokens"]))
+    return next((t for t in tokens if t >= wanted), tokens[-1])
+
+
+@settings(max_examples=400, deadline=None)
+@given(clips(), MODES)
+def test_guarded_plans_keep_the_budget_and_never_enlarge(clip: dict[str, Any], mode: Mode) -> None:
+    plan = plan_clip(**clip, mode=mode)
+    assert plan.mode == mode
     assert len(plan.frames) == clip["n"]
     assert plan.keys + plan.intermediates + plan.dropped == clip["n"]
     assert plan.total_tokens <= clip["budget"] and not plan.over_budget
@@ -84,7 +99,7 @@ def test_strict_plans_keep_the_budget_and_never_enlarge(clip: dict[str, Any]) ->
     other_tokens = {frame.tokens for frame in plan.frames if frame.kind == INTERMEDIATE}
     assert len(key_tokens) == 1 and len(other_tokens) <= 1
     assert not other_tokens or key_tokens.pop() >= other_tokens.pop()
-    assert plan_clip(**clip) == plan
+    assert plan_clip(**clip, mode=mode) == plan
 
 
 @settings(max_examples=300, deadline=None)
@@ -110,9 +125,45 @@ def test_strict_plans_drop_only_what_they_must_and_say_so(clip: dict[str, Any]) 
 
 @settings(max_examples=300, deadline=None)
 @given(clips())
-def test_strict_plans_use_the_budget(clip: dict[str, Any]) -> None:
+def test_adaptive_plans_drop_frames_before_key_frames_are_illegible(clip: dict[str, Any]) -> None:
+    plan = plan_clip(**clip, mode="adaptive")
+    (tokens, floor), legible = _rungs(clip), _legible(clip)
+    n, budget = clip["n"], clip["budget"]
+    keys = clip["kinds"].count(KEY) + (clip["kinds"][0] != KEY)
+    assert plan.keys == min(keys, max(1, budget // legible)), "key frames go last"
+    assert plan.intermediates == min(n - keys, max(0, budget - keys * legible) // floor)
+    if plan.keys + plan.intermediates > 1 or budget >= legible:
+        assert plan.frames[0].tokens >= legible
+    else:
+        assert plan.stage in ("one", "thinned", "native", "joint")
+        assert plan.frames[0].tokens == max(t for t in tokens if t <= budget)
+    assert all(frame.tokens >= floor for frame in plan.frames if frame.kind == INTERMEDIATE)
+    said = " ".join(plan.notes)
+    for kind, lost in ((KEY, keys - plan.keys), (INTERMEDIATE, n - keys - plan.intermediates)):
+        assert (f"dropped {lost} of" in said and f"{kind} frames" in said) if lost else f"{kind} frames:" not in said
+
+
+@settings(max_examples=200, deadline=None)
+@given(clips())
+def test_adaptive_plans_are_the_strict_ones_while_key_frames_are_legible(clip: dict[str, Any]) -> None:
+    strict, adaptive = plan_clip(**clip), plan_clip(**clip, mode="adaptive")
+    assert strict.mode == "strict", "the planner's own default"
+    (tokens, floor), legible = _rungs(clip), _legible(clip)
+    tight = strict.frames[0].tokens < legible
+    if not strict.dropped and not tight:
+        assert adaptive.dropped == 0
+        other = max([floor, *(t for t in tokens if t <= legible / 16)])
+        if strict.keys * legible + strict.intermediates * other <= clip["budget"]:
+            assert adaptive.frames == strict.frames
+    if legible == floor:
+        assert adaptive.frames == strict.frames and adaptive.stage == strict.stage
+
+
+@settings(max_examples=400, deadline=None)
+@given(clips(), MODES)
+def test_guarded_plans_use_the_budget(clip: dict[str, Any], mode: Mode) -> None:
     """What is left over is less than one more step of the frames that may still grow."""
-    plan = plan_clip(**clip)
+    plan = plan_clip(**clip, mode=mode)
     tokens, _ = _rungs(clip)
     key = tokens.index(plan.frames[0].tokens)
     left = clip["budget"] - plan.total_tokens
@@ -125,9 +176,9 @@ def test_strict_plans_use_the_budget(clip: dict[str, Any]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(clips(), st.integers(1, 1000))
-def test_a_larger_budget_never_keeps_fewer_frames(clip: dict[str, Any], more: int) -> None:
-    small, large = plan_clip(**clip), plan_clip(**{**clip, "budget": clip["budget"] + more})
+@given(clips(), st.integers(1, 1000), MODES)
+def test_a_larger_budget_never_keeps_fewer_frames(clip: dict[str, Any], more: int, mode: Mode) -> None:
+    small, large = (plan_clip(**{**clip, "budget": clip["budget"] + extra}, mode=mode) for extra in (0, more))
     assert small.dropped >= large.dropped
 
 
@@ -181,8 +232,37 @@ def test_thinning_is_even_and_takes_key_frames_last() -> None:
     assert [i for i, frame in enumerate(plan.frames) if frame.kind != DROPPED] == [0, 20, 40, 60, 80]
 
 
-def test_one_token_is_enough_for_any_clip() -> None:
-    plan = plan_clip(3, _kinds(3), (1, 4000), 1)
+@pytest.mark.parametrize(
+    ("budget", "stage", "tokens"),
+    [
+        (288, "native", [36] * 8),
+        (144, "joint", [36, 9, 9, 9, 36, 9, 9, 9]),
+        (83, "floor", [25, 4, 4, 4, 25, 4, 4, 4]),
+        (72, "thinned", [25, 4, 4, 4, 25, 4, 0, 4]),
+        (60, "thinned", [25, 0, 0, 4, 25, 0, 0, 4]),
+        (50, "thinned", [25, 0, 0, 0, 25, 0, 0, 0]),
+        (36, "thinned", [36, 0, 0, 0, 0, 0, 0, 0]),
+        (18, "one", [16, 0, 0, 0, 0, 0, 0, 0]),
+        (1, "one", [1, 0, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_adaptive_plans_of_one_clip(budget: int, stage: str, tokens: list[int]) -> None:
+    """Two shots of four frames with 36 tokens each, of which 25 are legible."""
+    plan = plan_clip(8, _kinds(8, 0, 4), (168, 168), budget, mode="adaptive", min_tokens=1)
+    assert (plan.stage, [frame.tokens for frame in plan.frames]) == (stage, tokens)
+    assert bool(plan.notes) == (plan.dropped > 0)
+
+
+def test_large_frames_need_no_share_of_their_native_size() -> None:
+    """Two thirds of 4K are 7032 tokens: 400 are enough, so that a film keeps its scenes."""
+    plan = plan_clip(100, _kinds(100, *range(0, 100, 5)), (2160, 3840), 10_000, mode="adaptive")
+    assert plan.keys == 20 and plan.intermediates > 70
+    assert 400 <= plan.frames[0].tokens < 500
+
+
+@pytest.mark.parametrize("mode", GUARDED)
+def test_one_token_is_enough_for_any_clip(mode: Mode) -> None:
+    plan = plan_clip(3, _kinds(3), (1, 4000), 1, mode=mode)
     assert [(f.kind, f.width, f.height, f.tokens) for f in plan.frames] == [(KEY, 28, 28, 1), *[(DROPPED, 0, 0, 0)] * 2]
     assert "below the floor" in " ".join(plan.notes)
 

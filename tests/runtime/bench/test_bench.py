@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.commands.bench import traffic
 from penguin_edge.errors import BudgetError, InputError, PenguinError
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.bench.clips import VideoOptions, bench_video
 from penguin_edge.runtime.bench.compare import change, compare, read
 from penguin_edge.runtime.bench.stages import BenchOptions, Traffic, bench_model, percentiles
 from penguin_edge.runtime.bench.streams import Brake, SlowedClock, SlowedEngine, _deadlines, slope
 from penguin_edge.runtime.bench.timeline import Timeline
-from penguin_edge.runtime.live.control import LatencyTarget
+from penguin_edge.runtime.latency.control import LatencyTarget
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penguin_edge.errors import InputError
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.core.prefill import extend_to
 from penguin_edge.runtime.core.sampling import SamplingOptions
 from penguin_edge.runtime.engines.cache import Caches, Key, Visual

@@ -24,7 +24,7 @@ from penguin_edge.export.targets.executorch.programs import ExecutorchTarget
 from penguin_edge.export.targets.onnx.graphs import OnnxTarget
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVForm
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.model.layers import full_attention
 from penguin_edge.quantize.apply import kv_form
 from penguin_edge.quantize.calibration.calibrate import calibrate, ready_from

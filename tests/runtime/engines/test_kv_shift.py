@@ -16,7 +16,7 @@ from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import InputError
 from penguin_edge.model.checkpoint import Checkpoint
 from penguin_edge.model.decoder import KVCache, KVForm
-from penguin_edge.model.generate import EagerEngine
+from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.engines.kv_shift import move_positions
 from penguin_edge.runtime.engines.opening import open_engine
 

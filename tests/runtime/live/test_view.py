@@ -23,9 +23,9 @@ from penguin_edge.errors import BudgetError, InputError, TargetUnavailable
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.core.report import Kept
 from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.latency.control import Decision, LatencyTarget, Setting
+from penguin_edge.runtime.latency.cost import AXES, fit
 from penguin_edge.runtime.live import view as bounds
-from penguin_edge.runtime.live.control import Decision, LatencyTarget, Setting
-from penguin_edge.runtime.live.cost import AXES, fit
 from penguin_edge.runtime.live.events import Observer, Ready, Said
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.view import View, thumbnail

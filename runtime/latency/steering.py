@@ -6,47 +6,41 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from penguin_edge.errors import BudgetError
 from penguin_edge.media.frames import Frame
 from penguin_edge.runtime.core.report import Report
-from penguin_edge.runtime.live.control import Decision, Device, LatencyControl, LatencyTarget, Setting, settings
-from penguin_edge.runtime.live.cost import CostModel
+from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget, settings
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.forecast import FRAMES, Arrivals, Following, Forecast, Setting, forecast
 from penguin_edge.runtime.stream import Stream
-from penguin_edge.tra.clip import size_ladder
+from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 
 LONGEST_MS = 10_000.0
 """Longest pause between frames that does not count as the end of the stream; also the time over which answers are
 counted."""
-ENGINE = ("encode", "project", "prefill")
-"""Phases that are the engine's work; the rest of a frame's time is there whatever its size."""
+USUAL = (KEY, INTERMEDIATE, INTERMEDIATE, INTERMEDIATE)
+"""How frames are taken to be labelled until twice as many have been."""
 
 
 def choices(stream: Stream, size: tuple[int, int], budget: int) -> list[Setting]:
     """What a controller can choose from, for frames of (height, width) pixels under a budget."""
     planner, room = stream.planner, stream.planner.limits.room
-    native = [rows * columns for rows, columns in size_ladder(*size, planner.factor)][-1]
-    largest = stream.engine.bounds.max_patches // stream.config.image.video_merge_size**2
-    return settings(min(native, largest), device(stream, size).floor_tokens, min(budget, room or budget))
-
-
-def device(stream: Stream, size: tuple[int, int]) -> Device:
-    """What predictions of the next frames need to know, if they are of (height, width) pixels."""
-    planner, limits = stream.planner, stream.planner.limits
     ladder = [rows * columns for rows, columns in size_ladder(*size, planner.factor)]
     floor = next(tokens for tokens in ladder if tokens >= min(planner.least_tokens, ladder[-1]))
-    times = stream.times
-    apart = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
-    return Device(
-        stream.engine.bounds,
-        stream.config.image.video_merge_size,
-        planner.tag_tokens,
-        stream.options.question_tokens,
+    largest = stream.engine.bounds.max_patches // stream.config.image.video_merge_size**2
+    return settings(min(ladder[-1], largest), floor, min(budget, room or budget))
+
+
+def following(stream: Stream) -> Following:
+    """How a stream follows its planner."""
+    frames = stream.visual_tokens + len(stream.times) * stream.planner.tag_tokens
+    return Following(
         stream.options.cache == "recompute",
-        size[0] * size[1],
-        floor,
-        min(limits.max_frames, int(limits.window_s / max(apart, 1e-3)) + 1),
+        stream.options.shrink == "pool",
+        max(0, stream.cache.length - frames) if stream.times else 0,
+        stream.engine.bounds.max_batch,
+        stream.config.image.video_merge_size,
     )
 
 
@@ -71,10 +65,11 @@ class Steering:
         """One of so many frames that come is taken."""
         self._stream, self._target, self._cost, self._decided = stream, target, cost, decided
         self._budget = stream.planner.limits.budget
+        self._kinds: deque[str] = deque(maxlen=FRAMES)
         self._size: tuple[int, int] | None = None
         self._given_up = False
         self._begun = 0
-        self._engine_ms = self._took_ms = 0.0
+        self._took_ms = 0.0
         self._apart_ms, self._last = 1e3 / rate if rate else math.inf, math.nan
         self._spoken: deque[tuple[int, int, float]] = deque(maxlen=16)
         """When answers began and ended, nanoseconds, and how slow the engine was then."""
@@ -98,6 +93,11 @@ class Steering:
             return False
         return (time.monotonic_ns() - arrived) / 1e6 + self._took_ms > limit
 
+    def missed(self) -> None:
+        """A frame was given up because it would have been late."""
+        if self.control is not None:
+            self.control.miss()
+
     def before(self, frame: Frame) -> None:
         """Choose for a frame of another size than the last.
 
@@ -107,19 +107,18 @@ class Steering:
         size = frame.pixels.shape[:2]
         if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
             return
-        near = self._device(size)
+        near, before, self._size = self._device(), self._size, size
         found = choices(self._stream, size, self._budget)
         asked, reason = found[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:
-                self.control = LatencyControl(self._target, self._cost, near, found, self._decided)
+                self.control = LatencyControl(self._target, self._cost, near, found, self._foresee, self._decided)
             except BudgetError:
-                self._given_up = True
+                self._given_up, self._size = True, before
                 raise
         else:
             asked, reason = self.control.setting, "frames of another size"
             self.control.see(near, found)
-        self._size = size
         self._apply(self.control.setting)
         if self.control.setting != asked:
             self.control.tell(self._now(), asked, reason)
@@ -127,10 +126,10 @@ class Steering:
     def frame(self, arrived: int, begun: int, ended: int) -> None:
         """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
         control, work = self.control, self._stream.last_work
-        before, self._engine_ms = self._engine_ms, sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6
-        if control is None or work is None or self._size is None:
+        if control is None or work is None:
             return
-        control.device = self._device(self._size)
+        self._kinds.append(self._stream.window[-1].kind)
+        control.device = self._device()
         held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end, _ in self._spoken) / 1e6
         took = (ended - begun) / 1e6
         self._took_ms = min(took, 2 * self._took_ms) if self._took_ms else took
@@ -138,37 +137,38 @@ class Steering:
         # Those of before count as long as they would take now.
         spoken = sum(max(0, end - max(begin, since)) / slower for begin, end, slower in self._spoken)
         spoken_share = spoken / max(1, ended - since)
-        control.observe_frame(work, took, self._engine_ms - before, held_up, (begun - arrived) / 1e6 - held_up)
+        control.observe_frame(self._now(), work, took, held_up, (begun - arrived) / 1e6 - held_up)
         control.observe_share(control.slower * spoken_share)
         asked = control.setting
         control.decide(self._now())
         if control.setting != asked:
             self._apply(control.setting)
 
-    def answer(self, begun: int, past: int, report: Report) -> None:
-        """An answer has ended that began after `past` positions."""
+    def answer(self, asked: int, begun: int, past: int, report: Report) -> None:
+        """An answer has ended that was asked for and begun then (nanoseconds), after `past` positions."""
         self._spoken.append((begun, time.monotonic_ns(), self.control.slower if self.control is not None else 1.0))
         if self.control is not None and report.first_token_ms is not None:
             each = 1e3 / report.tokens_per_s if report.tokens_per_s else None
-            asked = max(1, report.prompt_tokens - report.reused_tokens)
-            self.control.observe_answer(past, asked, report.first_token_ms, each)
+            tokens = max(1, report.prompt_tokens - report.reused_tokens)
+            waited = (begun - asked) / 1e6
+            self.control.observe_answer(self._now(), past, tokens, report.first_token_ms, each, waited)
+
+    def _foresee(self, setting: Setting) -> Forecast:
+        assert self._size is not None
+        kinds = tuple(self._kinds) if len(self._kinds) >= 2 * len(USUAL) else USUAL
+        apart = 1.0 if math.isinf(self._apart_ms) else self._apart_ms / 1e3
+        return forecast(self._stream.planner, setting, Arrivals(self._size, apart, kinds), following(self._stream))
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self._begun) / 1e9
 
-    def _device(self, size: tuple[int, int]) -> Device:
-        """Frames by their time stamps: those that are left out count, too."""
-        found = device(self._stream, size)
-        if math.isinf(self._apart_ms):
-            return found
-        limits = self._stream.planner.limits
-        frames = min(limits.max_frames, int(1e3 * limits.window_s / self._apart_ms) + 1)
-        return replace(found, frames=frames, interval_ms=self._apart_ms)
+    def _device(self) -> Device:
+        """The rate by time stamps of all frames that come: those that are left out count, too."""
+        bounds, merge = self._stream.engine.bounds, self._stream.config.image.video_merge_size
+        return Device(bounds, merge, self._stream.options.question_tokens, self._apart_ms)
 
     def _apply(self, setting: Setting) -> None:
         self.stride = setting.stride
         self._stream.frame_tokens = setting.frame_tokens
         if setting.budget != self._stream.planner.limits.budget:
             self._stream.set_budget(setting.budget)
-            # Not a frame's work.
-            self._engine_ms = sum(self._stream.clock.spent[name] for name in ENGINE) / 1e6

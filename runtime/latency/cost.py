@@ -11,16 +11,18 @@
 | wake       | what an engine takes more after a pause        | none: one number                         |
 
 Tables never fall along an axis, so that no stage gets faster when it has more to do: each is the middle between the
-least one above the medians and the greatest one below. Below the first point of an axis its value holds; beyond the
+least one above what was found and the greatest one below. Below the first point of an axis its value holds; beyond the
 last one of the first axis the value grows in proportion, beyond that of the second the last line goes on.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,8 @@ from numpy.typing import NDArray
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.errors import BundleError
 from penguin_edge.runtime.engines.base import chunks
-
-Point = tuple[float, ...]
-"""What a stage is given, one number for each of its axes."""
+from penguin_edge.runtime.latency.fitting import Line, Measured, Point, Timing, fit_line, measured
+from penguin_edge.runtime.latency.operations import Amounts, Operations
 
 AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
 
@@ -99,23 +100,71 @@ class CostModel:
         return cls(found)
 
 
-def fit(samples: Mapping[str, Mapping[Point, Sequence[float]]]) -> CostModel:
-    """Tables of the medians of what was measured: stage -> point -> milliseconds."""
-    return CostModel({stage: _fit(points) for stage, points in samples.items()})
+def line(points: Mapping[Point, Measured], amounts: Callable[[Point], Amounts]) -> Line:
+    """Constant and slopes of a stage, from what was measured of it."""
+    return fit_line([amounts(point) for point in points], list(points.values()))
 
 
-def errors(model: CostModel, samples: Mapping[str, Mapping[Point, Sequence[float]]]) -> dict[str, list[float]]:
-    """Relative error of every point's prediction to its median, by stage."""
+def fit(
+    samples: Mapping[str, Mapping[Point, Sequence[float] | Measured]],
+    operations: Operations | None = None,
+    grids: Mapping[str, Collection[Point]] | None = None,
+) -> CostModel:
+    """Tables of what was measured: stage -> point -> milliseconds.
+
+    Args:
+        operations: of the model; with them, points that were measured seldom or disturbed lean on the line through all
+            of their stage.
+        grids: points of each stage that the tables are to have, beside those of `samples`; those that were not
+            measured, and the rest of the grid that they make, are taken from the line.
+    Raises:
+        ValueError: without operations, a stage that was not measured at every point of its grid.
+    """
+    tables = {}
+    for stage, given in samples.items():
+        points = {point: _point(values) for point, values in given.items()}
+        if stage == "wake" or operations is None:
+            tables[stage] = _table_of({point: found.ms for point, found in points.items()})
+        else:
+            amounts = partial(operations.amounts, stage)
+            tables[stage] = _table_of(_filled(points, amounts, {*points, *(grids or {}).get(stage, ())}))
+    return CostModel(tables)
+
+
+def errors(
+    model: CostModel, samples: Mapping[str, Mapping[Point, Sequence[float] | Measured]]
+) -> dict[str, list[float]]:
+    """Relative error of every point's prediction to what was measured there, by stage."""
     return {
-        stage: [abs(model.stage_ms(stage, *point) / float(np.median(values)) - 1) for point, values in points.items()]
+        stage: [abs(model.stage_ms(stage, *point) / _point(values).ms - 1) for point, values in points.items()]
         for stage, points in samples.items()
     }
 
 
-def _fit(points: Mapping[Point, Sequence[float]]) -> CostTable:
-    full = {(point[0], point[1] if len(point) > 1 else 0.0): float(np.median(v)) for point, v in points.items()}
-    xs, ys = (tuple(sorted({point[i] for point in full})) for i in (0, 1))
-    ms = np.array([[full.get((x, y), np.nan) for y in ys] for x in xs])
+def _point(values: Sequence[float] | Measured) -> Measured:
+    return values if isinstance(values, Measured) else measured([Timing(ms) for ms in values])
+
+
+def _filled(
+    points: Mapping[Point, Measured], amounts: Callable[[Point], Amounts], grid: Collection[Point]
+) -> dict[Point, float]:
+    """The whole grid: the line, times the believed part of how far from it the nearest measured point lies."""
+    found = line(points, amounts)
+    size = {point: math.log(found.ms(amounts(point))) for point in points}
+    off = {point: one.believed * (math.log(one.ms) - size[point]) for point, one in points.items()}
+    out = {}
+    for point in product(*(sorted({point[i] for point in grid}) for i in range(len(next(iter(grid)))))):
+        ms = math.log(found.ms(amounts(point)))
+        apart = {other: abs(there - ms) for other, there in size.items()}
+        near = point if point in off else min(apart, key=apart.__getitem__)
+        out[point] = math.exp(ms + off[near])
+    return out
+
+
+def _table_of(full: Mapping[Point, float]) -> CostTable:
+    cells = {(point[0], point[1] if len(point) > 1 else 0.0): ms for point, ms in full.items()}
+    xs, ys = (tuple(sorted({cell[i] for cell in cells})) for i in (0, 1))
+    ms = np.array([[cells.get((x, y), np.nan) for y in ys] for x in xs])
     if np.isnan(ms).any():
         raise ValueError("a stage was not measured at every point of its grid")
     return CostTable((xs, ys), tuple(map(tuple, _rising(ms).tolist())))

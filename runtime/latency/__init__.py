@@ -1,0 +1,1 @@
+"""A latency target: what this machine takes, what the next frames will ask of it, and which setting that leaves."""

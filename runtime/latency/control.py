@@ -1,0 +1,365 @@
+"""Keeps a stream within a latency target: takes the largest setting whose 99th percentile keeps the limits.
+
+| what               | comes from                                                                                  |
+|--------------------|---------------------------------------------------------------------------------------------|
+| the next frames    | the stream's own planner, which goes on as a copy under the setting (`forecast.py`)         |
+| what they take     | the cost model of this machine, by a line that is fitted to what was seen of late (`pace.py`) |
+| what may come on   | the noise around that line: the 99th percentile of frames and noise together                |
+| top                |                                                                                             |
+| what that gets     | the deadlines that were missed: the limits that predictions are held against shrink with    |
+| wrong              | each, and grow with each that was kept, so that `ALLOWED` of them are missed in the long run |
+
+A setting is how much is asked of the machine; `settings` has them in order. One that no longer fits is left at once for
+the largest that does, or that comes close to the least that can be reached: nothing is given up for nothing. A larger
+one is taken when it would fit `MARGIN` of the limits, and nothing has changed for `HOLD_S` seconds; every rise that had
+to be taken back of late makes that time `BACK_OFF` times as long, so that a machine at the border does not swing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.errors import BudgetError
+from penguin_edge.runtime.core.checks import check_options
+from penguin_edge.runtime.core.report import Work
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.runtime.latency.forecast import Forecast, Setting, price
+from penguin_edge.runtime.latency.pace import NOISE, Pace, Seen
+from penguin_edge.schema import Maybe, Real
+
+ALLOWED = 0.01
+"""Share of deadlines that may be missed."""
+NOISY = 0.95
+"""Share of the noise that is reckoned with; rarer accidents are too few to be foreseen, and are left to what is missed.
+"""
+GAIN, LEEWAY = 0.05, (0.5, 1.25)
+"""How much of a limit a missed deadline takes away, and how little and how much may be left. With a gain of `GAIN *
+ALLOWED` for each that was kept, the share of those missed tends to `ALLOWED` whatever the predictions are worth
+(adaptive conformal inference: Gibbs and Candès, 2021, arXiv 2106.00170)."""
+MARGIN = 0.85
+"""Share of the limits that a larger setting has to fit."""
+HOLD_S, BACK_OFF, RECENT_S = 3.0, 4, 120.0
+"""Seconds without a change before a rise, their growth with each rise that was taken back, and for how long that
+counts."""
+LOOK_S = 1.0
+"""Seconds between forecasts while nothing is new."""
+BUSY = 0.9
+"""Share of the time that frames and answers may take; beyond, frames would wait for frames."""
+WAIT = 0.5
+"""Share of a frame's limit that answers may take of it. How long they are is not the controller's: what they leave too
+little for, no setting makes good."""
+REACHED = 1.1
+"""Where nothing fits: what comes this close to the least that can be reached will do."""
+QUEUED = 5
+"""Waits for other frames that are remembered; the middle one counts."""
+KEPT = 1000
+"""Decisions, and times as predicted and as taken, that are remembered."""
+
+
+@dataclass(frozen=True)
+class LatencyTarget:
+    """Milliseconds from a question to its first token, and from a frame's arrival to its being ready; tokens per second
+    of an answer, at least. None: no such limit."""
+
+    first_token_ms: float
+    frame_ms: float | None = None
+    tokens_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(
+            first_token_ms=(self.first_token_ms, Real(above=0)),
+            frame_ms=(self.frame_ms, Maybe(Real(above=0))),
+            tokens_per_s=(self.tokens_per_s, Maybe(Real(above=0))),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"a first token within {self.first_token_ms:g} ms"]
+        parts += [f"frames within {self.frame_ms:g} ms"] if self.frame_ms else []
+        parts += [f"{self.tokens_per_s:g} tokens per second"] if self.tokens_per_s else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds, each at its 99th percentile: a frame, a question's first token, one more token; the share of the
+    time that frames take, and answers; and the window's visual tokens."""
+
+    frame: float
+    first: float
+    token: float
+    busy: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One change of setting, `time` seconds after the beginning by the clock; milliseconds of what was to take longer,
+    a frame or a first token, and of what was seen last, None before anything was."""
+
+    time: float
+    before: Setting
+    after: Setting
+    predicted_ms: float
+    observed_ms: float | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "time": self.time,
+            "from": asdict(self.before),
+            "to": asdict(self.after),
+            "predicted": self.predicted_ms,
+            "observed": self.observed_ms,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Device:
+    """What predictions need to know beside the cost model; `interval_ms` is between frames that come."""
+
+    bounds: Bounds
+    merge: int
+    question_tokens: int
+    interval_ms: float = math.inf
+
+
+def settings(native: int, floor: int, budget: int) -> list[Setting]:
+    """All settings, from the largest on; `native` and `floor` are tokens of one frame.
+
+    By what it costs in answers (the budget study in docs/training.md): detail of key frames first, down to half; then
+    the budget, which shortens what the window remembers, down to a quarter; then both, down to the floor; frames are
+    left out last. Each step takes about three tenths.
+    """
+    frame = min(native, budget)
+    found = [Setting(budget, frame)]
+
+    def step(budget: int, frame: int) -> None:
+        if (budget, frame) != (found[-1].budget, found[-1].frame_tokens):
+            found.append(Setting(budget, min(frame, budget)))
+
+    def shrunk(value: int, least: int) -> int:
+        return max(least, min(value, round(value / math.sqrt(2))))
+
+    for share in (2, 1):
+        least = max(floor, frame // 2) if share == 2 else floor
+        while found[-1].frame_tokens > least:
+            step(found[-1].budget, shrunk(found[-1].frame_tokens, least))
+        least = max(4 * floor, budget // 4) if share == 2 else min(budget, 4 * floor)
+        while found[-1].budget > least:
+            step(shrunk(found[-1].budget, least), found[-1].frame_tokens)
+    return found + [Setting(found[-1].budget, found[-1].frame_tokens, stride) for stride in (2, 4, 8)]
+
+
+class LatencyControl:
+    """Chooses a setting; see the top of this file. Times are seconds of any clock that does not go back."""
+
+    def __init__(
+        self,
+        target: LatencyTarget,
+        cost: CostModel,
+        device: Device,
+        choices: list[Setting],
+        foresee: Callable[[Setting], Forecast],
+        decided: Callable[[Decision], None] = lambda decision: None,
+    ) -> None:
+        """
+        Args:
+            foresee: what the next frames will make the engine do under a setting.
+            decided: is told every decision.
+        Raises:
+            BudgetError: even the last setting is predicted to miss the target; the message says what it reaches.
+        """
+        self.target, self.cost, self.device, self.choices = target, cost, device, choices
+        self.decisions: deque[Decision] = deque(maxlen=KEPT)
+        self.frames_seen: deque[Seen] = deque(maxlen=KEPT)
+        self.questions_seen: deque[Seen] = deque(maxlen=KEPT)
+        self._foresee, self._decided = foresee, decided
+        self._frame, self._first = Pace(cost.wake_ms), Pace(cost.wake_ms)
+        self._token = Pace()
+        self._leeway = 1.0
+        self._held_up: deque[float] = deque(maxlen=NOISE)
+        self._queued: deque[float] = deque(maxlen=QUEUED)
+        self._answering = 0.0
+        self._observed: float | None = None
+        self._changed, self._looked, self._rose = 0.0, -math.inf, -math.inf
+        self._taken_back: deque[float] = deque(maxlen=3)
+        self.index = 0
+        least = self.predicted(choices[-1])
+        if not self._fits(least, busy=math.inf):  # too many frames are left out
+            raise BudgetError(
+                f"{target} cannot be kept here: with the least of everything this machine is predicted to need "
+                f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "
+                f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
+            )
+        self.index = self._largest(0, 1.0)
+
+    def see(self, device: Device, choices: list[Setting]) -> None:
+        """Frames of another size from now on."""
+        self.index = 0  # another thread may look
+        self.device, self.choices = device, choices
+        self.index = self._largest(0, 1.0)
+
+    @property
+    def setting(self) -> Setting:
+        return self.choices[self.index]
+
+    @property
+    def slower(self) -> float:
+        """Time that work takes over the time that the cost model says, beside what is added whatever the work."""
+        return self._frame.factor
+
+    def work_ms(self, work: Work) -> float:
+        """What one frame takes by the cost model, uncorrected."""
+        return price(self.cost, work, self.device.bounds, self.device.merge)
+
+    def predicted(self, setting: Setting) -> Costs:
+        """What a setting is to take here, as far as is known by now."""
+        found = self._foresee(setting)
+        works = np.array([self.work_ms(work) for work in found.works])
+        expected = self._frame.added + self._frame.factor * works
+        noise = float(np.quantile(self._frame.noise(float(np.median(works))), NOISY))
+        frame = float(np.quantile(expected, 1 - ALLOWED)) + noise
+        question = self.cost.prefill_ms(self.device.question_tokens, found.past, self.device.bounds)
+        token = self.cost.stage_ms("decode", found.past)
+        wait, limit = 0.0, self.target.frame_ms
+        if limit is not None and self._held_up:
+            wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * limit)
+        if self._queued:
+            wait += median(self._queued) / setting.stride
+        busy = float(expected.mean()) / (self.device.interval_ms * setting.stride) + self._answering
+        # A question waits for the frame in work; a frame for answers, and for frames.
+        first = frame + self._first.at_most(question, NOISY)
+        return Costs(frame + wait, first, self._token.at_most(token, 0.5), busy, found.tokens)
+
+    def observe_frame(
+        self, now: float, work: Work, took_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
+    ) -> Seen:
+        """What a frame took, from its turn to the end of its prefill, and how long it had waited for its turn, for
+        answers and for other frames."""
+        seen = self._frame.observe(now, self.work_ms(work), took_ms)
+        self.frames_seen.append(seen)
+        if (ratio := self._frame.changed) is not None:
+            for pace in (self._first, self._token):
+                pace.scale(ratio)
+            self._looked = -math.inf
+        self._observed = took_ms
+        self._held_up.append(held_up_ms)
+        self._queued.append(max(0.0, queued_ms) * self.setting.stride)
+        if self.target.frame_ms is not None:
+            self._judge(took_ms + held_up_ms + queued_ms > self.target.frame_ms)
+        return seen
+
+    def observe_answer(
+        self,
+        now: float,
+        past: int,
+        tokens: int,
+        first_ms: float,
+        token_ms: float | None = None,
+        waited_ms: float = 0.0,
+    ) -> Seen:
+        """What a question of so many tokens took to its first one, after `past` positions, once the worker was free;
+        one more token of its answer; and how long the question had waited for the worker."""
+        seen = self._first.observe(now, self.cost.prefill_ms(tokens, past, self.device.bounds), first_ms)
+        self.questions_seen.append(seen)
+        self._observed = first_ms
+        if token_ms is not None:
+            self._token.observe(now, self.cost.stage_ms("decode", past), token_ms)
+        self._judge(waited_ms + first_ms > self.target.first_token_ms)
+        return seen
+
+    def observe_share(self, answering: float) -> None:
+        """The share of the time that answers take."""
+        self._answering = min(max(answering, 0.0), WAIT)
+
+    def miss(self) -> None:
+        """A frame was given up that would not have been ready in time."""
+        self._judge(True)
+
+    def _judge(self, late: bool) -> None:
+        """One deadline."""
+        self._leeway += GAIN * (ALLOWED - late)
+        self._leeway = min(max(self._leeway, LEEWAY[0]), LEEWAY[1])
+        if late:
+            self._looked = -math.inf
+
+    def decide(self, now: float) -> Decision | None:
+        """The next setting, if it is another one; `decided` is told, too."""
+        if now - self._looked < LOOK_S:
+            return None
+        self._looked = now
+        wanted, reason = self.index, ""
+        if not self._fits(self.predicted(self.setting)):
+            wanted = self._largest(self.index, 1.0)
+            if wanted > self.index:
+                reason = "slower than the target allows"
+                if now - self._rose < RECENT_S:
+                    self._taken_back.append(now)
+                self._rose = -math.inf
+            elif wanted < self.index:
+                reason = "less would not help"
+        elif self.index and now - self._changed >= self._hold(now):
+            wanted = self._largest(0, MARGIN)
+            if wanted < self.index:
+                reason, self._rose = "room to spare", now
+        if not reason:
+            return None
+        before, self.index = self.setting, wanted
+        self._queued.clear()
+        return self.tell(now, before, reason)
+
+    def tell(self, now: float, before: Setting, reason: str) -> Decision:
+        """Write down that this setting takes the place of another one; `decided` is told."""
+        self._changed = now
+        found = self.predicted(self.setting)
+        decision = Decision(now, before, self.setting, max(found.frame, found.first), self._observed, reason)
+        self.decisions.append(decision)
+        self._decided(decision)
+        return decision
+
+    def _hold(self, now: float) -> float:
+        return HOLD_S * BACK_OFF ** sum(now - at < RECENT_S for at in self._taken_back)
+
+    def _fits(self, costs: Costs, share: float = 1.0, busy: float = BUSY) -> bool:
+        target, limit = self.target, share * self._leeway
+        return (
+            costs.first <= limit * target.first_token_ms
+            and costs.busy <= share * busy
+            and (target.frame_ms is None or costs.frame <= limit * target.frame_ms)
+            and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
+        )
+
+    def _largest(self, begin: int, share: float) -> int:
+        """The first setting from `begin` on that fits, taking it that later ones ask for less; where the last one does
+        not, the first of all that comes close to what that reaches."""
+        low, high = begin, len(self.choices) - 1
+        least = self.predicted(self.choices[high])
+        if not self._fits(least, share):
+            if share < 1:
+                return self.index
+
+            def close(costs: Costs) -> bool:
+                return (
+                    costs.frame <= REACHED * least.frame
+                    and costs.first <= REACHED * least.first
+                    and costs.busy <= max(BUSY, REACHED * least.busy)
+                )
+
+            low = 0
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if close(self.predicted(self.choices[middle])) else (middle + 1, high)
+            return low
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(self.predicted(self.choices[middle]), share) else (middle + 1, high)
+        return low

@@ -1,0 +1,144 @@
+"""What the next frames will make the engine do under a setting: the stream's own planner goes on, on a copy.
+
+Nothing is computed but sizes. Frames are taken to come as those before did: as many key frames, at the same rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from penguin_edge.bundle.contract import Bounds
+from penguin_edge.runtime.core.features import PATCHES_PER_CALL
+from penguin_edge.runtime.core.report import Work
+from penguin_edge.runtime.latency.cost import CostModel
+from penguin_edge.tra.clip import KEY
+from penguin_edge.tra.layout import cap_size
+from penguin_edge.tra.stream import Change, StreamPlanner
+
+FRAMES = 32
+"""Frames that a forecast goes on for."""
+FILLING = 96
+"""Frames before them, until the window is full and older ones change for every new one."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Visual tokens of the window, most tokens of one frame, and how many frames make one that is taken."""
+
+    budget: int
+    frame_tokens: int
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What comes: frames of (height, width) pixels, `interval_s` apart, and how the last ones were labelled."""
+
+    size: tuple[int, int]
+    interval_s: float
+    kinds: Sequence[str] = (KEY,)
+
+
+@dataclass(frozen=True)
+class Following:
+    """How a stream follows its planner: `around` are positions before the first frame, `batch` the most frames in one
+    call of the encoder, `merge` patches along each side of a token."""
+
+    recompute: bool
+    pool: bool
+    around: int
+    batch: int
+    merge: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Work of each of the next frames; the mean of the window's visual tokens, and its most positions."""
+
+    works: tuple[Work, ...]
+    tokens: float
+    past: int
+
+
+def forecast(
+    planner: StreamPlanner,
+    setting: Setting,
+    arrivals: Arrivals,
+    following: Following,
+    *,
+    frames: int = FRAMES,
+    filling: int = FILLING,
+) -> Forecast:
+    """Let a copy of `planner` go on under `setting`; the planner stays as it is.
+
+    Args:
+        frames: how many are foretold, after at most `filling` of those that older frames need not change for.
+    """
+    planner = planner.copy()
+    planner.set_limits(replace(planner.limits, budget=setting.budget))
+    size = cap_size(arrivals.size, setting.frame_tokens * planner.factor**2)
+    kinds = arrivals.kinds or (KEY,)
+    works: list[Work] = []
+    tokens = past = 0
+    at = planner.latest
+    for turn in range(filling + frames):
+        at += arrivals.interval_s * setting.stride
+        changes = planner.push(kinds[turn % len(kinds)], size, at)
+        settled = any(change.reason in ("window", "full", "dropped", "budget") for change in changes)
+        if filling and not settled:
+            filling -= 1
+            continue
+        filling = 0
+        works.append(frame_work(planner, changes, arrivals.size, following))
+        tokens += planner.total_tokens
+        past = max(past, works[-1].past + works[-1].prefilled)
+        if len(works) == frames:
+            break
+    return Forecast(tuple(works), tokens / len(works), past)
+
+
+def frame_work(planner: StreamPlanner, changes: Sequence[Change], size: tuple[int, int], following: Following) -> Work:
+    """What a stream does for the newest frame of a planner, of (height, width) pixels, after `changes` of others."""
+    kept = dict(zip(planner.numbers, (frame.tokens for frame in planner.plan().frames), strict=True))
+    tag = planner.tag_tokens
+    numbers = list(kept)
+    shrunk = [change.frame for change in changes if change.tokens]
+    encoded = numbers[-1:] if following.pool else [*shrunk, numbers[-1]]
+    calls: list[tuple[int, int]] = []
+    # Frames of one size go through the encoder together; the newest one's call comes last.
+    sizes = dict.fromkeys(kept[number] for number in encoded if kept[number] != kept[numbers[-1]])
+    for tokens in (*sizes, kept[numbers[-1]]):
+        frames, patches = sum(kept[number] == tokens for number in encoded), tokens * following.merge**2
+        batch = max(1, min(following.batch, PATCHES_PER_CALL // patches))
+        calls += [(batch, patches)] * (frames // batch) + [(frames % batch, patches)] * (frames % batch > 0)
+    positions = [kept[number] + tag for number in numbers]
+    if following.recompute:
+        # From the first place on that is not as it was.
+        first = min((change.frame for change in changes), default=numbers[-1])
+        begin = next(i for i, number in enumerate(numbers) if number >= first)
+        prefilled = sum(positions[begin:])
+        return Work(size[0] * size[1], tuple(calls), prefilled, following.around + sum(positions[:begin]))
+    first = min((change.frame for change in changes), default=numbers[-1])
+    # The text before the first frame belongs to it: another frame in its place is computed again.
+    fresh = {*shrunk, numbers[-1], *(numbers[:1] if first < numbers[0] else ())}
+    changed = [i for i, number in enumerate(numbers) if number in fresh]
+    prefilled = sum(positions[i] for i in changed)
+    pieces = len(changed)
+    begin = next(i for i, number in enumerate(numbers) if number >= first)
+    moved = sum(positions[i] for i in range(begin, len(numbers)) if i not in changed)
+    past = following.around + sum(positions) - prefilled
+    return Work(size[0] * size[1], tuple(calls), prefilled, past, pieces, moved)
+
+
+def price(cost: CostModel, work: Work, bounds: Bounds, merge: int) -> float:
+    """Milliseconds that one frame's work takes by the cost model, from its arrival to the end of its prefill."""
+    spent = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+    for frames, patches in work.encoded:
+        spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merge**2)
+    if work.prefilled:
+        each = -(-work.prefilled // work.pieces)
+        spent += work.pieces * cost.prefill_ms(each, work.past, bounds)
+    if work.moved and "move" in cost.tables:  # a cache of a few positions is profiled without
+        spent += cost.stage_ms("move", work.moved)
+    return spent

@@ -1,0 +1,134 @@
+"""How long things really take: predicted times, corrected by what was seen of late.
+
+A prediction `x` becomes `added + factor * x`: what the machine does besides takes its time whatever the work, and a
+slower machine takes a multiple of it. A resistant line through the points of the last `WINDOW_S` seconds tells the two
+apart. Its slope is the median of the slopes between the third of the points that were predicted to take least and the
+third that were predicted to take most; the rest is the median of what is left (Theil and Sen, with Tukey's thirds).
+Where predictions hardly differ, nothing tells the two apart, and both are scaled alike.
+
+What is left after the line is noise, kept in units of the factor. When `RUN` times in a row lie outside of all but a
+tenth of the noise, on one side, the machine has changed: what was seen before is forgotten, and these times are no
+noise. By chance that happens once in 4,000 times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_S, POINTS = 30.0, 128
+"""Age and number of the points that a line goes through, at most."""
+NOISE = 256
+"""Residuals that are kept: of these, the third largest is the 99th percentile."""
+RUN, CHANGE = 3, 0.05
+"""Times in a row, and the share by which they differ from what is expected, at least."""
+LOWEST, SMALLEST = 1e-3, 1e-6
+"""Least factor, since no machine is a thousand times as fast as it was said to be, and least duration."""
+SPREAD = 1.5
+"""Least ratio between predictions of the outer thirds that a slope is read from."""
+LEAST = 6
+"""Points that it takes."""
+ASSUMED = (*np.linspace(-0.1, 0.1, 19).tolist(), 0.5)
+"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty is an accident."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One time: as predicted by the line before it, the 95th percentile of that, and as taken; milliseconds."""
+
+    predicted: float
+    p95: float
+    taken: float
+
+
+class Pace:
+    """The line and its noise for one kind of work. Times in seconds of any clock, durations in milliseconds."""
+
+    def __init__(self, added: float = 0.0) -> None:
+        """
+        Args:
+            added: what is thought to come on top, until it is seen.
+        """
+        self.added, self.factor = added, 1.0
+        self.changed: float | None = None
+        """By how much times grew with the last one seen, where that said that the machine has changed."""
+        self._points: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
+        self._noise: deque[float] = deque(maxlen=NOISE)
+        self._assumed = self._run = 0
+
+    def expect(self, x: float) -> float:
+        """What is predicted to take `x` takes about so long."""
+        return self.added + self.factor * x
+
+    def noise(self, x: float) -> NDArray[np.float64]:
+        """What comes on top of `expect(x)`, in milliseconds: as seen of late, or as assumed."""
+        if not self._noise:
+            return np.array(ASSUMED) * self.expect(x)
+        return self.factor * np.array(self._noise)
+
+    def at_most(self, x: float, share: float) -> float:
+        """What is predicted to take `x` takes no longer, in this share of cases."""
+        return self.expect(x) + float(np.quantile(self.noise(x), share))
+
+    def scale(self, ratio: float) -> None:
+        """Everything takes so many times as long from now on, as seen elsewhere."""
+        self.added, self.factor = ratio * self.added, ratio * self.factor
+        self._points.clear()
+        self._run = 0
+
+    def observe(self, now: float, x: float, taken: float) -> Seen:
+        """One more time."""
+        x = max(x, SMALLEST)
+        expected = self.expect(x)
+        if not self._noise:
+            self._noise.extend(self.noise(x) / self.factor)
+            self._assumed = len(self._noise)
+        low, high = (self.at_most(x, share) for share in (0.05, 0.95))
+        side = 0
+        if abs(taken - expected) > CHANGE * expected:
+            side = (taken > high) - (taken < low)
+        self._run = self._run + side if side * self._run > 0 else side
+        self._points.append((now, x, taken))
+        while now - self._points[0][0] > WINDOW_S:
+            self._points.popleft()
+        self.changed = None
+        if abs(self._run) >= RUN:
+            self._begin_anew(x)
+        else:
+            if self._assumed:  # each that is seen takes the place of one
+                self._noise.popleft()
+                self._assumed -= 1
+            self._noise.append((taken - expected) / self.factor)
+            self._draw()
+        return Seen(expected, high, taken)
+
+    def _begin_anew(self, x: float) -> None:
+        """Only the latest points tell of the machine as it is."""
+        before = self.expect(x)
+        while len(self._points) > RUN:
+            self._points.popleft()
+        for _ in range(RUN - 1):
+            self._noise.pop()
+        self._run = 0
+        self._draw()
+        self.changed = self.expect(x) / before
+
+    def _draw(self) -> None:
+        if len(self._points) < RUN:
+            return
+        x, taken = np.array(sorted((x, taken) for _, x, taken in self._points)).T
+        third = max(1, len(x) // 3)
+        low, high = slice(third), slice(len(x) - third, None)
+        if len(x) < LEAST or np.median(x[high]) < SPREAD * np.median(x[low]):
+            ratio = float(np.median(taken / np.maximum(self.added + self.factor * x, SMALLEST)))
+            self.added, self.factor = ratio * self.added, max(ratio * self.factor, LOWEST)
+            return
+        apart = np.maximum(x[high, None] - x[low], SMALLEST)
+        factor = max(float(np.median((taken[high, None] - taken[low]) / apart)), LOWEST)
+        added = float(np.median(taken - factor * x))
+        if added < 0:  # nothing is added; what costs most counts
+            factor, added = max(float(np.median(taken[high] / x[high])), LOWEST), 0.0
+        self.added, self.factor = added, factor

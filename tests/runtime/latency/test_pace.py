@@ -1,0 +1,77 @@
+"""Times predicted, corrected and taken: what is added, what multiplies, and what is noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penguin_edge.runtime.latency.pace import NOISE, RUN, Pace
+
+WORK = [2.0, 2.5, 2.0, 20.0, 2.2, 2.0, 9.0]
+"""Predictions of usual frames, and of some that cost ten times as much."""
+
+
+def watch(pace: Pace, taken, seconds: float = 40.0, fps: float = 4.0, work=WORK, begin: float = 0.0) -> list:
+    """Observe frames; `taken` is a function of the time and the prediction."""
+    found = []
+    for turn in range(int(seconds * fps)):
+        now, x = begin + turn / fps, work[turn % len(work)]
+        found.append(pace.observe(now, x, taken(now, x)))
+    return found
+
+
+@given(added=st.floats(0, 50), factor=st.floats(0.2, 8), seed=st.integers(0, 99))
+def test_what_is_added_and_what_multiplies_are_told_apart(added: float, factor: float, seed: int) -> None:
+    random, pace = np.random.default_rng(seed), Pace()
+    watch(pace, lambda now, x: added + factor * x + float(random.normal(0, 0.02 * factor)))
+    assert pace.expect(20.0) == pytest.approx(added + 20 * factor, rel=0.1)
+    assert pace.expect(60.0) == pytest.approx(added + 60 * factor, rel=0.1)
+    assert pace.expect(2.0) == pytest.approx(added + 2 * factor, rel=0.15)
+
+
+def test_accidents_move_neither() -> None:
+    random, pace = np.random.default_rng(0), Pace()
+    watch(pace, lambda now, x: 1.0 + x + (30.0 if random.random() < 0.1 else 0.0), seconds=60)
+    assert pace.expect(20.0) == pytest.approx(21.0, rel=0.1) and pace.expect(2.0) == pytest.approx(3.0, rel=0.2)
+    # One of ten is in the noise, whatever the work; one of a hundred would be left out.
+    assert pace.at_most(2.0, 0.95) >= 30.0 and pace.at_most(20.0, 0.95) < 80.0
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 0.25])
+def test_another_speed_is_known_after_a_few(factor: float) -> None:
+    random, pace = np.random.default_rng(1), Pace()
+    watch(pace, lambda now, x: 1.0 + x * float(random.uniform(0.95, 1.05)))
+    wide = pace.at_most(20.0, 0.99) / pace.expect(20.0)
+    changes = []
+    for turn in range(2 * RUN):
+        pace.observe(40.0 + turn, 20.0, 1.0 + 20.0 * factor)
+        changes += [pace.changed] if pace.changed is not None else []
+    assert changes[0] == pytest.approx((1.0 + 20.0 * factor) / 21.0, rel=0.1)
+    assert pace.expect(20.0) == pytest.approx(1.0 + 20.0 * factor, rel=0.1)
+    assert pace.at_most(20.0, 0.99) / pace.expect(20.0) < 1.5 * wide, "the change itself is no noise"
+
+
+def test_where_nothing_tells_them_apart_both_are_scaled() -> None:
+    pace = Pace(3.0)
+    watch(pace, lambda now, x: 10.0, work=[2.0])
+    assert pace.expect(2.0) == pytest.approx(10.0)
+    assert pace.added / pace.factor == pytest.approx(3.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e5)), min_size=1, max_size=300))
+def test_it_is_always_finite_and_never_below_nothing(points: list[tuple[float, float]]) -> None:
+    pace = Pace()
+    for turn, (x, taken) in enumerate(points):
+        seen = pace.observe(float(turn), x, taken)
+        assert np.isfinite([seen.predicted, seen.p95]).all() and seen.predicted <= seen.p95 + 1e-9
+        assert pace.added >= 0 and pace.factor > 0 and np.isfinite(pace.noise(x)).all()
+        assert len(pace.noise(x)) <= NOISE
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_one_of_twenty_takes_longer_than_the_95th_percentile(spread: float) -> None:
+    random, pace = np.random.default_rng(2), Pace()
+    seen = watch(pace, lambda now, x: 2.0 + x * float(random.lognormal(0, spread)), seconds=500)
+    assert 0.03 <= np.mean([one.taken > one.p95 for one in seen[40:]]) <= 0.08
