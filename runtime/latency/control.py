@@ -58,6 +58,8 @@ WAIT = 0.5
 little for, no setting makes good."""
 REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
+MUCH = 1.5
+"""By how much frames get slower or faster for answers, which are rarer, to be taken to follow before they show it."""
 QUEUED = 5
 """Waits for other frames that are remembered; the middle one counts."""
 KEPT = 1000
@@ -248,9 +250,10 @@ class LatencyControl:
         seen = self._frame.observe(now, self.work_ms(work), took_ms)
         self.frames_seen.append(seen)
         if (ratio := self._frame.changed) is not None:
-            for pace in (self._first, self._token):
-                pace.scale(ratio)
             self._looked = -math.inf
+            if not 1 / MUCH < ratio < MUCH:
+                for pace in (self._first, self._token):
+                    pace.scale(ratio)
         self._observed = took_ms
         self._held_up.append(held_up_ms)
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)

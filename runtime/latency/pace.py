@@ -67,7 +67,8 @@ class Pace:
         """What comes on top of `expect(x)`, in milliseconds: as seen of late, or as assumed."""
         if not self._noise:
             return np.array(ASSUMED) * self.expect(x)
-        return self.factor * np.array(self._noise)
+        # Without the largest: one alone is an accident, and until there are many it would be the 95th percentile.
+        return self.factor * np.sort(self._noise)[:-1]
 
     def at_most(self, x: float, share: float) -> float:
         """What is predicted to take `x` takes no longer, in this share of cases."""
@@ -76,7 +77,9 @@ class Pace:
     def scale(self, ratio: float) -> None:
         """Everything takes so many times as long from now on, as seen elsewhere."""
         self.added, self.factor = ratio * self.added, ratio * self.factor
+        seen = [(at, x, ratio * taken) for at, x, taken in self._points]
         self._points.clear()
+        self._points.extend(seen)
         self._run = 0
 
     def observe(self, now: float, x: float, taken: float) -> Seen:
