@@ -110,7 +110,7 @@ class Stream:
         """Makes the clock of each answer."""
         self.clock = Clock()
         """Adds up what frames take."""
-        self.stats = StreamStats()
+        self.stats, self._answering = StreamStats(), 0
         self.frame_tokens: int | None = None
         """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
         self.last_work: Work | None = None
@@ -125,7 +125,6 @@ class Stream:
         self._clip = self._new_clip()
         self._encoded: Calls = []
         self._pieces = 1
-        self._answering = 0
         self.planner = StreamPlanner(
             self._limits(),
             mode=self.options.tra,
@@ -386,8 +385,8 @@ class Stream:
         left = self._limits(Turn(len(self._frames), prompt, (0,) * answer)).room or 0
         if left <= self.planner.tag_tokens:
             raise BudgetError(
-                f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, "
-                "shorten it, or restart the stream"
+                f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, shorten "
+                "it, or restart the stream"
             )
 
     def _idle(self) -> None:
@@ -421,9 +420,8 @@ class Stream:
         bound = self.engine.bounds.max_seq_len
         if found.length + max_new_tokens > bound:
             raise BudgetError(
-                f"frames and question take {found.length} tokens and the answer up to {max_new_tokens}, but "
-                f"max_seq_len is {bound}; shorten the question, or open the stream with more question_tokens or "
-                "answer_tokens"
+                f"frames, question and answer take up to {found.length + max_new_tokens} tokens of max_seq_len {bound}; shorten "
+                "the question, or open the stream with more question_tokens or answer_tokens"
             )
         return found
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from penguin_edge.dataset.samples import SampleBuilder
-from penguin_edge.errors import CheckpointError, InputError, PenguinError, TargetUnavailable
+from penguin_edge.errors import CheckpointError, InputError
 from penguin_edge.files import write_json
 from penguin_edge.folders import clear_all, held
 from penguin_edge.model.checkpoint import Checkpoint, encoder_fingerprint, read_encoder
@@ -37,6 +37,7 @@ from penguin_edge.training.initialise import initialise
 from penguin_edge.training.losses import Distiller, count_items
 from penguin_edge.training.order import Order, stable_seed
 from penguin_edge.training.packing import checkpoint_blocks
+from penguin_edge.training.processes import NonFiniteLoss, accelerator_of
 from penguin_edge.training.progress import Log, TrainProgress, forward_flops, measure_peak, shown, training_flops
 from penguin_edge.training.schedule import cosine_with_min_lr, freeze, optimizers, parameter_groups, with_muon
 from penguin_edge.training.state import (
@@ -70,10 +71,6 @@ from penguin_edge.training.trainee import (
 )
 
 
-class NonFiniteLoss(PenguinError):
-    """The loss or its gradient is NaN or infinite; the message names the file with the records of the step."""
-
-
 def train(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Run one stage and leave `OUT/model`.
 
@@ -94,7 +91,7 @@ class Trainer:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_of(config)
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main: bool = self.accelerator.is_main_process
@@ -491,28 +488,13 @@ class Trainer:
             "LoRA": None if config.lora is None else {**dataclasses.asdict(config.lora), "base": config.model},
             **self._sources,
         }
-        read_back: dict[str, Any] = json.loads(json.dumps(identity))
-        return read_back
+        return dict(json.loads(json.dumps(identity)))
 
     @functools.cached_property
     def _sources(self) -> dict[str, str | None]:
-        """Hashes of the weights that a step does not hold, and that the run needs all the same.
-
-        Of whole files, once for a process: as fast as the disk reads what the model is loaded from anyway.
-        """
+        """Hashes, made once, of the files of weights that a step does not hold, and that the run needs all the same."""
         config = self.config
         return {
             BASE: None if config.lora is None else self.checkpoint.fingerprint(),
             TEACHER: encoder_fingerprint(config.teacher) if self.distill and config.teacher is not None else None,
         }
-
-
-def _accelerator(config: TrainConfig) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise TargetUnavailable("training needs accelerate; run `pip install 'penguin-edge[train]'`") from None
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    if config.fsdp and not torch.distributed.is_initialized():
-        raise InputError("--fsdp shards the model over processes; start it with torchrun")
-    return accelerator
