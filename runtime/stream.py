@@ -420,8 +420,8 @@ class Stream:
         bound = self.engine.bounds.max_seq_len
         if found.length + max_new_tokens > bound:
             raise BudgetError(
-                f"frames, question and answer take up to {found.length + max_new_tokens} tokens of max_seq_len {bound}; shorten "
-                "the question, or open the stream with more question_tokens or answer_tokens"
+                f"frames, question and answer take {found.length + max_new_tokens} tokens of max_seq_len {bound}; "
+                "shorten the question, or open the stream with more question_tokens or answer_tokens"
             )
         return found
 

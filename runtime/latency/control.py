@@ -137,9 +137,10 @@ class Device:
 def settings(native: int, floor: int, budget: int) -> list[Setting]:
     """All settings, from the largest on; `native` and `floor` are tokens of one frame.
 
-    By what it costs in answers (the budget study in docs/training.md): detail of key frames first, down to half; then
-    the budget, which shortens what the window remembers, down to a quarter; then both, down to the floor; frames are
-    left out last. Each step takes about three tenths.
+    In one order, whatever is scarce: detail of key frames first, down to half; then the budget, which shortens what the
+    window remembers, down to a quarter; then both, down to the floor; frames are left out last. Each step takes about
+    three tenths. Half of native is below what docs/budgets.md found legible at some sizes: where the encoder is what
+    takes the time, a budget that is cut first would not help.
     """
     frame = min(native, budget)
     found = [Setting(budget, frame)]
