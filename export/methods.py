@@ -7,7 +7,7 @@
 | decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, and what the target's KV needs | logits   |
 
 Every module casts to its own dtype inside and gives f32 back, so that all precisions share one signature. The attention
-body is the target's: see `executorch.py`. ONNX Runtime has an encoder and a decoder of its own (`onnx_blocks.py`).
+body is the target's: see `executorch.py`. ONNX Runtime has an encoder and a decoder of its own (`targets/onnx/blocks.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 | tensor                   | shape              | dtype             | owner                                           |
 |--------------------------|--------------------|-------------------|-------------------------------------------------|
-| pixels, features, visual | as in `engine.py`  | float32           | the caller; results are new arrays              |
+| pixels, features, visual | as in `base.py`    | float32           | the caller; results are new arrays              |
 | embeds, logits           | [1,S,H], [1,K,V]   | float32           | the caller; results are new arrays              |
 | start                    | [1]                | int64             | the engine                                      |
 | kv_positions             | [L]                | int64             | the engine; its length tells how much is filled |

@@ -2,7 +2,7 @@
 
 | tensor                       | shape                       | dtype              | owner                              |
 |------------------------------|-----------------------------|--------------------|------------------------------------|
-| pixels, features, visual     | as in `engine.py`           | float32            | the caller; results are new arrays |
+| pixels, features, visual     | as in `base.py`             | float32            | the caller; results are new arrays |
 | embeds, logits               | [1,S,H], [1,K,V]            | float32            | the caller; results are new arrays |
 | start                        | [1]                         | int64              | each cache, bound once             |
 | past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | each cache, one array for both     |

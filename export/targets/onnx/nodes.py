@@ -1,6 +1,6 @@
 """What the exporter writes for each of our operators: a node of ONNX Runtime's own domain, or a few plain ones.
 
-The operators themselves are in `onnx_blocks.py`, `onnx_products.py` and `onnx_static.py`.
+The operators themselves are in `blocks.py`, `products.py` and `static.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 | Product       | MatMul                                | [K, N] f16 or f32                                   |
 | BlockProduct  | MatMulNBits                           | [N, K/block, block*bits/8] u8, [N, K/block] f32     |
 | RowProduct    | MatMulIntegerToFloat                  | [K, N] i8, [N] f32                                  |
-| StaticProduct | MatMul of two DequantizeLinear        | [K, N] i8, [N] f32; see `onnx_static.py`            |
+| StaticProduct | MatMul of two DequantizeLinear        | [K, N] i8, [N] f32; see `static.py`                 |
 """
 
 from __future__ import annotations
