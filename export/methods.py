@@ -6,8 +6,8 @@
 | projector | features [B,T,M,C] f32                                                                 | visual   |
 | decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, and what the target's KV needs | logits   |
 
-Every module casts to its own dtype inside and gives f32 back, so that all precisions share one signature. The attention
-body is the target's: see `executorch.py`. ONNX Runtime has an encoder and a decoder of its own (`targets/onnx/blocks.py`).
+Every module casts to its own dtype inside and gives f32 back, so that all precisions share one signature. The target
+has the attention's body: see `targets/executorch`. ONNX Runtime has an encoder and decoder of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What a calibration reads when nothing is named: a text that every Python brings, and photographs of this package.
 
-The text consists of the topics of Python's help, which differ between versions of Python. The photographs (their
-origin: `data/pictures/README.md`) are six: a sample is a crop of one at some size, with a question and a true answer,
-so that an encoder meets many sizes and places but few motifs. Data of the task itself are better.
+The text consists of the topics of Python's help, which differ between versions of Python. There are six photographs,
+with their origin in `penguin_edge/assets/pictures/README.md`: a sample is a crop of one at some size, with a
+question and a true answer, so that an encoder meets many sizes and places but few motifs. Data of the task itself are
+better.
 
 | name   | shape     | dtype | what                              |
 |--------|-----------|-------|-----------------------------------|
