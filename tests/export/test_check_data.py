@@ -116,7 +116,7 @@ def test_a_layer_of_slabs_is_the_layer(scheme: Scheme, rows: int, monkeypatch: p
         x = torch.randn((rows, 64), generator=generator)
         torch.testing.assert_close(layer(x), whole(layer, x), rtol=1e-5, atol=1e-5)
         assert torch.equal(layer(x[None])[0], layer(x)), "a batch changes the shape alone"
-    pieces = torch.cat([weight.clone() for _, weight in integers.slabs(64 * 7)])
+    pieces = torch.cat([weight.clone() for _, weight in integers.slabs(0, 45)])
     assert torch.equal(pieces, integers.weight()), "the same numbers, bit for bit"
 
 
