@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on the calling thread, and on those that start meanwhile, without others."""
+    """Let torch compute on the calling thread without others; a thread that starts meanwhile stays alone for good."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

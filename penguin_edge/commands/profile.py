@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import time
+from typing import Any
 
 from penguin_edge.bundle.contract import PROFILE
 from penguin_edge.bundle.folder import Bundle
@@ -13,8 +14,9 @@ from penguin_edge.commands.common import above_zero, emit, positive, say, status
 from penguin_edge.commands.options import add_json, add_threads
 from penguin_edge.errors import BundleError, WriteError
 from penguin_edge.machine import describe, peak_mb
+from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.opening import open_engine
-from penguin_edge.runtime.latency.profile import SECONDS, ProfileOptions, Progress, keep, profile
+from penguin_edge.runtime.latency.profile import SECONDS, ProfileOptions, ProfileStopped, Progress, keep, profile
 from penguin_edge.stopping import CTRL_C
 
 NOISY = 1.0
@@ -61,7 +63,16 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.read(args.bundle)
     options = ProfileOptions(args.seconds, args.repeat)
     engine = open_engine(bundle, threads=args.threads)
-    result = profile(engine, options, progress=ProfileLine())
+    try:
+        result = profile(engine, options, progress=ProfileLine())
+    except ProfileStopped as stop:
+        # Told and kept while the stop is being answered: people press twice.
+        return _finish(args, bundle, engine, stop.result)
+    return _finish(args, bundle, engine, result)
+
+
+def _finish(args: argparse.Namespace, bundle: Bundle, engine: Engine, result: dict[str, Any]) -> int:
+    """Keep what was measured, and tell of it."""
     status("")
     result |= {"machine": describe(), "threads": args.threads, "engine": engine.name, "peak_mb": peak_mb()}
     rows: list[tuple[str, ...]] = [("stage", "least ms", "most ms", "error of sizes not fitted, median")]

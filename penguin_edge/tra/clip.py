@@ -30,11 +30,12 @@ The adaptive cascade is the same while key frames are legible, and differs where
 | native  | native                                  | native                                         |
 | joint   | as large as fits; legible at least      | key area / 16, or the floor; what fits         |
 | floor   | as large as fits; legible at least      | the floor                                      |
-| thinned | legible, then as large as fits          | the floor, for as many as fit; then none       |
+| thinned | legible, then as large as fits          | the floor, for as many as fit beside all keys  |
 | one     | frame 0 alone, as large as fits         | none                                           |
 
 A key frame is legible at `LEGIBLE_SHARE` of its native tokens, or at `LEGIBLE_TOKENS * min_tokens` where that is less:
-docs/budgets.md tells how both were found. Where not all key frames fit at that size, as many as do are kept.
+docs/budgets.md tells how both were found. Where not all key frames fit at that size, as many as do are kept,
+as large as fits, and no other frame.
 
 Sizes come from a ladder: all sizes met while a frame is scaled down from native with its sides rounded to whole
 factors. At its lower end the ladder gives up the aspect, so it always ends at one token.
@@ -311,7 +312,9 @@ def _guarded(
         if budget < tokens[least.key]:
             stage, lowest = "one" if legible else stage, 0
         room = max(0, budget - keys * tokens[least.key]) // tokens[least.other]
-        why = f"key frames keep {tokens[least.key]} tokens" if legible else "the budget is below their floor"
+        why = "the budget is below their floor"
+        if legible and stage != "one":
+            why = f"key frames keep {tokens[least.key]} tokens"
         notes.extend(_thin(kinds, max(1, budget // tokens[least.key]), room, why, last=legible))
     keys, others = kinds.count(KEY), kinds.count(INTERMEDIATE)
 
@@ -334,7 +337,8 @@ def _guarded(
             other = _largest(native, other, lambda i: fits(native, i))
         stage = stage or ("floor" if other == least.other and others else "joint")
         if key < least.key:
-            notes.append(f"the last frame has {tokens[key]} tokens, below the floor of {tokens[least.key]}")
+            below = f"the {tokens[least.key]} that are legible" if legible else f"the floor of {tokens[least.key]}"
+            notes.append(f"frame 0 alone is left, with {tokens[key]} tokens, below {below}")
     sizes = {kind: (ladder[i][0] * factor, ladder[i][1] * factor) for kind, i in ((KEY, key), (INTERMEDIATE, other))}
     plan = _assemble(kinds, {**sizes, DROPPED: (0, 0)}, budget, factor)
     return replace(plan, stage=stage, notes=tuple(notes))

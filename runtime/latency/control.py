@@ -1,13 +1,12 @@
 """Keeps a stream within a latency target: takes the largest setting whose 99th percentile keeps the limits.
 
-| what               | comes from                                                                                  |
-|--------------------|---------------------------------------------------------------------------------------------|
-| the next frames    | the stream's own planner, which goes on as a copy under the setting (`forecast.py`)         |
-| what they take     | the cost model of this machine, by a line that is fitted to what was seen of late (`pace.py`) |
-| what may come on   | the noise around that line: the 99th percentile of frames and noise together                |
-| top                |                                                                                             |
-| what that gets     | the deadlines that were missed: the limits that predictions are held against shrink with    |
-| wrong              | each, and grow with each that was kept, so that `ALLOWED` of them are missed in the long run |
+| what               | comes from                                                                                   |
+|--------------------|----------------------------------------------------------------------------------------------|
+| the next frames    | the stream's own planner, which goes on as a copy under the setting (`forecast.py`)          |
+| what they take     | the cost model of this machine, by a line fitted to what was seen of late (`pace.py`)        |
+| what comes on top  | the noise around that line: `NOISY` of it                                                    |
+| the rest           | deadlines: each that is missed takes from the limits that predictions are held against, each |
+|                    | that is kept gives to them, so that `ALLOWED` are missed in the long run                     |
 
 A setting is how much is asked of the machine; `settings` has them in order. One that no longer fits is left at once for
 the largest that does, or that comes close to the least that can be reached: nothing is given up for nothing. A larger

@@ -34,6 +34,8 @@ from penguin_edge.runtime.engines.base import chunks
 from penguin_edge.runtime.latency.fitting import Line, Measured, Point, Timing, fit_line, measured
 from penguin_edge.runtime.latency.operations import Amounts, Operations
 
+MOST = 1e12
+"""Largest number in a cost model: 30 years in milliseconds."""
 AXES = {"preprocess": 2, "encode": 2, "project": 1, "prefill": 2, "decode": 1, "move": 1, "wake": 1}
 
 
@@ -188,11 +190,18 @@ def _place(axis: Sequence[float], value: float) -> tuple[int, float]:
 
 
 def _table(data: Any) -> CostTable:
-    xs, ys = (tuple(float(value) for value in axis) for axis in data["axes"])
-    ms = tuple(tuple(float(value) for value in row) for row in data["ms"])
+    xs, ys = (_numbers(axis, "an axis") for axis in data["axes"])
+    ms = tuple(_numbers(row, "a time") for row in data["ms"])
+    if len(ms) != len(xs) or {len(row) for row in ms} != {len(ys)}:
+        raise ValueError(f"{len(ms)} rows for axes of {len(xs)} and {len(ys)} points")
     grid = np.array(ms)
-    if grid.shape != (len(xs), len(ys)) or not grid.size or not np.isfinite(grid).all() or grid.min() < 0:
-        raise ValueError(f"a table of {grid.shape} for axes of {len(xs)} and {len(ys)} points")
     if any((np.diff(axis) <= 0).any() for axis in (xs, ys)) or (_rising(grid) != grid).any():
         raise ValueError("a table that falls")
     return CostTable((xs, ys), ms)
+
+
+def _numbers(values: Any, what: str) -> tuple[float, ...]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+            raise ValueError(f"{what} of {value!r}"[:80])
+    return tuple(float(value) for value in values)

@@ -30,7 +30,7 @@ LOWEST, SMALLEST = 1e-3, 1e-6
 SPREAD = 1.5
 """Least ratio between predictions of the outer thirds that a slope is read from."""
 LEAST = 6
-"""Points that it takes."""
+"""Points that it takes, and residuals that noise is read from."""
 ASSUMED = (*np.linspace(-0.1, 0.1, 19).tolist(), 0.5)
 """Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty is an accident."""
 
@@ -65,10 +65,10 @@ class Pace:
 
     def noise(self, x: float) -> NDArray[np.float64]:
         """What comes on top of `expect(x)`, in milliseconds: as seen of late, or as assumed."""
-        if not self._noise:
+        if len(self._noise) < LEAST:
             return np.array(ASSUMED) * self.expect(x)
-        # Without the largest: one alone is an accident, and until there are many it would be the 95th percentile.
-        return self.factor * np.sort(self._noise)[:-1]
+        # Without the outermost: one alone is an accident, and until there are many it would be the 95th percentile.
+        return self.factor * np.sort(self._noise)[1:-1]
 
     def at_most(self, x: float, share: float) -> float:
         """What is predicted to take `x` takes no longer, in this share of cases."""
@@ -86,9 +86,11 @@ class Pace:
         """One more time."""
         x = max(x, SMALLEST)
         expected = self.expect(x)
-        if not self._noise:
-            self._noise.extend(self.noise(x) / self.factor)
-            self._assumed = len(self._noise)
+        if len(self._noise) < LEAST:  # none was seen yet, or changes have taken them
+            assumed = self.noise(x) / self.factor
+            self._noise.clear()
+            self._noise.extend(assumed)
+            self._assumed = len(assumed)
         low, high = (self.at_most(x, share) for share in (0.05, 0.95))
         side = 0
         if abs(taken - expected) > CHANGE * expected:
@@ -115,7 +117,7 @@ class Pace:
             self._points.popleft()
         for _ in range(RUN - 1):
             self._noise.pop()
-        self._run = 0
+        self._assumed, self._run = min(self._assumed, len(self._noise)), 0
         self._draw()
         self.changed = self.expect(x) / before
 

@@ -29,16 +29,16 @@ import numpy as np
 
 from penguin_edge.bundle.contract import PROFILE
 from penguin_edge.bundle.folder import Bundle
-from penguin_edge.errors import BundleError, InputError
+from penguin_edge.errors import BundleError
 from penguin_edge.files import read_json, write_json
 from penguin_edge.machine import describe
+from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.latency.calls import CHAIN, Calls, Task, Timer
 from penguin_edge.runtime.latency.cost import CostModel, CostTable, errors, fit, line
 from penguin_edge.runtime.latency.fitting import LEAST, Line, Measured, Point, Timing, all_measured
-from penguin_edge.schema import Maybe, Record, Text, Whole
+from penguin_edge.schema import Maybe, Real, Record, Text, Whole
 
-"""Beside the manifest, like `verify.json`: what was measured is no part of the bundle's hash."""
 SCHEMA = "penguin-profile/4"
 MEASURE_AGAIN = "run `penguin-edge profile` again"
 RULES = Record(
@@ -78,10 +78,7 @@ class ProfileOptions:
         Raises:
             InputError: no time, or fewer than one round.
         """
-        if self.repeat is not None and self.repeat < 1:
-            raise InputError(f"{self.repeat} rounds, wanted at least 1")
-        if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"{self.seconds} seconds, wanted more than 0")
+        check_options(seconds=(self.seconds, Maybe(Real(above=0))), repeat=(self.repeat, Maybe(Whole(1))))
 
     @property
     def limit(self) -> float:
@@ -99,6 +96,14 @@ class Progress:
     left_s: float
 
 
+class ProfileStopped(KeyboardInterrupt):
+    """A measurement that was stopped; `result` is what `profile` would have returned, with "stopped" true."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__()
+        self.result = result
+
+
 def profile(
     engine: Engine,
     options: ProfileOptions | None = None,
@@ -108,24 +113,27 @@ def profile(
 ) -> dict[str, Any]:
     """Measure, fit and try; JSON with the model, its errors and all samples.
 
-    A KeyboardInterrupt ends the measurement; where there is a model by then, it is returned, and "stopped" is true.
-
     Raises:
+        ProfileStopped: a KeyboardInterrupt ended the measurement, and there is a model by then.
         KeyboardInterrupt: it came before two points of each stage were measured.
     """
     clock = clock or Timer()
     begin = clock.now()
     calls = Calls(engine, clock)
     run = _Run(calls, options or ProfileOptions(), clock, progress, begin)
-    stopped = False
+
+    def result(*, stopped: bool) -> dict[str, Any]:
+        return _result(run) | {"stopped": stopped, "seconds": clock.now() - begin}
+
     try:
         run.measure()
     except KeyboardInterrupt:
         if not run.usable:
             raise
-        stopped = True
-    calls.close()
-    return _result(run) | {"stopped": stopped, "seconds": clock.now() - begin}
+        raise ProfileStopped(result(stopped=True)) from None
+    finally:
+        calls.close()
+    return result(stopped=False)
 
 
 @dataclass
@@ -164,7 +172,8 @@ class _Run:
                 if self._fits(task, new=round_ == 0) and not self._had_enough(task, round_, len(tasks)):
                     with self._spending(task):
                         took = self.calls.timed(task)
-                    self.samples[task.tried].setdefault(task.stage, {}).setdefault(task.point, []).append(took)
+                    points = self.samples[task.tried].setdefault(task.stage, {})
+                    points[task.point] = [*points.get(task.point, ()), took]
                     made.append(task)
             if self._wakes(round_, len(tasks)):
                 with self._spending(None):
@@ -178,7 +187,7 @@ class _Run:
     @property
     def usable(self) -> bool:
         """Whether there is a constant and a slope for each stage."""
-        return all(task.point in self.samples[0].get(task.stage, {}) for task in self.calls.tasks if task.needed)
+        return all(self.samples[0].get(task.stage, {}).get(task.point) for task in self.calls.tasks if task.needed)
 
     @contextmanager
     def _spending(self, task: Task | None) -> Iterator[None]:
@@ -334,8 +343,10 @@ def load(bundle: Bundle) -> CostModel | None:
     path = bundle.path(PROFILE)
     if not path.exists():
         return None
-    data = _read(path)
-    return CostModel.from_json(data.get("cost"))
+    found = CostModel.from_json(_read(path).get("cost"))
+    if bundle.manifest.model.vision is not None and "encode" not in found.tables:
+        raise BundleError(f"{path}: knows nothing of the encoder that the bundle has; {MEASURE_AGAIN}")
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 
 LONGEST_MS = 10_000.0
-"""Longest pause between frames that does not count as the end of the stream; also the time over which answers are
-counted."""
+"""Longest pause between frames that does not count as the end of the stream, unless the next one is as long; also the
+time over which answers are counted."""
 USUAL = (KEY, INTERMEDIATE, INTERMEDIATE, INTERMEDIATE)
 """How frames are taken to be labelled until twice as many have been."""
 
@@ -71,6 +71,7 @@ class Steering:
         self._begun = 0
         self._took_ms = 0.0
         self._apart_ms, self._last = 1e3 / rate if rate else math.inf, math.nan
+        self._pause_ms = math.nan
         self._spoken: deque[tuple[int, int, float]] = deque(maxlen=16)
         """When answers began and ended, nanoseconds, and how slow the engine was then."""
 
@@ -82,8 +83,10 @@ class Steering:
     def offered(self, at: float | None) -> None:
         """A frame of `at` seconds has come, taken or not; from the thread that pushes."""
         apart = (at - self._last) * 1e3 if at is not None else math.nan
-        if 0 < apart < LONGEST_MS:
+        if 0 < apart < LONGEST_MS or 0.8 * self._pause_ms < apart < 1.25 * self._pause_ms:
             self._apart_ms = apart if math.isinf(self._apart_ms) else 0.8 * self._apart_ms + 0.2 * apart
+        elif apart >= LONGEST_MS:
+            self._pause_ms = apart
         self._last = at if at is not None else math.nan
 
     def late(self, arrived: int) -> bool:

@@ -9,7 +9,8 @@ One worker owns the stream. `push` puts a frame into a short queue and returns; 
 is given up for the new one. A question is taken once the frame in work is done, and what watches say of it, before
 frames that wait: it is about what was ready then. While it is answered frames queue up, so the queue also says how old
 a frame can get. An error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a
-controller (`control.py`) chooses how large frames are, how many tokens the window has, and which frames are left out.
+controller (`runtime/latency`) chooses how large frames are, how many tokens the window has, and which frames are left
+out.
 """
 
 from __future__ import annotations

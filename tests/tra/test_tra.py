@@ -264,7 +264,7 @@ def test_large_frames_need_no_share_of_their_native_size() -> None:
 def test_one_token_is_enough_for_any_clip(mode: Mode) -> None:
     plan = plan_clip(3, _kinds(3), (1, 4000), 1, mode=mode)
     assert [(f.kind, f.width, f.height, f.tokens) for f in plan.frames] == [(KEY, 28, 28, 1), *[(DROPPED, 0, 0, 0)] * 2]
-    assert "below the floor" in " ".join(plan.notes)
+    assert "frame 0 alone is left, with 1 tokens, below the " in " ".join(plan.notes)
 
 
 def test_reference_mode_keeps_the_flaws_of_the_reference() -> None:

@@ -70,6 +70,28 @@ def test_it_is_always_finite_and_never_below_nothing(points: list[tuple[float, f
         assert len(pace.noise(x)) <= NOISE
 
 
+@pytest.mark.parametrize("growth", [1.05, 1.07, 1.1, 1.2, 0.9])
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.05])
+def test_a_ramp_leaves_some_noise(growth: float, jitter: float) -> None:
+    """Each change that is recognised takes residuals away."""
+    random, pace = np.random.default_rng(0), Pace()
+    for turn in range(120):
+        taken = 10.0 * growth ** min(turn, 60) * float(random.uniform(1 - jitter, 1 + jitter))
+        seen = pace.observe(turn / 2, 10.0, taken)
+        assert np.isfinite([seen.predicted, seen.p95]).all() and len(pace.noise(10.0)) >= 4
+    assert pace.expect(10.0) == pytest.approx(10.0 * growth**60, rel=0.1)
+
+
+@pytest.mark.parametrize("before", [5, 10, 18, 25, 60])
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_another_speed_is_known_as_soon_either_way(before: int, factor: float) -> None:
+    random, pace = np.random.default_rng(4), Pace()
+    for turn in range(before + RUN):
+        level = factor if turn >= before else 1.0
+        pace.observe(turn / 2, 10.0, 10.0 * level * float(random.uniform(0.97, 1.03)))
+    assert pace.changed == pytest.approx(factor, rel=0.1)
+
+
 @pytest.mark.parametrize("spread", [0.02, 0.3])
 def test_one_of_twenty_takes_longer_than_the_95th_percentile(spread: float) -> None:
     random, pace = np.random.default_rng(2), Pace()

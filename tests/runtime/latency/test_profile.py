@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ from penguin_edge.runtime.latency.profile import (
     SCHEMA,
     SECONDS,
     ProfileOptions,
+    ProfileStopped,
     Progress,
     differences,
     load,
@@ -234,12 +237,45 @@ def test_ctrl_c_leaves_a_model_as_soon_as_there_is_one() -> None:
     simulated(whole)
     last = len(whole.calls)
     for at in (1, 4):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as nothing:
             simulated(Simulated(Ticking(), stop_at=at))
+        assert not isinstance(nothing.value, ProfileStopped)
     for at in (last // 2, last - 1):
         engine = Simulated(Ticking(), stop_at=at)
-        model, result = simulated(engine)
-        assert result["stopped"] and max(off(model, engine).values()) < 0.25
+        with pytest.raises(ProfileStopped) as stop:
+            simulated(engine)
+        model = CostModel.from_json(stop.value.result["cost"])
+        assert stop.value.result["stopped"] and max(off(model, engine).values()) < 0.25
+
+
+def test_ctrl_c_before_a_stream_stops_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured for the stream alone is no reason to begin it."""
+    whole = Simulated(Ticking())
+    simulated(whole, ProfileOptions(seconds=latency.AT_ONCE_S, tried=False))
+    engine = Simulated(Ticking(), stop_at=len(whole.calls) - 1)
+    monkeypatch.setattr(latency, "profile", partial(profile, clock=engine.time.clock))
+    with pytest.raises(KeyboardInterrupt):
+        latency.cost(str(tmp_path), cast(Engine, engine), None)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"axes": [[-5, 0], [0]], "ms": [[1], [1]]}, "an axis of -5"),
+        ({"axes": [["nan", 1], [0]], "ms": [[1], [1]]}, "an axis of 'nan'"),
+        ({"axes": [[0, True], [0]], "ms": [[1], [1]]}, "an axis of True"),
+        ({"axes": [[0, 1], [0]], "ms": [[-1.0], [1]]}, "a time of -1.0"),
+        ({"axes": [[0, 1], [0]], "ms": [[1], [1.7e308]]}, "a time of 1.7e"),
+        ({"axes": [[0, 1], [0]], "ms": [[1]]}, "1 rows for axes of 2 and 1 points"),
+        ({"axes": [[0, 1], [0]], "ms": [[1], [1, 2]]}, "2 rows for axes of 2 and 1 points"),
+        ({"axes": [[0, 1], [0]], "ms": [[2], [1]]}, "a table that falls"),
+    ],
+)
+def test_a_cost_model_is_checked(table: dict[str, Any], words: str) -> None:
+    good = simulated(Simulated(Ticking()), ProfileOptions(repeat=1))[0].to_json()
+    assert CostModel.from_json(good).to_json() == good
+    with pytest.raises(BundleError, match=words):
+        CostModel.from_json(good | {"decode": table})
 
 
 def test_what_waking_takes_is_measured_in_pairs() -> None:
@@ -259,10 +295,16 @@ def test_rounds_are_told_with_what_is_left() -> None:
     ends = engine.time.seconds
     last = told[-1]
     assert 0 < last.left_s < told[len(told) // 2].left_s < ends
-    with pytest.raises(InputError, match="wanted at least 1"):
-        ProfileOptions(repeat=0)
-    with pytest.raises(InputError, match="more than 0"):
-        ProfileOptions(seconds=-1.0)
+    for wrong in (
+        {"repeat": 0},
+        {"repeat": 1.5},
+        {"repeat": "2"},
+        {"seconds": -1.0},
+        {"seconds": "5"},
+        {"seconds": inf},
+    ):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}.* wanted"):
+            ProfileOptions(**cast(Any, wrong))
 
 
 def test_all_stages_are_measured() -> None:
