@@ -59,8 +59,8 @@ REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
 MUCH = 1.5
 """By how much frames get slower or faster for answers, which are rarer, to be taken to follow before they show it."""
-QUEUED = 5
-"""Waits for other frames that are remembered; the middle one counts."""
+QUEUED, NO_WAIT = 5, (0.0, 0.0)
+"""Waits for other frames that are remembered, and those assumed after a change; the middle one counts."""
 KEPT = 1000
 """Decisions, and times as predicted and as taken, that are remembered."""
 
@@ -189,7 +189,7 @@ class LatencyControl:
         self._token = Pace()
         self._leeway = 1.0
         self._held_up: deque[float] = deque(maxlen=NOISE)
-        self._queued: deque[float] = deque(maxlen=QUEUED)
+        self._queued: deque[float] = deque(NO_WAIT, maxlen=QUEUED)
         self._answering = 0.0
         self._observed: float | None = None
         self._changed, self._looked, self._rose = 0.0, -math.inf, -math.inf
@@ -235,8 +235,7 @@ class LatencyControl:
         wait, limit = 0.0, self.target.frame_ms
         if limit is not None and self._held_up:
             wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * limit)
-        if self._queued:
-            wait += median(self._queued) / setting.stride
+        wait += median(self._queued) / setting.stride
         busy = float(expected.mean()) / (self.device.interval_ms * setting.stride) + self._answering
         # A question waits for the frame in work; a frame for answers, and for frames.
         first = frame + self._first.at_most(question, NOISY)
@@ -317,7 +316,9 @@ class LatencyControl:
         if not reason:
             return None
         before, self.index = self.setting, wanted
+        # The change itself takes its time, and one frame that waits for it is no reason for another.
         self._queued.clear()
+        self._queued.extend(NO_WAIT)
         return self.tell(now, before, reason)
 
     def tell(self, now: float, before: Setting, reason: str) -> Decision:
