@@ -193,7 +193,7 @@ class TimeLeft:
         rest = sum(value for name, value in self._expected.items() if name not in self._done and name != part)
         ended = part in self._done
         if not ended and part not in self._expected:
-            # Of its own it says how far it is; what follows keeps to what is expected.
+            # It says how far it is itself; what follows keeps to what is expected.
             if not share:
                 return None
             pace = self._took / self._worth if self._worth else 1.0

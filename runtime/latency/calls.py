@@ -36,7 +36,7 @@ CHUNKS, TRIED_CHUNKS = (1, 8, 32, 128, 256), (4, 16, 64, 192)
 PASTS, TRIED_PASTS = (0.0, 0.25, 0.9), (0.12, 0.6)
 """Depths of the cache before, as shares of `max_seq_len`."""
 SMALL = 16
-"""Of the positions before, one of so many is moved as well."""
+"""A move of all positions before is measured, and one of so many times fewer."""
 DEEPEST = 4096
 """Beyond it nothing is measured: the last line goes on."""
 PAUSE_S = 0.1

@@ -35,7 +35,7 @@ LEAST = 1e-6
 """Milliseconds that every call takes, so that errors can be relative."""
 
 QUANTILE = 0.1
-"""Of the samples of a point."""
+"""Share of a point's samples below the value that counts."""
 LEAST_SHARE, SHARPLY = 0.3, 4
 """Share of the threads at once below which all points count alike, and the power of it by which they count."""
 OFTEN = 16

@@ -151,7 +151,7 @@ class _Run:
     """Seconds of each task; None: of frames after a pause."""
     woken: list[float] = field(default_factory=list)
     _lines: dict[str, tuple[int, Line]] = field(default_factory=dict)
-    """Of each stage, by the medians of so many points; for estimates."""
+    """Line of each stage, by the medians of so many points; for estimates."""
 
     def measure(self) -> None:
         """

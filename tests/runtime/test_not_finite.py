@@ -119,7 +119,7 @@ def test_features_that_are_not_finite_are_never_kept() -> None:
     engine.features = np.nan
     with pytest.raises(UnusablePicture, match="1 of the pictures or frames") as told:
         list(run.converse(messages, GREEDY))
-    # Of the batch, the last picture alone.
+    # Only the last picture of the batch.
     assert len(told.value.visuals) == 1 and len(run.features) == 2 and run.report.finish_reason == "error"
     engine.features = 0.0
     fresh = Session(EagerEngine(tiny_model(), max_seq_len=512), tiny_tokenizer())

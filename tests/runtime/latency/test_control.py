@@ -134,7 +134,7 @@ def test_it_never_swings(seed: int, slope: float, level: float, fps: float) -> N
 
 
 def test_times_are_foreseen() -> None:
-    """Of 20 frames one takes longer than its 95th percentile."""
+    """One of 20 frames takes longer than its 95th percentile."""
     run = machine(3, fps=8, kinds=LIVELY)
     control = run.control(LatencyTarget(5000.0))
     run.run(120, control)

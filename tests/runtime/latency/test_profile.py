@@ -281,7 +281,7 @@ def test_a_cost_model_is_checked(table: dict[str, Any], words: str) -> None:
 def test_what_waking_takes_is_measured_in_pairs() -> None:
     model, result = simulated(Simulated(Ticking(), share=0.05, wake=3.0), ProfileOptions(repeat=10))
     assert len(result["woken_ms"]) == 10 and model.wake_ms == pytest.approx(3, abs=0.01)
-    # Of a frame that takes long it is not worth the time.
+    # It is not worth the time for a frame that takes long.
     model, result = simulated(Simulated(Ticking(), wake=3.0), ProfileOptions(repeat=1))
     assert not result["woken_ms"] and model.wake_ms == 0
     assert waking([3.0] * 7) == 0.0 and waking([3.0] * 8) == 3.0

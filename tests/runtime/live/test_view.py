@@ -161,7 +161,7 @@ def test_a_view_is_of_bounded_size() -> None:
     assert [one["number"] for one in answers] == list(range(200 - bounds.ANSWERS, 200))
     assert {len(one["text"]) for one in answers} == {bounds.LONGEST} and view.answers(version) == (version, [])
     assert len(json.dumps(state)) < 20_000
-    # Of frames that nobody drew, the newest alone is held.
+    # Only the newest of the frames that nobody drew is held.
     frames = [Frame(picture(i), float(i)) for i in range(3)]
     for i, frame in enumerate(frames):
         view.frame_ready(Ready(frame, 300 + i, 5.0, 4.0, (Kept(300 + i, float(i), KEY, 12),), 40, 50))
