@@ -26,8 +26,8 @@ A question and its answer leave the cache when the next frame comes, unless they
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -48,23 +48,23 @@ from penguin_edge.runtime.core.answer import (
     Token,
     UnusablePicture,
     ending,
-    kept_visuals,
-    layout,
     refuse_media,
 )
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.decode import Parts, answer, check_parts
 from penguin_edge.runtime.core.features import Calls, Features
 from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
-from penguin_edge.runtime.core.media import Clip, Library, Picture, own
+from penguin_edge.runtime.core.media import Library, own
 from penguin_edge.runtime.core.options import PROMPT, StreamChanges, StreamOptions, given_options
-from penguin_edge.runtime.core.pool import pooled, retained
+from penguin_edge.runtime.core.pool import retained
 from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
 from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
 from penguin_edge.runtime.core.turns import Turn, Turns
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Key, Visual
 from penguin_edge.runtime.engines.opening import open_engine
+from penguin_edge.runtime.slices import Slices, Steps
+from penguin_edge.runtime.window import Window
 from penguin_edge.schema import LARGEST, Whole
 from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Change, Limits, StreamPlanner
@@ -116,23 +116,21 @@ class Stream:
         self.last_work: Work | None = None
         """What the last frame made the engine do."""
         image = self.config.image
-        self._budget = self.options.budget or image.max_tokens
-        self.turns = Turns(self.options.thinking)
-        """Questions that were kept, with their answers."""
-        self._frames: list[Frame] = []
-        self._numbers: list[int] = []
-        self._library = Library(image, self.options.tra)
-        self._clip = self._new_clip()
         self._encoded: Calls = []
         self._pieces = 1
-        self.planner = StreamPlanner(
-            self._limits(),
+        self._slicing = False
+        budget = self.options.budget or image.max_tokens
+        planner = StreamPlanner(
+            Limits(budget),
             mode=self.options.tra,
             tag_tokens=self._tag_tokens(0.0),
             min_tokens=image.min_tokens,
             merge_size=image.video_merge_size,
             config=self.config.tra,
         )
+        self._library = Library(image, self.options.tra)
+        self._window = Window(self._library.new_clip, planner, Turns(self.options.thinking))
+        planner.set_limits(self._limits(self._window, budget))
         self.features = Features(engine)
         self.cache = engine.new_cache()
         """What this stream has prefilled; `length` and `keys` are for reading."""
@@ -172,6 +170,16 @@ class Stream:
         self.close()
 
     @property
+    def planner(self) -> StreamPlanner:
+        """Sizes of the frames, and the limits that they keep; for reading."""
+        return self._window.planner
+
+    @property
+    def turns(self) -> Turns:
+        """Questions that were kept, with their answers."""
+        return self._window.turns
+
+    @property
     def visual_tokens(self) -> int:
         """Visual tokens of the window."""
         return self.planner.total_tokens
@@ -179,30 +187,29 @@ class Stream:
     @property
     def budget(self) -> int:
         """Visual tokens that the window may have."""
-        return self._budget
+        return self.planner.limits.budget
 
     @property
     def times(self) -> list[float]:
         """Time stamps of the kept frames, in seconds."""
-        return [at or 0.0 for at in self._clip.times]
+        return self._window.times
 
     @property
     def frames(self) -> tuple[Frame, ...]:
         """The kept frames, as far as their pixels are: each at its size in the prompt."""
-        return tuple(self._frames)
+        return tuple(self._window.frames)
 
     @property
     def window(self) -> tuple[Kept, ...]:
         """The kept frames with their sizes now, oldest first."""
-        kept = zip(self.planner.numbers, self.times, self.planner.plan().frames, strict=True)
-        return tuple(Kept(number, at, frame.kind, frame.tokens) for number, at, frame in kept)
+        return self._window.kept
 
     def status(self) -> dict[str, int]:
         """Where the stream stands, for JSON."""
         return {
-            "frames_kept": len(self._frames),
+            "frames_kept": len(self._window.frames),
             "visual_tokens": self.visual_tokens,
-            "budget": self.planner.limits.budget,
+            "budget": self.budget,
             "level": self.planner.level,
             "kv_tokens": self.cache.length,
             "capacity": self.engine.bounds.max_seq_len,
@@ -211,7 +218,8 @@ class Stream:
     def push(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> list[Change]:
         """Add a frame: label, size, encode and prefill it, after what had to shrink or go for it.
 
-        A frame of another size than those before, or from before the last one, begins the stream anew.
+        A frame of another size than those before, or from before the last one, begins the stream anew. Where the
+        encoder fails, the stream stays as it was.
 
         Args:
             frame: a `Frame`, or pixels [H, W, 3] uint8 RGB; `time` in seconds.
@@ -221,36 +229,36 @@ class Stream:
             InputError: wrong shape or dtype, or no time.
             UnusablePicture: its features are not finite; the stream goes on without it.
         """
-        with self._guard:
-            return self._add(frame, time)
+        return self.slices(frame, time).finish()
 
-    def _add(self, frame: Frame | NDArray[np.uint8], time: float | None) -> list[Change]:
+    def slices(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> Slices:
+        """Add a frame slice by slice: each call of the encoder is one, and what follows them.
+
+        Between two slices questions can be asked, about the window as it was before the frame. They have to be read to
+        their end, or closed, before the next slice, and cannot be kept; the window cannot be changed otherwise.
+        Arguments and errors are those of `push`.
+        """
+        return Slices(self._guard, self._unread, self._add(frame, time))
+
+    def _add(self, frame: Frame | NDArray[np.uint8], time: float | None) -> Steps:
         self._idle()
-        new = self._taken(frame, time)
-        assert new.time is not None
+        new = own(frame, time, self.stats.frames)
+        if new.time is None:
+            raise InputError("a frame without a time; a stream needs the time of each frame, in seconds")
         size = (new.pixels.shape[0], new.pixels.shape[1])
-        changes: list[Change] = []
-        for reason, broken in (("size", size != self._clip.size), ("time", new.time < self._last_time())):
-            if broken and self._frames:
-                changes += self._restart(reason)
+        window, gone = self._window.copy(), list[Change]()
+        for reason, broken in (("size", size != window.clip.size), ("time", new.time < window.last_time)):
+            if broken and window.frames:
+                gone += self._cleared(window, reason)
         with self.clock("plan"):
-            self._clip.add(new)
-            if self._clip.digests[-1] in self._clip.digests[:-1]:
-                # An older frame of the same picture may be kept smaller: neither pixels nor features are shared.
-                self._clip.digests[-1] += f" {self.stats.frames}"
-            self._frames.append(new)
-            self._numbers.append(self.stats.frames)
-            self.planner.tag_tokens = max(self.planner.tag_tokens, self._tag_tokens(new.time))
-            bound = self.engine.bounds.max_patches // self._clip.merge_size**2
+            window.planner.tag_tokens = max(window.planner.tag_tokens, self._tag_tokens(new.time))
+            bound = self.engine.bounds.max_patches // window.clip.merge_size**2
             if self.frame_tokens is not None:
                 bound = min(bound, self.frame_tokens)
-            capped = cap_size(size, bound * self.planner.factor**2)
-            found = self.planner.push(self._clip.kinds[-1], capped, new.time)
-            self.stats.frames += 1
-            self._forget([change for change in found if not change.tokens])
-            self._clip.kinds[-1] = self.planner.plan().frames[-1].kind
+            capped = cap_size(size, bound * window.planner.factor**2)
+            changes = window.add(new, capped)
         before, moved = self.stats.prefilled_tokens, self.stats.moved_tokens
-        self._update(found, arrived=True)
+        yield from self._follow(window, [*gone, *changes], arrived=True)
         prefilled = self.stats.prefilled_tokens - before
         self.last_work = Work(
             size[0] * size[1],
@@ -260,14 +268,14 @@ class Stream:
             self._pieces,
             self.stats.moved_tokens - moved,
         )
-        return changes + found
+        return [*gone, *changes]
 
     def warm_up(self) -> None:
         """Do each stage once: the first call takes memory, and longer; what resizes is loaded by it."""
         side = math.isqrt(min(WARM_PATCHES, self.engine.bounds.max_patches)) // self.config.image.video_merge_size
         size = (side * self.planner.factor, side * self.planner.factor)
         blank = np.zeros((2 * size[0], 2 * size[1], 3), np.uint8)
-        self._library.new_clip(lambda: ()).add(Frame(blank, 0.0))
+        self._library.new_clip(tuple).add(Frame(blank, 0.0))
         patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=size)
         with self._guard:
             features = self.engine.encode(patches.pixels[None], patches.rows, patches.cols)
@@ -287,28 +295,20 @@ class Stream:
         check_options(budget=(budget, Whole(-LARGEST)))
         with self._guard:
             self._idle()
-            changes = self.planner.set_limits(replace(self._limits(), budget=budget))
-            self._budget = budget
-            self._forget([change for change in changes if not change.tokens])
-            self._update(changes)
-            return changes
+            return self._limit(self._window.copy(), budget)
 
     def restart(self, reason: str = "restart") -> list[Change]:
         """Forget all frames and the turns that were kept; the next frame begins a stream."""
         with self._guard:
-            return self._restart(reason)
+            self._idle()
+            window = self._window.copy()
+            changes = self._cleared(window, reason)
+            deque(self._follow(window, changes), 0)
+            return changes
 
-    def _restart(self, reason: str) -> list[Change]:
-        self._idle()
-        changes = [
-            Change(number, frame.tokens, 0, reason)
-            for number, frame in zip(self.planner.numbers, self.planner.plan().frames, strict=True)
-        ]
-        self.turns.clear()
-        self._forget(changes)
-        self.planner.clear()
-        self._clip = self._new_clip()
-        self._limit()
+    def _cleared(self, window: Window, reason: str) -> list[Change]:
+        changes = window.clear(reason)
+        window.planner.set_limits(self._limits(window, self.budget))
         return changes
 
     def ask(
@@ -330,8 +330,10 @@ class Stream:
     def _ask(self, prompt: str, keep: bool, options: SamplingOptions) -> Generator[Token, None, None]:
         check_options(prompt=(prompt, PROMPT))
         if keep:
+            self._whole()
             self._check_kept(prompt, options.max_new_tokens)
-        asked, gone = Turn(len(self._frames), prompt), self.turns.gone
+        window = self._window
+        asked, gone = Turn(len(window.frames), prompt), window.turns.gone
         self.report = report = Report()
         self._answering += 1
         try:
@@ -340,7 +342,7 @@ class Stream:
                     self._parts,
                     report,
                     lambda: self._plan(asked, options.max_new_tokens),
-                    self._media(),
+                    window.media,
                     self.new_clock(),
                     options,
                     lambda: self.report is not report,
@@ -349,8 +351,9 @@ class Stream:
             self._answering -= 1
         if keep:
             stops = self.config.eos_token_ids
-            self.turns.keep(asked, [i for i in report.token_ids if i not in stops], gone)
-            self._limit()
+            window = self._window.copy()
+            window.turns.keep(asked, [i for i in report.token_ids if i not in stops], gone)
+            self._limit(window, self.budget)
 
     def forget_features(self) -> None:
         """Keep nothing but the frames: the next question encodes and prefills all of them."""
@@ -361,28 +364,13 @@ class Stream:
 
     def prompt_keys(self) -> list[Key]:
         """What stands at each position of the KV cache before a question is asked."""
-        return to_last_frame(self._parts.keys(self._current()))
-
-    def _taken(self, frame: Frame | NDArray[np.uint8], time: float | None) -> Frame:
-        new = own(frame, time, self.stats.frames)
-        if new.time is None:
-            raise InputError("a frame without a time; a stream needs the time of each frame, in seconds")
-        return new
-
-    def _new_clip(self) -> Clip:
-        return self._library.new_clip(lambda: self._frames)
-
-    def _media(self) -> list[Picture | Clip]:
-        return [self._clip] if self._frames else []
-
-    def _last_time(self) -> float:
-        return self._clip.times[-1] or 0.0 if self._clip.times else 0.0
+        return to_last_frame(self._parts.keys(self._current(self._window)))
 
     def _tag_tokens(self, time: float) -> int:
         return len(self.tokenizer.encode("," + frame_tag(time)))
 
     def _check_kept(self, prompt: str, answer: int) -> None:
-        left = self._limits(Turn(len(self._frames), prompt, (0,) * answer)).room or 0
+        left = self._limits(self._window, self.budget, Turn(len(self._window.frames), prompt, (0,) * answer)).room or 0
         if left <= self.planner.tag_tokens:
             raise BudgetError(
                 f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, shorten "
@@ -390,33 +378,36 @@ class Stream:
             )
 
     def _idle(self) -> None:
+        self._whole()
+        self._unread()
+
+    def _unread(self) -> None:
         if self._answering:
             raise BusyError("an answer is being read; read it to its end, or close it, before the stream goes on")
 
-    def _limits(self, *kept: Turn) -> Limits:
+    def _whole(self) -> None:
+        if self._slicing:
+            raise BusyError("a frame is being added; take its slices to the end, or close them, first")
+
+    def _limits(self, window: Window, budget: int, *kept: Turn) -> Limits:
         """What is left for frames beside the text around them, kept turns and these, a question and an answer."""
-        pieces = self.turns.pieces(self._clip, None, *kept, Turn(len(self._frames), ""))
+        pieces = window.turns.pieces(window.clip, None, *kept, Turn(len(window.frames), ""))
         around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in pieces)
         free = self.options.question_tokens + self.options.answer_tokens
         room = self.engine.bounds.max_seq_len - around - free
         frames = self.options.max_frames or self.config.image.max_frames
-        return Limits(self._budget, room, self.options.window_s, frames)
+        return Limits(budget, room, self.options.window_s, frames)
 
-    def _limit(self) -> None:
-        changes = self.planner.set_limits(self._limits())
-        self._forget([change for change in changes if not change.tokens])
-        self._update(changes)
-
-    def _layout(self, question: Turn) -> Layout:
-        """The prompt of a question about the window as it is."""
-        plans = [self.planner.plan()] if self._frames else []
-        visuals = kept_visuals(self._clip, plans[0]) if plans else []
-        pieces = self.turns.pieces(self._clip, plans[0] if plans else None, question)
-        return layout(pieces, visuals, plans, self.planner.limits.budget, self.tokenizer)
+    def _limit(self, window: Window, budget: int) -> list[Change]:
+        """Let a window take the place of the one before, within a budget and what the text around it leaves."""
+        changes = window.planner.set_limits(self._limits(window, budget))
+        window.forget(changes)
+        deque(self._follow(window, changes), 0)
+        return changes
 
     def _plan(self, question: Turn, max_new_tokens: int) -> Layout:
         """The window as it is: a question that does not fit is refused, the frames stay."""
-        found = self._layout(question)
+        found = self._window.layout(question, self.tokenizer)
         bound = self.engine.bounds.max_seq_len
         if found.length + max_new_tokens > bound:
             raise BudgetError(
@@ -425,63 +416,62 @@ class Stream:
             )
         return found
 
-    def _current(self) -> Layout:
+    def _current(self, window: Window) -> Layout:
         """The prompt up to here, with an empty question."""
-        return self._layout(Turn(len(self._frames), ""))
+        return window.layout(Turn(len(window.frames), ""), self.tokenizer)
 
-    def _forget(self, gone: Sequence[Change]) -> None:
-        """Take frames out of the window."""
-        for change in gone:
-            index = self._numbers.index(change.frame)
-            del self._numbers[index], self._frames[index]
-            self._clip.remove(index)
-            self.turns.frame_gone(index)
-            self.stats.given_up[change.reason] += 1
+    def _follow(
+        self, window: Window, changes: Sequence[Change], *, arrived: bool = False
+    ) -> Generator[None, None, None]:
+        """Compute what a changed window needs, put it in the place of the one before, and bring the KV cache to it.
 
-    def _discard(self, visuals: Sequence[Visual], unusable: Sequence[Visual]) -> None:
-        """Take frames out of the window whose features cannot be computed: those that come are to be told of."""
-        gone = []
-        for number, visual in zip(self._numbers, visuals, strict=True):
-            if visual in unusable:
-                gone.append(Change(number, self.planner.discard(number), 0, "unusable"))
-        self._forget(gone)
-
-    def _update(self, changes: Sequence[Change], *, arrived: bool = False) -> None:
-        """Bring features, retained pixels and the KV cache to the plan; `arrived`: its last frame is new."""
-        prompt = self._current()
-        self._encoded = []
+        Args:
+            arrived: its last frame is new.
+        Raises:
+            UnusablePicture: features that are not finite; the window is without these frames.
+        """
+        prompt = self._current(window)
         shrunk = {change.frame for change in changes if change.tokens}
         if self.options.shrink == "pool":
-            self._pool(prompt.visuals, shrunk)
+            window.pool(self.features, prompt.visuals, shrunk)
         with self.clock("preprocess"):
-            self._frames[:] = retained(self._frames, prompt.visuals)
+            window.frames[:] = retained(window.frames, prompt.visuals)
+        calls: Calls = []
+        unusable: UnusablePicture | None = None
         try:
-            self._encoded = self.features.compute(self._media(), prompt.visuals, self.clock)
+            for call in self.features.steps(window.media, prompt.visuals, self.clock):
+                calls.append(call)
+                yield from self._pause()
         except UnusablePicture as error:
-            self._discard(prompt.visuals, error.visuals)
-            self._update([change for change in changes if change.frame in self._numbers])
-            raise
-        self.stats.encoded += sum(frames for frames, _ in self._encoded)
-        self.stats.reencoded += len(shrunk)
-        self.features.keep_only(prompt.visuals)
+            unusable = error
+        self.stats.encoded += sum(frames for frames, _ in calls)
+        if unusable is not None:
+            gone = window.discard(prompt.visuals, unusable.visuals)
+            changes = [one for one in changes if not one.tokens or one.frame in window.numbers]
+            yield from self._follow(window, [*changes, *gone])
+            raise unusable
+        self._encoded = calls
+        self._commit(window, changes, prompt.visuals, arrived=arrived)
+
+    def _pause(self) -> Generator[None, None, None]:
+        """The end of a slice."""
+        self._slicing = True
+        try:
+            yield
+        finally:
+            self._slicing = False
+
+    def _commit(self, window: Window, changes: Sequence[Change], visuals: Sequence[Visual], *, arrived: bool) -> None:
+        """Everything is computed but the KV cache: the window takes the place of the one before."""
+        self._window = window
+        self.stats.frames = window.planner.pushed
+        self.stats.reencoded += sum(change.tokens > 0 for change in changes)
+        self.stats.given_up.update(change.reason for change in changes if not change.tokens)
+        self.features.keep_only(visuals)
         with self.clock("plan"):
-            keys = to_last_frame(self._parts.keys(prompt))
+            keys = to_last_frame(self._parts.keys(self._current(window)))
         self._extend(keys, arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
-
-    def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
-        """Features of shrunk frames as means of what they had, where their size before is still known."""
-        known = {visual.digest: visual for visual in self.features}
-        for number, visual in zip(self._numbers, visuals, strict=True):
-            before = known.get(visual.digest)
-            if number in shrunk and before is not None and visual not in self.features:
-                factor = self.planner.factor
-                rows = pooled(
-                    self.features[before],
-                    (before.height // factor, before.width // factor),
-                    (visual.height // factor, visual.width // factor),
-                )
-                self.features.put(visual, rows)
 
     def _extend(self, keys: list[Key], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""

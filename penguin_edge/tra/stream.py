@@ -169,6 +169,11 @@ class StreamPlanner:
         return self._held[-1].time if self._held else 0.0
 
     @property
+    def pushed(self) -> int:
+        """Frames that have come so far: the number of the next one."""
+        return self._next
+
+    @property
     def level(self) -> int:
         """Level of new frames."""
         return self._level

@@ -79,32 +79,37 @@ class Features:
         Raises:
             UnusablePicture: features that are not finite, which are not kept.
         """
+        return list(self.steps(media, visuals, clock))
+
+    def steps(
+        self, media: Sequence[Picture | Clip], visuals: Sequence[Visual], clock: Clock
+    ) -> Iterator[tuple[int, int]]:
+        """What `compute` does, one call of the encoder at a time; yields each when it is done."""
         lacking: dict[str, set[Visual]] = {}
         for visual in visuals:
             if visual in self._held:
                 self._held.move_to_end(visual)
             else:
                 lacking.setdefault(visual.digest, set()).add(visual)
-        calls: Calls = []
         batch: list[tuple[Visual, Patches]] = []
         bounds = self._engine.bounds
 
-        def flush() -> None:
-            if batch:
-                calls.append((len(batch), len(batch[0][1].rows)))
-                self._encode([v for v, _ in batch], [p for _, p in batch], clock)
-                batch.clear()
+        def flush() -> tuple[int, int]:
+            call = len(batch), len(batch[0][1].rows)
+            self._encode([v for v, _ in batch], [p for _, p in batch], clock)
+            batch.clear()
+            return call
 
         for visual, patches in self._patches(media, lacking, clock):
             full = (len(batch) + 1) * len(patches.rows) > PATCHES_PER_CALL or len(batch) >= bounds.max_batch
             if batch and (full or batch[0][1].grid != patches.grid or batch[0][0].merge_size != visual.merge_size):
-                flush()
+                yield flush()
             batch.append((visual, patches))
-        flush()
+        if batch:
+            yield flush()
         limit, needed = 4 * bounds.max_seq_len, len(set(visuals))
         while len(self._held) > needed and self._rows > limit:
             self._rows -= len(self._held.popitem(last=False)[1])
-        return calls
 
     def embeds(self, keys: Sequence[Key]) -> F32:
         """Rows [S, H] of keys; those of visual tokens must have been computed."""

@@ -11,7 +11,8 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -103,6 +104,18 @@ class Clip(LabelledClip):
         """Take a frame out again."""
         super().remove(index)
         del self.digests[index]
+
+    def copy(self, reopen: Callable[[], Iterable[Frame]]) -> Clip:
+        """A clip that goes on by itself from here, with its own way to have its frames again."""
+        return replace(
+            self,
+            detector=copy(self.detector),
+            times=list(self.times),
+            kinds=list(self.kinds),
+            similarities=list(self.similarities),
+            digests=list(self.digests),
+            reopen=reopen,
+        )
 
     def kept(self, plan: Plan) -> list[str]:
         """Digests of the frames that the plan keeps, in order."""

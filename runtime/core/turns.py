@@ -31,6 +31,12 @@ class Turns:
         self.gone = 0
         """Frames that have gone so far."""
 
+    def copy(self) -> Turns:
+        """Turns that go on by themselves from here."""
+        found = Turns(self._thinking)
+        found._kept, found.gone = list(self._kept), self.gone
+        return found
+
     def __len__(self) -> int:
         return len(self._kept)
 
