@@ -20,6 +20,8 @@ Sizes come from `penguin_edge.tra.stream`. When a frame changes or goes, the KV 
 - `rebase`: frames behind it are moved down and their keys turned by the exact rotary angle; only the changed frame is
   computed. Positions are right, but a moved frame has still seen what stood before it then.
 
+Where the way changes while a stream runs, what was moved before stays until it is computed again or leaves.
+
 A question and its answer leave the cache when the next frame comes, unless they are kept.
 """
 
@@ -55,7 +57,7 @@ from penguin_edge.runtime.core.decode import Parts, answer, check_parts
 from penguin_edge.runtime.core.features import Calls, Features
 from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
 from penguin_edge.runtime.core.media import Library, own
-from penguin_edge.runtime.core.options import PROMPT, StreamChanges, StreamOptions, given_options
+from penguin_edge.runtime.core.options import PROMPT, Follow, Shrink, StreamChanges, StreamOptions, given_options
 from penguin_edge.runtime.core.pool import retained
 from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
 from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
@@ -113,6 +115,10 @@ class Stream:
         self.stats, self._answering = StreamStats(), 0
         self.frame_tokens: int | None = None
         """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
+        self.follow: Follow = "recompute" if self.options.cache == "auto" else self.options.cache
+        """How the KV cache follows from now on."""
+        self.shrink: Shrink = "encode" if self.options.shrink == "auto" else self.options.shrink
+        """What is done with frames that get smaller from now on."""
         self.last_work: Work | None = None
         """What the last frame made the engine do."""
         image = self.config.image
@@ -432,7 +438,7 @@ class Stream:
         """
         prompt = self._current(window)
         shrunk = {change.frame for change in changes if change.tokens}
-        if self.options.shrink == "pool":
+        if self.shrink == "pool":
             window.pool(self.features, prompt.visuals, shrunk)
         with self.clock("preprocess"):
             window.frames[:] = retained(window.frames, prompt.visuals)
@@ -475,7 +481,7 @@ class Stream:
 
     def _extend(self, keys: list[Key], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""
-        if self.options.cache == "rebase":
+        if self.follow == "rebase":
             moved = rebase(self.engine, self.cache, keys, self.features.embeds, self.clock)
             self._pieces = moved.pieces
             self.stats.moved_tokens += moved.moved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.checks import check_options
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Shrink = Literal["encode", "pool"]
-Following = Literal["recompute", "rebase"]
+Follow = Literal["recompute", "rebase"]
+SHRINKS: tuple[Shrink, ...] = get_args(Shrink)
+FOLLOWS: tuple[Follow, ...] = get_args(Follow)
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
@@ -95,10 +97,12 @@ class StreamOptions:
     """Seconds that frames are kept."""
     max_frames: int | None = None
     """Frames that are kept; None takes the model's number."""
-    shrink: Shrink = "encode"
-    """What is done with a frame that gets smaller: `encode` its pixels again, or `pool` its features."""
-    cache: Following = "recompute"
-    """How the KV cache follows: `recompute` or `rebase`; see the top of `stream.py`."""
+    shrink: Shrink | Literal["auto"] = "auto"
+    """What is done with a frame that gets smaller: `encode` its pixels again, or `pool` its features. `auto` is
+    `encode`, until a latency controller says otherwise."""
+    cache: Follow | Literal["auto"] = "auto"
+    """How the KV cache follows: `recompute` or `rebase`; see the top of `stream.py`. `auto` is `recompute`, until a
+    latency controller says otherwise."""
     question_tokens: int = 128
     """Positions that are kept free for a question."""
     answer_tokens: int = 128
@@ -116,10 +120,10 @@ class StreamOptions:
         )
         if self.tra not in STREAM_MODES:
             raise InputError(f"a stream has no tra mode {self.tra!r}; known: {', '.join(STREAM_MODES)}")
-        if self.shrink not in ("encode", "pool"):
-            raise InputError(f"frames cannot be shrunk by {self.shrink!r}; known: encode, pool")
-        if self.cache not in ("recompute", "rebase"):
-            raise InputError(f"the cache cannot follow by {self.cache!r}; known: recompute, rebase")
+        if self.shrink not in (*SHRINKS, "auto"):
+            raise InputError(f"frames cannot be shrunk by {self.shrink!r}; known: {', '.join(SHRINKS)}, auto")
+        if self.cache not in (*FOLLOWS, "auto"):
+            raise InputError(f"the cache cannot follow by {self.cache!r}; known: {', '.join(FOLLOWS)}, auto")
         _check_budget(self.budget)
 
 
@@ -143,8 +147,8 @@ class StreamChanges(TypedDict, total=False):
     tra: StreamMode
     window_s: float
     max_frames: int | None
-    shrink: Shrink
-    cache: Following
+    shrink: Shrink | Literal["auto"]
+    cache: Follow | Literal["auto"]
     question_tokens: int
     answer_tokens: int
     thinking: bool

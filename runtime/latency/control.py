@@ -8,17 +8,18 @@
 | the rest           | deadlines: each that is missed takes from the limits that predictions are held against, each |
 |                    | that is kept gives to them, so that `ALLOWED` are missed in the long run                     |
 
-A setting is how much is asked of the machine; `settings` has them in order. One that no longer fits is left at once for
-the largest that does, or that comes close to the least that can be reached: nothing is given up for nothing. A larger
-one is taken when it would fit `MARGIN` of the limits, and nothing has changed for `HOLD_S` seconds; every rise that had
-to be taken back of late makes that time `BACK_OFF` times as long, so that a machine at the border does not swing.
+A setting is how much is asked of the machine; `ranking.py` puts them in order, by what each is worth and what it asks
+for here. One that no longer fits is left at once for the first in this order that does, or that comes close to the
+least that can be reached: nothing is given up for nothing. A better one is taken when it would fit `MARGIN` of the
+limits, and nothing has changed for `HOLD_S` seconds; every rise that had to be taken back of late makes that time
+`BACK_OFF` times as long, so that a machine at the border does not swing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -30,8 +31,9 @@ from penguin_edge.errors import BudgetError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.runtime.core.report import Work
 from penguin_edge.runtime.latency.cost import CostModel
-from penguin_edge.runtime.latency.forecast import Forecast, Setting, price
+from penguin_edge.runtime.latency.forecast import FRAMES, Forecast, Setting, price
 from penguin_edge.runtime.latency.pace import NOISE, Pace, Seen
+from penguin_edge.runtime.latency.ranking import efficient, spaced
 from penguin_edge.schema import Maybe, Real
 
 ALLOWED = 0.01
@@ -48,6 +50,8 @@ MARGIN = 0.85
 HOLD_S, BACK_OFF, RECENT_S = 3.0, 4, 120.0
 """Seconds without a change before a rise, their growth with each rise that was taken back, and for how long that
 counts."""
+FIRST_FRAMES = 8
+"""Frames that are foretold for each setting when they are put in order, which has to be quick."""
 LOOK_S = 1.0
 """Seconds between forecasts while nothing is new."""
 BUSY = 0.9
@@ -101,6 +105,19 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Milliseconds that a setting asks for by the cost model, uncorrected: a frame and a slice of it, each at its 99th
+    percentile; a frame's mean; a question; one more token. And the window's visual tokens."""
+
+    frame: float
+    slice: float
+    mean: float
+    question: float
+    token: float
+    tokens: float
+
+
+@dataclass(frozen=True)
 class Decision:
     """One change of setting, `time` seconds after the beginning by the clock; milliseconds of what was to take longer,
     a frame or a first token, and of what was seen last, None before anything was."""
@@ -133,34 +150,6 @@ class Device:
     interval_ms: float = math.inf
 
 
-def settings(native: int, floor: int, budget: int) -> list[Setting]:
-    """All settings, from the largest on; `native` and `floor` are tokens of one frame.
-
-    In one order, whatever is scarce: detail of key frames first, down to half; then the budget, which shortens what the
-    window remembers, down to a quarter; then both, down to the floor; frames are left out last. Each step takes about
-    three tenths. Half of native is below what docs/budgets.md found legible at some sizes: where the encoder is what
-    takes the time, a budget that is cut first would not help.
-    """
-    frame = min(native, budget)
-    found = [Setting(budget, frame)]
-
-    def step(budget: int, frame: int) -> None:
-        if (budget, frame) != (found[-1].budget, found[-1].frame_tokens):
-            found.append(Setting(budget, min(frame, budget)))
-
-    def shrunk(value: int, least: int) -> int:
-        return max(least, min(value, round(value / math.sqrt(2))))
-
-    for share in (2, 1):
-        least = max(floor, frame // 2) if share == 2 else floor
-        while found[-1].frame_tokens > least:
-            step(found[-1].budget, shrunk(found[-1].frame_tokens, least))
-        least = max(4 * floor, budget // 4) if share == 2 else min(budget, 4 * floor)
-        while found[-1].budget > least:
-            step(shrunk(found[-1].budget, least), found[-1].frame_tokens)
-    return found + [Setting(found[-1].budget, found[-1].frame_tokens, stride) for stride in (2, 4, 8)]
-
-
 class LatencyControl:
     """Chooses a setting; see the top of this file. Times are seconds of any clock that does not go back."""
 
@@ -169,18 +158,21 @@ class LatencyControl:
         target: LatencyTarget,
         cost: CostModel,
         device: Device,
-        choices: list[Setting],
-        foresee: Callable[[Setting], Forecast],
+        choices: Sequence[Setting],
+        worth: Callable[[Setting], float],
+        foresee: Callable[[Sequence[Setting], int], list[Forecast]],
         decided: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         """
         Args:
-            foresee: what the next frames will make the engine do under a setting.
+            choices: all settings that may be taken.
+            worth: what a setting is worth.
+            foresee: what the next frames, so many, will make the engine do under each setting.
             decided: is told every decision.
         Raises:
-            BudgetError: even the last setting is predicted to miss the target; the message says what it reaches.
+            BudgetError: even the least setting is predicted to miss the target; the message says what it reaches.
         """
-        self.target, self.cost, self.device, self.choices = target, cost, device, choices
+        self.target, self.cost, self.device = target, cost, device
         self.decisions: deque[Decision] = deque(maxlen=KEPT)
         self.frames_seen: deque[Seen] = deque(maxlen=KEPT)
         self.questions_seen: deque[Seen] = deque(maxlen=KEPT)
@@ -189,30 +181,36 @@ class LatencyControl:
         self._token = Pace()
         self._leeway = 1.0
         self._held_up: deque[float] = deque(maxlen=NOISE)
+        self._wait = 0.0
         self._queued: deque[float] = deque(NO_WAIT, maxlen=QUEUED)
         self._answering = 0.0
         self._observed: float | None = None
         self._changed, self._looked, self._rose = 0.0, -math.inf, -math.inf
         self._taken_back: deque[float] = deque(maxlen=3)
-        self.index = 0
-        least = self.predicted(choices[-1])
+        self.choose(device, choices, worth)
+        least = self.predicted(self.order()[-1][1])
         if not self._fits(least, busy=math.inf):  # too many frames are left out
             raise BudgetError(
                 f"{target} cannot be kept here: with the least of everything this machine is predicted to need "
                 f"{least.first:.0f} ms to a first token, {least.frame:.0f} ms for a frame and to give "
                 f"{1e3 / max(least.token, 1e-3):.1f} tokens per second; choose another target, or a smaller model"
             )
-        self.index = self._largest(0, 1.0)
 
-    def see(self, device: Device, choices: list[Setting]) -> None:
-        """Frames of another size from now on."""
-        self.index = 0  # another thread may look
-        self.device, self.choices = device, choices
-        self.index = self._largest(0, 1.0)
+    def choose(self, device: Device, choices: Sequence[Setting], worth: Callable[[Setting], float]) -> None:
+        """Begin with a setting for what comes: frames of one size from now on."""
+        self.device, self._worth = device, worth
+        self._most = max(map(worth, choices))
+        found = self._foresee(choices, FIRST_FRAMES)
+        self._asked = {one: self._asks(forecast) for one, forecast in zip(choices, found, strict=True)}
+        self.setting = self._best(1.0)
 
-    @property
-    def setting(self) -> Setting:
-        return self.choices[self.index]
+    def order(self) -> list[tuple[float, Setting]]:
+        """Settings in the order in which they give way, as things are now, each with what it asks for."""
+
+        def load(setting: Setting) -> float:
+            return self._load(self._costs(setting, self._asked[setting]))
+
+        return efficient(self._asked, load, self._worth)
 
     @property
     def slower(self) -> float:
@@ -221,25 +219,28 @@ class LatencyControl:
 
     def work_ms(self, work: Work) -> float:
         """What one frame takes by the cost model, uncorrected."""
-        return price(self.cost, work, self.device.bounds, self.device.merge)
+        return sum(price(self.cost, work, self.device.bounds, self.device.merge))
 
     def predicted(self, setting: Setting) -> Costs:
         """What a setting is to take here, as far as is known by now."""
-        found = self._foresee(setting)
-        works = np.array([self.work_ms(work) for work in found.works])
-        expected = self._frame.added + self._frame.factor * works
-        noise = float(np.quantile(self._frame.noise(float(np.median(works))), NOISY))
-        frame = float(np.quantile(expected, 1 - ALLOWED)) + noise
+        return self._costs(setting, self._asks(self._foresee([setting], FRAMES)[0]))
+
+    def _asks(self, found: Forecast) -> Asked:
+        priced = [price(self.cost, work, self.device.bounds, self.device.merge) for work in found.works]
+        frame, longest = np.quantile([(sum(one), max(one)) for one in priced], 1 - ALLOWED, axis=0)
         question = self.cost.prefill_ms(self.device.question_tokens, found.past, self.device.bounds)
-        token = self.cost.stage_ms("decode", found.past)
-        wait, limit = 0.0, self.target.frame_ms
-        if limit is not None and self._held_up:
-            wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * limit)
-        wait += median(self._queued) / setting.stride
-        busy = float(expected.mean()) / (self.device.interval_ms * setting.stride) + self._answering
-        # A question waits for the frame in work; a frame for answers, and for frames.
-        first = frame + self._first.at_most(question, NOISY)
-        return Costs(frame + wait, first, self._token.at_most(token, 0.5), busy, found.tokens)
+        mean, token = sum(map(sum, priced)) / len(priced), self.cost.stage_ms("decode", found.past)
+        return Asked(float(frame), float(longest), mean, question, token, found.tokens)
+
+    def _costs(self, setting: Setting, asked: Asked) -> Costs:
+        """What was asked for, as it is here."""
+        noise = self._frame.beyond(asked.mean, NOISY)
+        wait = self._wait + median(self._queued) / setting.stride
+        busy = self._frame.expect(asked.mean) / (self.device.interval_ms * setting.stride) + self._answering
+        # A question waits for a slice of the frame in work; a frame for answers, and for frames.
+        first = self._frame.expect(asked.slice) + noise + self._first.at_most(asked.question, NOISY)
+        frame = self._frame.expect(asked.frame) + noise + wait
+        return Costs(frame, first, self._token.at_most(asked.token, 0.5), busy, asked.tokens)
 
     def observe_frame(
         self, now: float, work: Work, took_ms: float, held_up_ms: float = 0.0, queued_ms: float = 0.0
@@ -255,6 +256,8 @@ class LatencyControl:
                     pace.scale(ratio)
         self._observed = took_ms
         self._held_up.append(held_up_ms)
+        if self.target.frame_ms is not None:
+            self._wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * self.target.frame_ms)
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)
         if self.target.frame_ms is not None:
             self._judge(took_ms + held_up_ms + queued_ms > self.target.frame_ms)
@@ -299,23 +302,23 @@ class LatencyControl:
         if now - self._looked < LOOK_S:
             return None
         self._looked = now
-        wanted, reason = self.index, ""
-        if not self._fits(self.predicted(self.setting)):
-            wanted = self._largest(self.index, 1.0)
-            if wanted > self.index:
+        before, wanted, reason = self.setting, self.setting, ""
+        if not self._fits(self.predicted(before)):
+            wanted = self._best(1.0)
+            if self._worth(wanted) < self._worth(before):
                 reason = "slower than the target allows"
                 if now - self._rose < RECENT_S:
                     self._taken_back.append(now)
                 self._rose = -math.inf
-            elif wanted < self.index:
+            elif wanted != before:
                 reason = "less would not help"
-        elif self.index and now - self._changed >= self._hold(now):
-            wanted = self._largest(0, MARGIN)
-            if wanted < self.index:
+        elif now - self._changed >= self._hold(now) and self._worth(before) < self._most:
+            wanted = self._best(MARGIN)
+            if self._worth(wanted) > self._worth(before):
                 reason, self._rose = "room to spare", now
         if not reason:
             return None
-        before, self.index = self.setting, wanted
+        self.setting = wanted
         # The change itself takes its time, and one frame that waits for it is no reason for another.
         self._queued.clear()
         self._queued.extend(NO_WAIT)
@@ -333,6 +336,16 @@ class LatencyControl:
     def _hold(self, now: float) -> float:
         return HOLD_S * BACK_OFF ** sum(now - at < RECENT_S for at in self._taken_back)
 
+    def _load(self, costs: Costs) -> float:
+        """The share of what a target and the time allow that is asked for, by what comes closest to it."""
+        target = self.target
+        return max(
+            costs.first / target.first_token_ms,
+            costs.frame / target.frame_ms if target.frame_ms is not None else 0.0,
+            1e-3 * costs.token * (target.tokens_per_s or 0.0),
+            costs.busy / BUSY,
+        )
+
     def _fits(self, costs: Costs, share: float = 1.0, busy: float = BUSY) -> bool:
         target, limit = self.target, share * self._leeway
         return (
@@ -342,28 +355,28 @@ class LatencyControl:
             and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
         )
 
-    def _largest(self, begin: int, share: float) -> int:
-        """The first setting from `begin` on that fits, taking it that later ones ask for less; where the last one does
-        not, the first of all that comes close to what that reaches."""
-        low, high = begin, len(self.choices) - 1
-        least = self.predicted(self.choices[high])
-        if not self._fits(least, share):
-            if share < 1:
-                return self.index
+    def _best(self, share: float) -> Setting:
+        """The first setting in order that fits a share of the limits, taking it that later ones ask for less. Where not
+        even the last one does: the present one for less than all of the limits, else the first that comes close to what
+        the last one reaches."""
+        front = self.order()
+        least = self.predicted(front[-1][1])
+        if self._fits(least, share):
+            return self._first_of(spaced(front), lambda costs: self._fits(costs, share))
+        if share < 1:
+            return self.setting
+        return self._first_of(
+            [one for _, one in front],
+            lambda costs: (
+                costs.frame <= REACHED * least.frame
+                and costs.first <= REACHED * least.first
+                and costs.busy <= max(BUSY, REACHED * least.busy)
+            ),
+        )
 
-            def close(costs: Costs) -> bool:
-                return (
-                    costs.frame <= REACHED * least.frame
-                    and costs.first <= REACHED * least.first
-                    and costs.busy <= max(BUSY, REACHED * least.busy)
-                )
-
-            low = 0
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (low, middle) if close(self.predicted(self.choices[middle])) else (middle + 1, high)
-            return low
+    def _first_of(self, choices: list[Setting], will_do: Callable[[Costs], bool]) -> Setting:
+        low, high = 0, len(choices) - 1
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(self.predicted(self.choices[middle]), share) else (middle + 1, high)
-        return low
+            low, high = (low, middle) if will_do(self.predicted(choices[middle])) else (middle + 1, high)
+        return choices[low]

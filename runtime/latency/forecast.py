@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.runtime.core.features import PATCHES_PER_CALL
+from penguin_edge.runtime.core.options import Follow, Shrink
 from penguin_edge.runtime.core.report import Work
 from penguin_edge.runtime.latency.cost import CostModel
 from penguin_edge.tra.clip import KEY
@@ -24,11 +25,14 @@ FILLING = 96
 
 @dataclass(frozen=True)
 class Setting:
-    """Visual tokens of the window, most tokens of one frame, and how many frames make one that is taken."""
+    """Visual tokens of the window, most tokens of one frame, how many frames make one that is taken, and how the KV
+    cache and frames that get smaller follow."""
 
     budget: int
     frame_tokens: int
     stride: int = 1
+    cache: Follow = "recompute"
+    shrink: Shrink = "encode"
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,11 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
-class Following:
-    """How a stream follows its planner: `around` are positions before the first frame, `batch` the most frames in one
-    call of the encoder, `merge` patches along each side of a token."""
+class Around:
+    """What else a frame's work depends on: `positions` before the first frame, `batch` the most frames in one call of
+    the encoder, `merge` patches along each side of a token."""
 
-    recompute: bool
-    pool: bool
-    around: int
+    positions: int
     batch: int
     merge: int
 
@@ -63,62 +65,79 @@ class Forecast:
 
 def forecast(
     planner: StreamPlanner,
-    setting: Setting,
+    settings: Sequence[Setting],
     arrivals: Arrivals,
-    following: Following,
+    around: Around,
     *,
     frames: int = FRAMES,
     filling: int = FILLING,
-) -> Forecast:
-    """Let a copy of `planner` go on under `setting`; the planner stays as it is.
+) -> list[Forecast]:
+    """Let a copy of `planner` go on under each setting; the planner stays as it is.
 
     Args:
+        settings: those that differ in `cache` and `shrink` alone are cheap together.
         frames: how many are foretold, after at most `filling` of those that older frames need not change for.
     """
-    planner = planner.copy()
-    planner.set_limits(replace(planner.limits, budget=setting.budget))
-    size = cap_size(arrivals.size, setting.frame_tokens * planner.factor**2)
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for i, one in enumerate(settings):
+        alike.setdefault((one.budget, one.frame_tokens, one.stride), []).append(i)
+    found: list[Forecast | None] = [None] * len(settings)
+    for places in alike.values():
+        foretold = _go_on(planner, [settings[i] for i in places], arrivals, around, frames, filling)
+        for i, ahead in zip(places, foretold, strict=True):
+            found[i] = ahead
+    return [one for one in found if one is not None]
+
+
+def _go_on(
+    planner: StreamPlanner, settings: Sequence[Setting], arrivals: Arrivals, around: Around, frames: int, filling: int
+) -> list[Forecast]:
+    """Forecasts of settings that give frames the same sizes."""
+    planner, sizes = planner.copy(), settings[0]
+    planner.set_limits(replace(planner.limits, budget=sizes.budget))
+    size = cap_size(arrivals.size, sizes.frame_tokens * planner.factor**2)
     kinds = arrivals.kinds or (KEY,)
-    works: list[Work] = []
-    tokens = past = 0
+    works: list[list[Work]] = [[] for _ in settings]
+    tokens = turn = 0
     at = planner.latest
-    for turn in range(filling + frames):
-        at += arrivals.interval_s * setting.stride
+    while len(works[0]) < frames:
+        at += arrivals.interval_s * sizes.stride
         changes = planner.push(kinds[turn % len(kinds)], size, at)
+        turn += 1
         settled = any(change.reason in ("window", "full", "dropped", "budget") for change in changes)
         if filling and not settled:
             filling -= 1
             continue
         filling = 0
-        works.append(frame_work(planner, changes, arrivals.size, following))
+        for one, seen in zip(settings, works, strict=True):
+            seen.append(frame_work(planner, changes, arrivals.size, one, around))
         tokens += planner.total_tokens
-        past = max(past, works[-1].past + works[-1].prefilled)
-        if len(works) == frames:
-            break
-    return Forecast(tuple(works), tokens / len(works), past)
+    return [Forecast(tuple(seen), tokens / frames, max(work.past + work.prefilled for work in seen)) for seen in works]
 
 
-def frame_work(planner: StreamPlanner, changes: Sequence[Change], size: tuple[int, int], following: Following) -> Work:
+def frame_work(
+    planner: StreamPlanner, changes: Sequence[Change], size: tuple[int, int], setting: Setting, around: Around
+) -> Work:
     """What a stream does for the newest frame of a planner, of (height, width) pixels, after `changes` of others."""
     kept = dict(zip(planner.numbers, (frame.tokens for frame in planner.plan().frames), strict=True))
     tag = planner.tag_tokens
     numbers = list(kept)
     shrunk = [change.frame for change in changes if change.tokens]
-    encoded = numbers[-1:] if following.pool else [*shrunk, numbers[-1]]
+    encoded = numbers[-1:] if setting.shrink == "pool" else [*shrunk, numbers[-1]]
     calls: list[tuple[int, int]] = []
     # Frames of one size go through the encoder together; the newest one's call comes last.
     sizes = dict.fromkeys(kept[number] for number in encoded if kept[number] != kept[numbers[-1]])
     for tokens in (*sizes, kept[numbers[-1]]):
-        frames, patches = sum(kept[number] == tokens for number in encoded), tokens * following.merge**2
-        batch = max(1, min(following.batch, PATCHES_PER_CALL // patches))
+        frames, patches = sum(kept[number] == tokens for number in encoded), tokens * around.merge**2
+        batch = max(1, min(around.batch, PATCHES_PER_CALL // patches))
         calls += [(batch, patches)] * (frames // batch) + [(frames % batch, patches)] * (frames % batch > 0)
     positions = [kept[number] + tag for number in numbers]
-    if following.recompute:
+    if setting.cache == "recompute":
         # From the first place on that is not as it was.
         first = min((change.frame for change in changes), default=numbers[-1])
         begin = next(i for i, number in enumerate(numbers) if number >= first)
         prefilled = sum(positions[begin:])
-        return Work(size[0] * size[1], tuple(calls), prefilled, following.around + sum(positions[:begin]))
+        return Work(size[0] * size[1], tuple(calls), prefilled, around.positions + sum(positions[:begin]))
     first = min((change.frame for change in changes), default=numbers[-1])
     # The text before the first frame belongs to it: another frame in its place is computed again.
     fresh = {*shrunk, numbers[-1], *(numbers[:1] if first < numbers[0] else ())}
@@ -127,18 +146,22 @@ def frame_work(planner: StreamPlanner, changes: Sequence[Change], size: tuple[in
     pieces = len(changed)
     begin = next(i for i, number in enumerate(numbers) if number >= first)
     moved = sum(positions[i] for i in range(begin, len(numbers)) if i not in changed)
-    past = following.around + sum(positions) - prefilled
+    past = around.positions + sum(positions) - prefilled
     return Work(size[0] * size[1], tuple(calls), prefilled, past, pieces, moved)
 
 
-def price(cost: CostModel, work: Work, bounds: Bounds, merge: int) -> float:
-    """Milliseconds that one frame's work takes by the cost model, from its arrival to the end of its prefill."""
-    spent = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+def price(cost: CostModel, work: Work, bounds: Bounds, merge: int) -> tuple[float, ...]:
+    """Milliseconds of one frame's work by the cost model, slice by slice: each call of the encoder with what comes
+    before it, and at the end what the KV cache takes."""
+    before = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+    slices = []
     for frames, patches in work.encoded:
-        spent += cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merge**2)
+        call = cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merge**2)
+        slices.append(before + call)
+        before = 0.0
     if work.prefilled:
         each = -(-work.prefilled // work.pieces)
-        spent += work.pieces * cost.prefill_ms(each, work.past, bounds)
+        before += work.pieces * cost.prefill_ms(each, work.past, bounds)
     if work.moved and "move" in cost.tables:  # a cache of a few positions is profiled without
-        spent += cost.stage_ms("move", work.moved)
-    return spent
+        before += cost.stage_ms("move", work.moved)
+    return (*slices, before)

@@ -17,7 +17,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 WINDOW_S, POINTS = 30.0, 128
 """Age and number of the points that a line goes through, at most."""
@@ -57,22 +56,31 @@ class Pace:
         """By how much times grew with the last one seen, where that said that the machine has changed."""
         self._points: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
         self._noise: deque[float] = deque(maxlen=NOISE)
+        self._quantiles: dict[float, float] = {}
+        """Of the noise, until the next time is seen."""
         self._assumed = self._run = 0
 
     def expect(self, x: float) -> float:
         """What is predicted to take `x` takes about so long."""
         return self.added + self.factor * x
 
-    def noise(self, x: float) -> NDArray[np.float64]:
-        """What comes on top of `expect(x)`, in milliseconds: as seen of late, or as assumed."""
-        if len(self._noise) < LEAST:
-            return np.array(ASSUMED) * self.expect(x)
-        # Without the outermost: one alone is an accident, and until there are many it would be the 95th percentile.
-        return self.factor * np.sort(self._noise)[1:-1]
+    def beyond(self, x: float, share: float) -> float:
+        """What comes on top of `expect(x)` at most, in this share of cases, in milliseconds: as seen of late, or as
+        assumed."""
+        if share not in self._quantiles:
+            # Without the outermost: one alone is an accident, and until there are many it would be the 95th percentile.
+            seen = ASSUMED if self._unseen else np.sort(self._noise)[1:-1]
+            self._quantiles[share] = float(np.quantile(seen, share))
+        return self._quantiles[share] * (self.expect(x) if self._unseen else self.factor)
 
     def at_most(self, x: float, share: float) -> float:
         """What is predicted to take `x` takes no longer, in this share of cases."""
-        return self.expect(x) + float(np.quantile(self.noise(x), share))
+        return self.expect(x) + self.beyond(x, share)
+
+    @property
+    def _unseen(self) -> bool:
+        """No noise was seen yet, or changes have taken it."""
+        return len(self._noise) < LEAST
 
     def scale(self, ratio: float) -> None:
         """Everything takes so many times as long from now on, as seen elsewhere."""
@@ -86,11 +94,11 @@ class Pace:
         """One more time."""
         x = max(x, SMALLEST)
         expected = self.expect(x)
-        if len(self._noise) < LEAST:  # none was seen yet, or changes have taken them
-            assumed = self.noise(x) / self.factor
+        if self._unseen:
             self._noise.clear()
-            self._noise.extend(assumed)
-            self._assumed = len(assumed)
+            self._noise.extend(one * expected / self.factor for one in ASSUMED)
+            self._assumed = len(ASSUMED)
+            self._quantiles.clear()
         low, high = (self.at_most(x, share) for share in (0.05, 0.95))
         side = 0
         if abs(taken - expected) > CHANGE * expected:
@@ -108,6 +116,7 @@ class Pace:
                 self._assumed -= 1
             self._noise.append((taken - expected) / self.factor)
             self._draw()
+        self._quantiles.clear()
         return Seen(expected, high, taken)
 
     def _begin_anew(self, x: float) -> None:

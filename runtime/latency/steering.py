@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from penguin_edge.errors import BudgetError
 from penguin_edge.media.frames import Frame
+from penguin_edge.runtime.core.options import FOLLOWS, SHRINKS, Follow, Shrink
 from penguin_edge.runtime.core.report import Report
-from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget, settings
+from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget
 from penguin_edge.runtime.latency.cost import CostModel
-from penguin_edge.runtime.latency.forecast import FRAMES, Arrivals, Following, Forecast, Setting, forecast
+from penguin_edge.runtime.latency.forecast import FRAMES, Around, Arrivals, Forecast, Setting, forecast
+from penguin_edge.runtime.latency.ranking import candidates, worth
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 
@@ -23,21 +26,27 @@ USUAL = (KEY, INTERMEDIATE, INTERMEDIATE, INTERMEDIATE)
 """How frames are taken to be labelled until twice as many have been."""
 
 
-def choices(stream: Stream, size: tuple[int, int], budget: int) -> list[Setting]:
-    """What a controller can choose from, for frames of (height, width) pixels under a budget."""
+def sizes(stream: Stream, size: tuple[int, int], budget: int) -> tuple[int, int, int]:
+    """Most and least tokens of a frame of (height, width) pixels, and of the window under a budget."""
     planner, room = stream.planner, stream.planner.limits.room
     ladder = [rows * columns for rows, columns in size_ladder(*size, planner.factor)]
     floor = next(tokens for tokens in ladder if tokens >= min(planner.least_tokens, ladder[-1]))
     largest = stream.engine.bounds.max_patches // stream.config.image.video_merge_size**2
-    return settings(min(ladder[-1], largest), floor, min(budget, room or budget))
+    return min(ladder[-1], largest), floor, min(budget, room or budget)
 
 
-def following(stream: Stream) -> Following:
-    """How a stream follows its planner."""
+def ways(stream: Stream) -> tuple[Sequence[Follow], Sequence[Shrink]]:
+    """How the KV cache and frames that get smaller may follow."""
+    options = stream.options
+    movable = FOLLOWS if stream.engine.can_move else FOLLOWS[:1]
+    caches = movable if options.cache == "auto" else (options.cache,)
+    return caches, SHRINKS if options.shrink == "auto" else (options.shrink,)
+
+
+def around(stream: Stream) -> Around:
+    """What else the work of a stream's frames depends on."""
     frames = stream.visual_tokens + len(stream.times) * stream.planner.tag_tokens
-    return Following(
-        stream.options.cache == "recompute",
-        stream.options.shrink == "pool",
+    return Around(
         max(0, stream.cache.length - frames) if stream.times else 0,
         stream.engine.bounds.max_batch,
         stream.config.image.video_merge_size,
@@ -111,36 +120,46 @@ class Steering:
         if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
             return
         near, before, self._size = self._device(), self._size, size
-        found = choices(self._stream, size, self._budget)
+        native, floor, budget = sizes(self._stream, size, self._budget)
+        found = candidates(native, floor, budget, *ways(self._stream))
+        value = partial(worth, native=native, budget=budget)
         asked, reason = found[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:
-                self.control = LatencyControl(self._target, self._cost, near, found, self._foresee, self._decided)
+                self.control = LatencyControl(
+                    self._target, self._cost, near, found, value, self._foresee, self._decided
+                )
             except BudgetError:
                 self._given_up, self._size = True, before
                 raise
         else:
             asked, reason = self.control.setting, "frames of another size"
-            self.control.see(near, found)
+            self.control.choose(near, found, value)
         self._apply(self.control.setting)
         if self.control.setting != asked:
             self.control.tell(self._now(), asked, reason)
 
-    def frame(self, arrived: int, begun: int, ended: int) -> None:
-        """A frame is ready: tell the controller what it took, and do what that decides. Times in nanoseconds."""
+    def frame(self, arrived: int, begun: int, ended: int, paused: int) -> None:
+        """A frame is ready: tell the controller what it took, and do what that decides.
+
+        Args:
+            arrived, begun, ended: when, in nanoseconds.
+            paused: nanoseconds of answers between its slices.
+        """
         control, work = self.control, self._stream.last_work
         if control is None or work is None:
             return
         self._kinds.append(self._stream.window[-1].kind)
         control.device = self._device()
         held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end, _ in self._spoken) / 1e6
-        took = (ended - begun) / 1e6
+        took = (ended - begun - paused) / 1e6
         self._took_ms = min(took, 2 * self._took_ms) if self._took_ms else took
         since = max(self._begun, ended - int(1e6 * LONGEST_MS))
         # Those of before count as long as they would take now.
         spoken = sum(max(0, end - max(begin, since)) / slower for begin, end, slower in self._spoken)
         spoken_share = spoken / max(1, ended - since)
-        control.observe_frame(self._now(), work, took, held_up, (begun - arrived) / 1e6 - held_up)
+        queued = (begun - arrived) / 1e6 - held_up
+        control.observe_frame(self._now(), work, took, held_up + paused / 1e6, queued)
         control.observe_share(control.slower * spoken_share)
         asked = control.setting
         control.decide(self._now())
@@ -156,11 +175,12 @@ class Steering:
             waited = (begun - asked) / 1e6
             self.control.observe_answer(self._now(), past, tokens, report.first_token_ms, each, waited)
 
-    def _foresee(self, setting: Setting) -> Forecast:
+    def _foresee(self, settings: Sequence[Setting], frames: int) -> list[Forecast]:
         assert self._size is not None
         kinds = tuple(self._kinds) if len(self._kinds) >= 2 * len(USUAL) else USUAL
         apart = 1.0 if math.isinf(self._apart_ms) else self._apart_ms / 1e3
-        return forecast(self._stream.planner, setting, Arrivals(self._size, apart, kinds), following(self._stream))
+        arrivals = Arrivals(self._size, apart, kinds)
+        return forecast(self._stream.planner, settings, arrivals, around(self._stream), frames=frames)
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self._begun) / 1e9
@@ -173,5 +193,6 @@ class Steering:
     def _apply(self, setting: Setting) -> None:
         self.stride = setting.stride
         self._stream.frame_tokens = setting.frame_tokens
+        self._stream.follow, self._stream.shrink = setting.cache, setting.shrink
         if setting.budget != self._stream.planner.limits.budget:
             self._stream.set_budget(setting.budget)

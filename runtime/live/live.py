@@ -6,11 +6,12 @@
             print(token.text, end="")
 
 One worker owns the stream. `push` puts a frame into a short queue and returns; when the queue is full its oldest frame
-is given up for the new one. A question is taken once the frame in work is done, and what watches say of it, before
-frames that wait: it is about what was ready then. While it is answered frames queue up, so the queue also says how old
-a frame can get. An error of the worker is raised by the next call, once; the stream goes on. With a `LatencyTarget` a
-controller (`runtime/latency`) chooses how large frames are, how many tokens the window has, and which frames are left
-out.
+is given up for the new one. A question goes before frames that wait, and before what is left of the frame in work: that
+is done in slices (`Stream.slices`), and a question waits for one of them. It is about what was ready then. One that is
+to be kept, or that comes before the first frame is ready, waits for the whole frame. While a question is answered
+frames queue up, so the queue also says how old a frame can get. An error of the worker is raised by the next call,
+once; the stream goes on. With a `LatencyTarget` a controller (`runtime/latency`) chooses how large frames are, how many
+tokens the window has, and which frames are left out.
 """
 
 from __future__ import annotations
@@ -331,14 +332,18 @@ class Live:
                 self._add(*item)
 
     def _add(self, frame: Frame, arrived: int) -> None:
-        begun = _now()
+        begun, paused = _now(), 0
         try:
             try:
                 if self._steering is not None:
                     self._steering.before(frame)
             except BudgetError as error:
                 self._fail(error)
-            self.stream.push(frame)
+            for _ in self.stream.slices(frame):
+                if (question := self._between()) is not None:
+                    asked = _now()
+                    self._answer(question)
+                    paused += _now() - asked
         except Exception as error:  # whatever it is, the caller is told by the next call
             self._drop((frame, "error"))
             self._fail(error)
@@ -348,16 +353,24 @@ class Live:
         self.stats.processed += 1
         self.stats.age_ms.append(age)
         window, budget, kv_tokens = self.stream.window, self.stream.budget, self.stream.cache.length
-        ready = Ready(frame, window[-1].number, age, (ended - begun) / 1e6, window, budget, kv_tokens)
+        ready = Ready(frame, window[-1].number, age, (ended - begun - paused) / 1e6, window, budget, kv_tokens)
         try:
             if self._steering is not None:
-                self._steering.frame(arrived, begun, ended)
+                self._steering.frame(arrived, begun, ended, paused)
         except Exception as error:
             self._fail(error)
         self._tell.frame_ready(ready)
         for watch in list(self._watches):
             if watch.due(window[-1].kind, frame.time or 0.0):
                 self._report(watch, frame.time)
+
+    def _between(self) -> _Question | None:
+        """The question that goes between two slices of a frame, if one waits."""
+        with self._changed:
+            question = self._question
+        if question is None or question.keep or not self.stream.times:
+            return None
+        return question
 
     def _report(self, watch: Watch, at: float | None) -> None:
         """What a watch says; nothing when the stream is closed meanwhile."""

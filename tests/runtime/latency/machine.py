@@ -1,20 +1,23 @@
 """A simulated machine under a stream: its own planner, prices of a known model, and a clock that costs nothing.
 
 What a frame takes is `added + speed(t) * price + noise(t)`, which the controller is not told. A question comes every
-two seconds, together with a frame, and waits for it.
+two seconds, together with a frame, and waits for a slice of its work, the longest one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from penguin_edge.bundle.contract import Bounds
-from penguin_edge.runtime.latency.control import Device, LatencyControl, LatencyTarget, Setting, settings
+from penguin_edge.runtime.core.options import FOLLOWS
+from penguin_edge.runtime.latency.control import Device, LatencyControl, LatencyTarget, Setting
 from penguin_edge.runtime.latency.cost import CostModel, fit
-from penguin_edge.runtime.latency.forecast import Arrivals, Following, forecast, frame_work, price
+from penguin_edge.runtime.latency.forecast import Around, Arrivals, Forecast, forecast, frame_work, price
+from penguin_edge.runtime.latency.ranking import candidates, worth
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Limits, StreamPlanner
@@ -89,25 +92,27 @@ class Machine:
         fps: float = 2.0,
         size: tuple[int, int] = (280, 392),
         budget: int = 1000,
-        recompute: bool = True,
+        caches: Sequence[str] = FOLLOWS[:1],
         kinds: Sequence[str] = (KEY, *[INTERMEDIATE] * 5),
         window_s: float = 60.0,
     ) -> None:
         self.truth, self.fps, self.size, self.kinds = truth, fps, size, kinds
         self.planner = StreamPlanner(Limits(budget, 3500, window_s), tag_tokens=9)
-        self.following = Following(recompute, False, 12, 16, 2)
+        self.around = Around(12, 16, 2)
         ladder = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)]
         floor = next(tokens for tokens in ladder if tokens >= min(self.planner.least_tokens, ladder[-1]))
-        self.choices = settings(ladder[-1], floor, budget)
+        self.choices = candidates(ladder[-1], floor, budget, caches, ("encode",))
+        self.worth = partial(worth, native=ladder[-1], budget=budget)
         self.device = Device(BOUNDS, 2, 24, 1e3 / fps)
         self.labels: list[str] = []
 
-    def foresee(self, setting: Setting):
+    def foresee(self, settings: Sequence[Setting], frames: int) -> list[Forecast]:
         kinds = self.labels[-32:] if len(self.labels) >= 8 else (KEY, *[INTERMEDIATE] * 3)
-        return forecast(self.planner, setting, Arrivals(self.size, 1 / self.fps, kinds), self.following)
+        return forecast(self.planner, settings, Arrivals(self.size, 1 / self.fps, kinds), self.around, frames=frames)
 
     def control(self, target: LatencyTarget, cost: CostModel | None = None) -> LatencyControl:
-        return LatencyControl(target, cost or self.truth.cost, self.device, self.choices, self.foresee)
+        known = cost or self.truth.cost
+        return LatencyControl(target, known, self.device, self.choices, self.worth, self.foresee)
 
     def run(self, seconds: float, control: LatencyControl | None = None, fixed: Setting | None = None) -> Seen:
         """Frames for so long under a controller, or under a fixed setting."""
@@ -126,10 +131,11 @@ class Machine:
                 kind, cap_size(self.size, setting.frame_tokens * self.planner.factor**2), arrived
             )
             self.labels.append(self.planner.plan().frames[-1].kind)
-            work = frame_work(self.planner, changes, self.size, self.following)
+            work = frame_work(self.planner, changes, self.size, setting, self.around)
             begun = max(arrived, free)
-            took = self.truth.added + self.truth.speed(begun) * price(self.truth.cost, work, BOUNDS, 2)
-            took += self.truth.noise(begun)
+            slices = [self.truth.speed(begun) * one for one in price(self.truth.cost, work, BOUNDS, 2)]
+            besides = self.truth.added + self.truth.noise(begun)
+            took = besides + sum(slices)
             queued = max(0.0, 1e3 * (begun - arrived) - spent)
             held, spent = 1e3 * (begun - arrived) - queued, 0
             free = begun + took / 1e3
@@ -142,8 +148,9 @@ class Machine:
                 past = work.past + work.prefilled
                 cost, speed = self.truth.cost, self.truth.speed(free)
                 first = self.truth.added + speed * cost.prefill_ms(24, past, BOUNDS) + self.truth.noise(free)
-                seen.firsts.append((arrived, 1e3 * (free - arrived) + first))
+                waited = besides + max(slices)
+                seen.firsts.append((arrived, waited + first))
                 if control is not None:
-                    control.observe_answer(free + first / 1e3, past, 24, first, None, 1e3 * (free - arrived))
+                    control.observe_answer(free + first / 1e3, past, 24, first, None, waited)
                 free, spent = free + first / 1e3, first
         return seen

@@ -10,8 +10,9 @@ from helpers import CountingEngine, picture, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penguin_edge.runtime.latency.forecast import Arrivals, Following, Setting, forecast
-from penguin_edge.runtime.latency.steering import choices, following
+from penguin_edge.runtime.core.options import FOLLOWS
+from penguin_edge.runtime.latency.forecast import Around, Arrivals, Setting, forecast
+from penguin_edge.runtime.latency.steering import around
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, KeyFrameDetector
 from penguin_edge.tra.stream import Limits, StreamPlanner
@@ -36,19 +37,19 @@ def push(stream: Stream, index: int) -> None:
 @pytest.mark.parametrize("cache", ["recompute", "rebase"])
 @pytest.mark.parametrize("shrink", ["encode", "pool"])
 @pytest.mark.parametrize("begin", [1, 7, 40])
-@pytest.mark.parametrize("choice", [0, 2])
+@pytest.mark.parametrize("choice", [0, 1])
 def test_the_next_frames_are_foretold(cache: Any, shrink: Any, begin: int, choice: int) -> None:
     count = 24
     kinds = kinds_of(begin + count)
     stream = stream_of(budget=400, cache=cache, shrink=shrink, window_s=30.0)
-    setting = choices(stream, SIZE, 400)[choice]
+    setting = Setting((400, 280)[choice], (60, 30)[choice], 1, cache, shrink)
     stream.set_budget(setting.budget)
     stream.frame_tokens = setting.frame_tokens
     for index in range(begin):
         push(stream, index)
     before = stream.planner.plan()
     arrivals = Arrivals(SIZE, 1.0, kinds[begin:])
-    found = forecast(stream.planner, setting, arrivals, following(stream), frames=count, filling=0)
+    (found,) = forecast(stream.planner, [setting], arrivals, around(stream), frames=count, filling=0)
     assert stream.planner.plan() == before
     tokens = []
     for index, work in zip(range(begin, begin + count), found.works, strict=True):
@@ -73,7 +74,6 @@ def test_the_next_frames_are_foretold(cache: Any, shrink: Any, begin: int, choic
     stride=st.sampled_from([1, 2, 4, 8]),
     interval=st.floats(1e-3, 1e5),
     kinds=st.lists(st.sampled_from([KEY, INTERMEDIATE]), min_size=1, max_size=6),
-    recompute=st.booleans(),
     window=st.sampled_from([1.0, 60.0, 86_400.0]),
     pushed=st.integers(0, 30),
 )
@@ -83,7 +83,6 @@ def test_any_setting_is_foretold_within_its_budget(
     stride: int,
     interval: float,
     kinds: list[str],
-    recompute: bool,
     window: float,
     pushed: int,
 ) -> None:
@@ -91,16 +90,15 @@ def test_any_setting_is_foretold_within_its_budget(
     for index in range(pushed):
         planner.push(kinds[index % len(kinds)], SIZE, index * interval)
     was = planner.plan()
-    found = forecast(
-        planner,
-        Setting(budget, frame_tokens, stride),
-        Arrivals(SIZE, interval, kinds),
-        Following(recompute, False, 5, 4, 2),
-    )
+    settings = [Setting(budget, frame_tokens, stride, cache) for cache in FOLLOWS]
+    arrivals, around = Arrivals(SIZE, interval, kinds), Around(5, 4, 2)
+    both = forecast(planner, settings, arrivals, around)
+    assert both == [one for setting in settings for one in forecast(planner, [setting], arrivals, around)]
     assert planner.plan() == was and planner.limits == Limits(900, 1500, window)
-    assert 1 <= found.tokens <= budget and len(found.works) == 32
-    assert all(work.prefilled >= 1 and work.past >= 0 and work.encoded for work in found.works)
-    assert found.past <= 5 + 1500
+    for found in both:
+        assert 1 <= found.tokens <= budget and len(found.works) == 32
+        assert all(work.prefilled >= 1 and work.past >= 0 and work.encoded for work in found.works)
+        assert found.past <= 5 + 1500
 
 
 def test_a_copy_goes_its_own_way() -> None:

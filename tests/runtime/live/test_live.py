@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ def test_errors_are_raised_by_the_next_call_once_and_the_stream_goes_on() -> Non
         run.push(picture(3), 3.0)
         run.wait()
         assert run.stats.dropped == {"error": 2} and run.stream.cache.length == len(run.stream.prompt_keys())
-        # What the failed frame lacks was computed with the next one.
-        assert run.stream.times == [1.0, 2.0, 3.0]
+        # The frame that the encoder failed at was given up, and nothing else.
+        assert run.stream.times == [1.0, 3.0]
         with pytest.raises(PenguinError, match="shorten the question"):
             list(run.ask("word " * 600))
         assert list(run.ask("And now?", options=SHORT))
@@ -344,7 +345,7 @@ def test_a_machine_that_gets_slower_is_asked_for_less() -> None:
     measured["encode"] = {(patches, many): [0.1 * patches * many] for patches in (1.0, 4096.0) for many in (1.0, 4.0)}
     cost, brake = fit(measured), Brake(10.0, 0.0)
     engine = SlowedEngine(PatientEngine(max_seq_len=1024), brake)
-    session = Stream(engine, tiny_tokenizer(), budget=400, cache="rebase")
+    session = Stream(engine, tiny_tokenizer(), budget=400, cache="rebase", shrink="encode")
     told: list[Decision] = []
 
     class Deciding(Observer):
@@ -392,7 +393,7 @@ def test_decisions_are_written_down_at_once(tmp_path: Path) -> None:
             )
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             assert [line["time"] for line in lines] == list(range(i + 1))
-    assert lines[-1]["to"] == {"budget": 200, "frame_tokens": 30, "stride": 2} and lines[-1]["observed"] == 40.0
+    assert lines[-1]["to"] == asdict(Setting(200, 30, 2)) and lines[-1]["observed"] == 40.0
 
 
 def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> None:
@@ -404,12 +405,12 @@ def test_frames_of_another_size_begin_from_the_budget_that_was_asked_for() -> No
             run.wait()
             assert run.control is not None and session.planner.limits.budget == 400
             # As if the machine had become slow: then frames get another size.
-            run.control.index = 3
+            run.control.setting = Setting(100, 50)
             run._steering._apply(run.control.setting)  # type: ignore[union-attr]
             assert session.planner.limits.budget < 400
             run.push(picture(i, 140, 168), float(i) + 0.5)
             run.wait()
-            assert session.planner.limits.budget == 400 == run.control.choices[0].budget
+            assert session.planner.limits.budget == 400 == run.control.setting.budget
             assert run.control.decisions[-1].reason == "frames of another size"
 
 
@@ -473,7 +474,7 @@ def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
             steering._begun = now - 10 * second
             steering._spoken.append((now - 3 * second, now - 2 * second, 1.0))
             steering._spoken.append((now - 2 * second, now - second, 2.0))
-        steering.frame(now, now - second // 100, now)
+        steering.frame(now, now - second // 100, now, 0)
     control = steering.control
     assert control is not None and control.slower > 1.1
     assert control._answering == pytest.approx(min(0.15 * control.slower, 0.5))
@@ -511,7 +512,7 @@ def test_decisions_of_the_command_line_are_traced(
     assert told[0]["reason"] == "predicted to be slower than the target allows" and told[0]["observed"] is None
     assert told[0]["predicted"] <= 150 and told[0]["to"]["frame_tokens"] < told[0]["from"]["frame_tokens"]
     if verb == "bench":
-        assert told[1]["reason"] == "room to spare" and told[1]["observed"] < 150
+        assert any(one["reason"] == "room to spare" and one["observed"] < 150 for one in told[1:])
         assert result["deadlines"] > 0
         seen = result["calibration"]
         assert seen["frames"]["count"] == result["frames_processed"] == len(seen["frames"]["times"])
