@@ -8,12 +8,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from penguin_edge.bundle.folder import Bundle
-from penguin_edge.commands import latency
+from penguin_edge.commands import bench_sweep, latency
 from penguin_edge.commands.common import (
     above_zero,
     check_outputs,
@@ -36,9 +36,11 @@ from penguin_edge.runtime.bench.clips import QUESTION, VideoOptions, bench_video
 from penguin_edge.runtime.bench.power import Meter
 from penguin_edge.runtime.bench.stages import SCHEMA, BenchOptions, Traffic, bench_model, check_room, read_bandwidth
 from penguin_edge.runtime.bench.streams import Brake, SlowedEngine, StreamRun, bench_stream
+from penguin_edge.runtime.bench.sweep import Rig
 from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.latency.control import LatencyTarget
+from penguin_edge.runtime.live.events import Observer
 from penguin_edge.runtime.live.live import Live
 from penguin_edge.runtime.live.sources import is_live, read_source
 from penguin_edge.runtime.session import Session
@@ -72,6 +74,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     latency.add(parser)
     parser.add_argument(
         "--slow-down", metavar="FACTOR@SECOND", help="make every stage FACTOR times slower from SECOND on"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="also run fixed settings, and the controller at several targets, --duration each, and compare them",
     )
     add_engine(parser)
     add_json(parser)
@@ -111,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     slow, target = slow_down(args.slow_down), latency.target(args)
     if (slow or target) and not args.stream:
         raise InputError("--slow-down and --target-first-token are for --stream CLIP")
+    bench_sweep.check(args)
     if args.stream and args.video:
         raise InputError("--video and --stream are measured one at a time; leave out one of them")
     if args.stream and is_live(args.stream):
@@ -140,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
     if args.stream:
         _stream(args, result, engine, tokenizer, slow, target)
         _stream_table(result)
+        if args.sweep:
+            bench_sweep.show(result)
     else:
         _model(args, result, engine, tokenizer, bundle)
         result["seconds"] = time.monotonic() - begin
@@ -223,6 +233,7 @@ def _stream(
 ) -> None:
     keep_heap_compact()
     brake = Brake(*slow) if slow else None
+    used: Engine = SlowedEngine(engine, brake) if brake else engine
     kept = StreamOptions(
         budget=args.budget,
         window_s=args.window,
@@ -231,13 +242,21 @@ def _stream(
         cache=args.cache,
         answer_tokens=16,
     )
-    stream = Stream(SlowedEngine(engine, brake) if brake else engine, tokenizer, kept)
-    cost = latency.cost(args.model, engine, args.threads) if target else None
-    with contextlib.ExitStack() as opened:
-        trace = latency.trace(args, opened)
+
+    def opened(budget: int | None) -> Stream:
+        return Stream(used, tokenizer, replace(kept, budget=budget))
+
+    cost = latency.cost(args.model, engine, args.threads) if target or args.sweep else None
+    with contextlib.ExitStack() as files:
+        trace = latency.trace(args, files)
         rate = args.fps or 1.0
         options = StreamRun(args.duration, target=target, cost=cost, rate=rate, brake=brake, observer=trace)
-        result |= bench_stream(stream, _looped(args), options, _follow(args.duration))
+        with opened(args.budget) as stream:
+            budget = stream.budget
+            result |= bench_stream(stream, _looped(args), options, _follow(args.duration))
+        if args.sweep:
+            rig = Rig(opened, lambda: _looped(args))
+            result |= bench_sweep.sweep(rig, budget, replace(options, observer=Observer()), target)
     result["options"] = {
         "source": args.stream,
         "fps": args.fps or 1.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from penguin_edge.commands.common import above_zero, positive
-from penguin_edge.runtime.core.options import SessionOptions, StreamOptions
+from penguin_edge.runtime.core.options import FOLLOWS, SHRINKS, SessionOptions, StreamOptions
 from penguin_edge.tra.clip import MODES
 from penguin_edge.tra.stream import STREAM_MODES
 
@@ -66,10 +66,11 @@ def add_window(parser: argparse._ActionsContainer) -> None:
     )
     for name, words, default in (
         ("--tra", STREAM_MODES, usual.tra),
-        ("--shrink", ("encode", "pool"), usual.shrink),
-        ("--cache", ("recompute", "rebase"), usual.cache),
+        ("--shrink", ("auto", *SHRINKS), usual.shrink),
+        ("--cache", ("auto", *FOLLOWS), usual.cache),
     ):
-        parser.add_argument(name, choices=words, default=default, help="default: %(default)s")
+        note = f"; auto is {words[1]} until a latency target asks for more" if words[0] == "auto" else ""
+        parser.add_argument(name, choices=words, default=default, help=f"default: %(default)s{note}")
 
 
 def add_media_limits(parser: argparse._ActionsContainer) -> None:

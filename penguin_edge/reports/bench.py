@@ -21,6 +21,7 @@ from typing import Any
 from penguin_edge.machine import human_bytes
 from penguin_edge.reports.figures import Drawing, bandwidth, ecdf, number, over_time, picture, stacked, strips, timeline
 from penguin_edge.reports.figures import require_matplotlib as require_matplotlib
+from penguin_edge.reports.kept_tokens import kept_against_target
 
 Result = Mapping[str, Any]
 Line = tuple[Any, ...]
@@ -95,7 +96,8 @@ def lines_of(result: Result) -> Iterator[Line]:
     for i, one in enumerate(told.get("questions", [])):
         yield "timeline first_token_ms", None, None, i, one["time"], one["first_token_ms"], "ms"
     for i, one in enumerate(result.get("decisions", [])):
-        for name, value in one["to"].items():
+        for name in ("budget", "frame_tokens", "stride"):
+            value = one["to"][name]
             yield f"decision {name}", None, None, i, one["time"], value, "frames" if name == "stride" else "tokens"
     for name, unit in UNITS.items():
         for i, (at, value) in enumerate(told.get(name, [])):
@@ -304,6 +306,12 @@ def _stream_pictures(result: Result) -> tuple[list[Drawing], list[str]]:
     if series:
         text = "Share of frames, and of questions, that took no longer than a time."
         found.append(picture("distribution", "Distribution", text, ecdf(series)))
+    if result.get("sweep"):
+        text = (
+            "What the controller kept at each target, beside the fixed setting of a coarse grid that keeps most and "
+            "misses at most one deadline in a hundred."
+        )
+        found.append(picture("sweep", "Tokens kept", text, kept_against_target(result)))
     if sum(result["phases_ms_per_frame"].values()):
         text = "Means over all frames that were processed; `read` is in another thread, and in no frame's age."
         draw = stacked([("a frame", result["phases_ms_per_frame"])])
@@ -335,20 +343,34 @@ def _with_sensors(result: Result, found: list[Drawing], left_out: list[str]) -> 
 
 def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
     def change(one: Mapping[str, Any], name: str) -> str:
-        return " → ".join(dict.fromkeys(f"{one[end][name]:,}" for end in ("from", "to")))
+        return " → ".join(dict.fromkeys(_value(one[end][name]) for end in ("from", "to")))
 
     rows = [
         (
             f"{i}, at {one['time']:.1f} s",
-            *(change(one, name) for name in ("budget", "frame_tokens", "stride")),
+            *(change(one, name) for name in ("budget", "frame_tokens", "stride", "cache", "shrink")),
             number(one["predicted"]),
             number(one["observed"]),
             one["reason"],
         )
         for i, one in enumerate(decisions, 1)
     ]
-    head = ("", "budget", "tokens of a frame", "one frame in", "predicted ms", "observed ms", "because")
+    head = (
+        "",
+        "budget",
+        "tokens of a frame",
+        "one frame in",
+        "cache",
+        "shrunk by",
+        "predicted ms",
+        "observed ms",
+        "because",
+    )
     return "<h3>The controller's decisions</h3>" + table("decisions", head, rows)
+
+
+def _value(value: int | str) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _about(result: Result) -> str:

@@ -102,7 +102,7 @@ def _svg(name: str, title: str, kind: str, draw: Draw) -> str:
     return head + text[text.index(">") + 1 :].strip()
 
 
-def _sheet(narrow: bool, heights: Sequence[float], sharex: bool = False, legend: float = 0.0) -> Sheet:
+def new_sheet(narrow: bool, heights: Sequence[float], sharex: bool = False, legend: float = 0.0) -> Sheet:
     """Axes below each other, of these heights in CSS pixels, and room for a legend."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -119,7 +119,7 @@ def _sheet(narrow: bool, heights: Sequence[float], sharex: bool = False, legend:
     return Sheet(figure, axes, narrow)
 
 
-def _log_x(axes: Any, values: Sequence[float], narrow: bool) -> None:
+def log_x(axes: Any, values: Sequence[float], narrow: bool) -> None:
     """Milliseconds on a logarithmic axis with at least two readable ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -142,7 +142,7 @@ def strips(rows: Sequence[Mapping[str, Any]]) -> Draw:
     """All raw samples of each test as dots, the median as a bar."""
 
     def draw(narrow: bool) -> Sheet:
-        sheet = _sheet(narrow, [26 * len(rows) + 56])
+        sheet = new_sheet(narrow, [26 * len(rows) + 56])
         axes = sheet.axes[0]
         for at, row in enumerate(rows):
             samples = np.array(row["samples_ms"])
@@ -154,7 +154,7 @@ def strips(rows: Sequence[Mapping[str, Any]]) -> Draw:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        _log_x(axes, [value for row in rows for value in row["samples_ms"]], narrow)
+        log_x(axes, [value for row in rows for value in row["samples_ms"]], narrow)
         return sheet
 
     return draw
@@ -164,7 +164,7 @@ def bandwidth(rows: Sequence[Mapping[str, Any]], limit: float) -> Draw:
     """What decoding reads per second, beside what all threads read from memory."""
 
     def draw(narrow: bool) -> Sheet:
-        sheet = _sheet(narrow, [30 * len(rows) + 84])
+        sheet = new_sheet(narrow, [30 * len(rows) + 84])
         axes = sheet.axes[0]
         names, rates = [row["test"] for row in rows], [row["gb_s"] for row in rows]
         axes.barh(names, rates, 0.6, color=STAND_IN["c1"])
@@ -195,7 +195,7 @@ def stacked(bars: Sequence[tuple[str, Mapping[str, float]]]) -> Draw:
 
         columns = 2 if narrow else 4
         lines = -(-len(order) // columns)
-        sheet = _sheet(narrow, [84] * len(shown), legend=22 * lines + 14)
+        sheet = new_sheet(narrow, [84] * len(shown), legend=22 * lines + 14)
         for axes, (name, phases) in zip(sheet.axes, shown, strict=True):
             total, left = sum(phases.values()), 0.0
             for phase in (phase for phase in order if phase in phases):
@@ -235,7 +235,7 @@ def ecdf(series: Sequence[tuple[str, Sequence[float], float | None]]) -> Draw:
     """Share of samples that took no longer than each time; each series has its target, or None."""
 
     def draw(narrow: bool) -> Sheet:
-        sheet = _sheet(narrow, [290])
+        sheet = new_sheet(narrow, [290])
         axes = sheet.axes[0]
         every: list[float] = []
         for role, (name, samples, target) in zip(("c1", "c2", "c3"), series, strict=False):
@@ -249,7 +249,7 @@ def ecdf(series: Sequence[tuple[str, Sequence[float], float | None]]) -> Draw:
                 axes.axvline(
                     target, color=STAND_IN[role], linestyle="--", linewidth=1.5, label=f"target: {target:g} ms"
                 )
-        _log_x(axes, every, narrow)
+        log_x(axes, every, narrow)
         axes.set_ylim(0, 104)
         axes.set_ylabel("% of samples")
         axes.grid(axis="y", linewidth=0.8)
@@ -266,7 +266,7 @@ def timeline(result: Mapping[str, Any]) -> Draw:
     options, decisions, slow = result["options"], result["decisions"], result["options"]["slow_down"]
 
     def draw(narrow: bool) -> Sheet:
-        sheet = _sheet(narrow, [210, 150, 150], sharex=True)
+        sheet = new_sheet(narrow, [210, 150, 150], sharex=True)
         tokens, ages, firsts = sheet.axes
         at = [one["time"] for one in frames]
         kept = [one["kv_tokens"] for one in frames]
@@ -354,7 +354,7 @@ def over_time(lines: Sequence[tuple[str, Sequence[Sequence[float]]]], least: flo
     """One panel for each (label, [[seconds, value], …]); an axis spans at least `least`."""
 
     def draw(narrow: bool) -> Sheet:
-        sheet = _sheet(narrow, [190] * len(lines), sharex=True)
+        sheet = new_sheet(narrow, [190] * len(lines), sharex=True)
         for role, axes, (label, samples) in zip(("c1", "c2"), sheet.axes, lines, strict=False):
             at, values = np.array(samples, float).T
             axes.plot(at, values, color=STAND_IN[role], linewidth=2)

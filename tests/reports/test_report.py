@@ -77,9 +77,9 @@ def result_of(folder: Path, name: str) -> dict[str, Any]:
 def busy(folder: Path) -> dict[str, Any]:
     """The stream as if the controller had been at work and the machine had sensors."""
     result = copy.deepcopy(result_of(folder, "stream"))
-    before = {"budget": 120, "frame_tokens": 64, "stride": 1}
+    before = {"budget": 120, "frame_tokens": 64, "stride": 1, "cache": "recompute", "shrink": "encode"}
     for i, at in enumerate((0.5, 0.55, 0.6, 2.0, 4.0)):
-        after = {"budget": 60 + i, "frame_tokens": 16, "stride": 1 + i % 2}
+        after = {"budget": 60 + i, "frame_tokens": 16, "stride": 1 + i % 2, "cache": "rebase", "shrink": "encode"}
         reason = "slower than the target allows"
         result["decisions"].append(
             {"time": at, "from": before, "to": after, "predicted": 41.0 + i, "observed": 52.5, "reason": reason}
