@@ -261,7 +261,7 @@ class Stream:
             bound = self.engine.bounds.max_patches // window.clip.merge_size**2
             if self.frame_tokens is not None:
                 bound = min(bound, self.frame_tokens)
-            capped = cap_size(size, bound * window.planner.factor**2)
+            capped = cap_size(size, bound, window.planner.factor)
             changes = window.add(new, capped)
         before, moved = self.stats.prefilled_tokens, self.stats.moved_tokens
         yield from self._follow(window, [*gone, *changes], arrived=True)

@@ -20,7 +20,7 @@ from penguin_edge.media.frames import Frame
 from penguin_edge.media.places import shown
 from penguin_edge.media.preprocess import image_size, image_sizes
 from penguin_edge.prompt.chat import Message, message_fields, part_kind
-from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan, Policy, plan_clip
+from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan, Policy, plan_clip, size_ladder
 
 Size = tuple[int, int]
 
@@ -78,7 +78,7 @@ class LabelledClip:
         """
         size = self.size
         if mode != "reference" and max_tokens is not None:
-            size = cap_size(size, max_tokens * (PATCH * self.merge_size) ** 2)
+            size = cap_size(size, max_tokens, PATCH * self.merge_size)
         if policy is not None:
             return policy(self.kinds, size, budget, self.merge_size)
         return plan_clip(
@@ -99,12 +99,12 @@ class LabelledClip:
         return {"type": "video", "num_frames": len(kept), "timestamps": [] if None in times else times}
 
 
-def cap_size(size: Size, max_area: int) -> Size:
-    """`size` scaled down to at most `max_area` pixels after alignment to whole tokens."""
-    height, width = size
-    # 28 pixels of slack on each side cover rounding up to a whole token.
-    scale = min(1.0, (max_area / ((height + 28) * (width + 28))) ** 0.5)
-    return max(1, int(height * scale)), max(1, int(width * scale))
+def cap_size(size: Size, tokens: int, factor: int) -> Size:
+    """`size` if it comes to at most so many visual tokens, of `factor` pixels along each side; else the largest size
+    of its ladder that does, and one token at least."""
+    fits = [(rows, columns) for rows, columns in size_ladder(*size, factor) if rows * columns <= max(tokens, 1)]
+    rows, columns = fits[-1]
+    return size if len(fits) == len(size_ladder(*size, factor)) else (rows * factor, columns * factor)
 
 
 def fit_image(size: Size, config: ImageConfig, limit: int) -> Size:

@@ -95,7 +95,7 @@ def _go_on(
     """Forecasts of settings that give frames the same sizes."""
     planner, sizes = planner.copy(), settings[0]
     planner.set_limits(replace(planner.limits, budget=sizes.budget))
-    size = cap_size(arrivals.size, sizes.frame_tokens * planner.factor**2)
+    size = cap_size(arrivals.size, sizes.frame_tokens, planner.factor)
     kinds = arrivals.kinds or (KEY,)
     works: list[list[Work]] = [[] for _ in settings]
     tokens = turn = 0

@@ -16,29 +16,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
+
+import numpy as np
 
 from penguin_edge.runtime.core.options import Follow, Shrink
 from penguin_edge.runtime.latency.forecast import Setting
 
-SHARES = (1.0, 0.5, 0.25, 0.125)
-"""Of the budget, and of a frame's native tokens, that `WORTH` was measured at."""
+FRAME_SHARES = (1.0, 0.69, 0.44, 0.25, 0.11)
+"""Of a frame's native tokens, that `WORTH` was measured at."""
 WORTH = (
-    (0.96, 0.80, 0.66, 0.55),
-    (0.87, 0.78, 0.64, 0.53),
-    (0.66, 0.62, 0.58, 0.48),
-    (0.53, 0.50, 0.46, 0.42),
+    (0.969, 0.769, 0.678, 0.590, 0.405),
+    (0.722, 0.722, 0.678, 0.590, 0.405),
+    (0.717, 0.643, 0.643, 0.590, 0.405),
+    (0.666, 0.636, 0.605, 0.571, 0.405),
+    (0.591, 0.580, 0.580, 0.528, 0.405),
+    (0.528, 0.528, 0.525, 0.491, 0.405),
+    (0.434, 0.434, 0.434, 0.418, 0.405),
+    (0.350, 0.350, 0.350, 0.342, 0.335),
+    (0.265, 0.265, 0.265, 0.265, 0.265),
 )
-"""Share of answers that are right: `WORTH[i][j]` at `SHARES[i]` of the budget and `SHARES[j]` of a frame's tokens."""
-LOST = {"recompute": 0.0, "rebase": 0.01, "encode": 0.0, "pool": 0.02}
-"""What the ways to follow lose of them."""
-SKIPPED = 0.08
-"""What each halving of the rate loses of them."""
+"""Share of answers that are right: a row for each half of a doubling of the window's native tokens over the budget, the
+first where all fit, a column for each of `FRAME_SHARES`. The row before the last is between its neighbours."""
+FURTHER = 0.75
+"""What each further doubling leaves of them: not measured, but a small budget is not to be free."""
+MORE = 1e-3
+"""What each doubling of tokens is worth where nothing was measurable."""
+BEGIN = 1.0
+"""Doublings at which a window is put in the table whose budget has room for less than that of its native tokens: a
+stream's is mostly far below what was measured, and what counts there is what a further step costs."""
+LOST = {"recompute": 0.0, "rebase": 0.05, "encode": 0.0, "pool": 0.005}
+"""What the ways to follow lose. Pooling lost nothing that was measurable; without a need it is not taken."""
+SKIPPED = {1: 0.0, 2: 0.05, 4: 0.08, 8: 0.10}
+"""What every second, fourth and eighth frame lose against as many tokens of all frames."""
 STEP = 0.85
 """Load of a setting over that of the one before it, at most."""
 FINE, COARSE = math.sqrt(2), 2.0
 """Steps of sizes down to a fourth, and below or where frames are left out."""
-STRIDES = (1, 2, 4, 8)
 
 
 def candidates(
@@ -61,23 +76,34 @@ def candidates(
     sizes, budgets = _steps(frame, min(floor, frame), COARSE), _steps(budget, min(4 * floor, budget), COARSE)
     found += [
         Setting(room, size, stride, caches[-1], shrinks[-1])
-        for stride, room, size in product(STRIDES[1:], budgets, sizes)
+        for stride, room, size in product(tuple(SKIPPED)[1:], budgets, sizes)
         if size <= room
     ]
     return found
 
 
-def worth(setting: Setting, native: int, budget: int) -> float:
-    """The share of answers that are right, by what was measured on penguin-nano.
+@dataclass(frozen=True)
+class Full:
+    """Where nothing is given up: visual tokens of a frame, of the budget, and of the window if all were native."""
 
-    Args:
-        native, budget: tokens of a frame and of the window where nothing is given up.
-    """
-    i, u = _place(setting.budget / budget)
-    j, v = _place(setting.frame_tokens / native)
+    frame: int
+    budget: int
+    window: float
+
+
+def worth(setting: Setting, full: Full) -> float:
+    """The share of answers that are right, by what was measured on penguin-nano."""
+    least = max(0.0, math.log2(full.window / full.budget) - BEGIN)
+    fewer = max(math.log2(full.window / setting.budget), math.log2(setting.stride)) - least
+    i, u = _between(2 * fewer, len(WORTH))
+    share = min(1.0, setting.frame_tokens / full.frame)
+    at = np.interp(-math.log2(share), [-math.log2(one) for one in FRAME_SHARES], range(len(FRAME_SHARES)))
+    j, v = _between(float(at), len(FRAME_SHARES))
     rows = [WORTH[row][j] + v * (WORTH[row][j + 1] - WORTH[row][j]) for row in (i, i + 1)]
     right = rows[0] + u * (rows[1] - rows[0])
-    return right - LOST[setting.cache] - LOST[setting.shrink] - SKIPPED * math.log2(setting.stride)
+    right *= FURTHER ** max(0.0, fewer - (len(WORTH) - 1) / 2)
+    right -= MORE * (math.log2(full.budget / setting.budget) - math.log2(share))
+    return right - LOST[setting.cache] - LOST[setting.shrink] - SKIPPED[setting.stride]
 
 
 def efficient(
@@ -116,8 +142,8 @@ def _steps(most: int, least: int, fine: float) -> list[int]:
     return found
 
 
-def _place(share: float) -> tuple[int, float]:
-    """Where a share lies between two of `SHARES`, on a scale of doublings."""
-    at = min(max(-math.log2(max(share, 1e-9)), 0.0), len(SHARES) - 1.0)
-    i = min(int(at), len(SHARES) - 2)
+def _between(at: float, count: int) -> tuple[int, float]:
+    """A place among `count` as the one before it, and how far it is from there to the next."""
+    at = min(max(at, 0.0), count - 1.0)
+    i = min(int(at), count - 2)
     return i, at - i

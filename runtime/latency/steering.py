@@ -15,7 +15,7 @@ from penguin_edge.runtime.core.report import Report
 from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget
 from penguin_edge.runtime.latency.cost import CostModel
 from penguin_edge.runtime.latency.forecast import FRAMES, Around, Arrivals, Forecast, Setting, forecast
-from penguin_edge.runtime.latency.ranking import candidates, worth
+from penguin_edge.runtime.latency.ranking import Full, candidates, worth
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 
@@ -122,7 +122,7 @@ class Steering:
         near, before, self._size = self._device(), self._size, size
         native, floor, budget = sizes(self._stream, size, self._budget)
         found = candidates(native, floor, budget, *ways(self._stream))
-        value = partial(worth, native=native, budget=budget)
+        value = partial(worth, full=Full(native, budget, native * self._frames_kept()))
         asked, reason = found[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:
@@ -181,6 +181,11 @@ class Steering:
         apart = 1.0 if math.isinf(self._apart_ms) else self._apart_ms / 1e3
         arrivals = Arrivals(self._size, apart, kinds)
         return forecast(self._stream.planner, settings, arrivals, around(self._stream), frames=frames)
+
+    def _frames_kept(self) -> float:
+        """How many frames the window has when it is full and nothing is given up."""
+        limits = self._stream.planner.limits
+        return max(1.0, min(limits.max_frames, limits.window_s / (1e-3 * self._apart_ms)))
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self._begun) / 1e9

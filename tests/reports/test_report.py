@@ -190,7 +190,7 @@ def test_decisions_are_listed_and_marked(folder: Path, tmp_path: Path, page: Any
     page.goto((tmp_path / "busy.html").as_uri())
     rows = cells(page, "decisions")
     assert len(rows) == begun + 5 and rows[-1][0] == f"{begun + 5}, at 4.0 s"
-    assert rows[-1][1:4] == ["63 → 64", "16", "2 → 1"] and rows[-1][6] == "slower than the target allows"
+    assert rows[-1][1:4] == ["63 → 64", "16", "2 → 1"] and rows[-1][8] == "slower than the target allows"
     texts = [text.text_content() for text in page.locator("#timeline svg.wide text").all()]
     assert str(begun + 5) in texts and f"{begun + 1}–{begun + 3}" in texts and "target 10000 ms" in texts
     about = dict(cells(page, "about"))

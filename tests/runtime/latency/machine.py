@@ -17,7 +17,7 @@ from penguin_edge.runtime.core.options import FOLLOWS
 from penguin_edge.runtime.latency.control import Device, LatencyControl, LatencyTarget, Setting
 from penguin_edge.runtime.latency.cost import CostModel, fit
 from penguin_edge.runtime.latency.forecast import Around, Arrivals, Forecast, forecast, frame_work, price
-from penguin_edge.runtime.latency.ranking import candidates, worth
+from penguin_edge.runtime.latency.ranking import Full, candidates, worth
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
 from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Limits, StreamPlanner
@@ -102,7 +102,7 @@ class Machine:
         ladder = [rows * columns for rows, columns in size_ladder(*size, self.planner.factor)]
         floor = next(tokens for tokens in ladder if tokens >= min(self.planner.least_tokens, ladder[-1]))
         self.choices = candidates(ladder[-1], floor, budget, caches, ("encode",))
-        self.worth = partial(worth, native=ladder[-1], budget=budget)
+        self.worth = partial(worth, full=Full(ladder[-1], budget, ladder[-1] * min(180, window_s * fps)))
         self.device = Device(BOUNDS, 2, 24, 1e3 / fps)
         self.labels: list[str] = []
 
@@ -127,9 +127,7 @@ class Machine:
             if turn % setting.stride:
                 continue
             kind = self.kinds[turn % len(self.kinds)]
-            changes = self.planner.push(
-                kind, cap_size(self.size, setting.frame_tokens * self.planner.factor**2), arrived
-            )
+            changes = self.planner.push(kind, cap_size(self.size, setting.frame_tokens, self.planner.factor), arrived)
             self.labels.append(self.planner.plan().frames[-1].kind)
             work = frame_work(self.planner, changes, self.size, setting, self.around)
             begun = max(arrived, free)

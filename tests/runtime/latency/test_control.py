@@ -168,7 +168,7 @@ def test_tokens_per_second_are_kept_by_a_smaller_window() -> None:
     fast = run.control(LatencyTarget(6e4, None, 135.0))
     assert fast.predicted(fast.setting).token <= 1e3 / 135 < free.predicted(free.setting).token
     for now in range(8):
-        fast.observe_answer(float(now), 2000, 24, 80.0, 1.25 * COST.stage_ms("decode", 2000))
+        fast.observe_answer(float(now), 2000, 24, 80.0, 1.5 * COST.stage_ms("decode", 2000))
     assert (found := fast.decide(10.0)) is not None and found.after.budget < found.before.budget
 
 
