@@ -9,7 +9,8 @@
 | held           | bound                                                                             |
 |----------------|-----------------------------------------------------------------------------------|
 | pixels         | each kept frame at its size in the prompt: 588 bytes per patch under the budget   |
-| features       | one row of `hidden_size` f32 per visual token under the budget                    |
+| features       | one row of `hidden_size` f32 per visual token under the budget; with              |
+|                | `keep_visual` also one per encoded token of its key frames                        |
 | KV cache       | `max_seq_len` of the bundle; frames leave room for a question and its answer      |
 | anything else  | one entry per kept frame, and the turns that were kept                            |
 
@@ -35,6 +36,7 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from penguin_edge.bundle.contract import most_positions
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.guard import Guard
@@ -47,8 +49,10 @@ from penguin_edge.runtime.core.answer import (
     Layout,
     Token,
     UnusablePicture,
+    check_keep_visual,
     ending,
     kept_visuals,
+    key_frames,
     layout,
     refuse_media,
 )
@@ -58,7 +62,7 @@ from penguin_edge.runtime.core.features import Calls, Features
 from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
 from penguin_edge.runtime.core.media import Clip, Library, Picture, own
 from penguin_edge.runtime.core.options import PROMPT, StreamChanges, StreamOptions, given_options
-from penguin_edge.runtime.core.pool import pooled, retained
+from penguin_edge.runtime.core.pool import put_pooled, retained
 from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
 from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
 from penguin_edge.runtime.core.turns import Turn, Turns
@@ -98,12 +102,14 @@ class Stream:
         self.options = given_options(StreamOptions, options, changes)
         check_parts(engine, tokenizer)
         refuse_media(engine.config, True)
+        check_keep_visual(engine, self.options.keep_visual)
         if self.options.cache == "rebase" and not engine.can_move:
             raise InputError(
                 f"{engine.name} cannot move positions of this bundle's cache: it was exported before that was known; "
                 "export the model again, or take cache='recompute'"
             )
         self.engine, self.config = engine, engine.config
+        self._reach = most_positions(engine.config, engine.bounds)
         self.tokenizer = tokenizer or engine.tokenizer()
         self.report = Report()
         self.new_clock: Callable[[], Clock] = Clock
@@ -112,7 +118,7 @@ class Stream:
         """Adds up what frames take."""
         self.stats, self._answering = StreamStats(), 0
         self.frame_tokens: int | None = None
-        """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
+        """Most visual tokens of a frame that comes from now on, as encoded; None: no limit of its own."""
         self.last_work: Work | None = None
         """What the last frame made the engine do."""
         image = self.config.image
@@ -132,8 +138,9 @@ class Stream:
             min_tokens=image.min_tokens,
             merge_size=image.video_merge_size,
             config=self.config.tra,
+            keep=self.options.keep_visual,
         )
-        self.features = Features(engine)
+        self.features = Features(engine, self.options.keep_visual)
         self.cache = engine.new_cache()
         """What this stream has prefilled; `length` and `keys` are for reading."""
         self._parts = Parts(engine, self.tokenizer, self.cache, self.features)
@@ -382,7 +389,7 @@ class Stream:
         return len(self.tokenizer.encode("," + frame_tag(time)))
 
     def _check_kept(self, prompt: str, answer: int) -> None:
-        left = self._limits(Turn(len(self._frames), prompt, (0,) * answer)).room or 0
+        left = self._limits(Turn(len(self._frames), prompt, (0,) * answer)).left or 0
         if left <= self.planner.tag_tokens:
             raise BudgetError(
                 f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, shorten "
@@ -398,9 +405,9 @@ class Stream:
         pieces = self.turns.pieces(self._clip, None, *kept, Turn(len(self._frames), ""))
         around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in pieces)
         free = self.options.question_tokens + self.options.answer_tokens
-        room = self.engine.bounds.max_seq_len - around - free
+        room, reach = (most - around - free for most in (self.engine.bounds.max_seq_len, self._reach))
         frames = self.options.max_frames or self.config.image.max_frames
-        return Limits(self._budget, room, self.options.window_s, frames)
+        return Limits(self._budget, room, self.options.window_s, frames, reach)
 
     def _limit(self) -> None:
         changes = self.planner.set_limits(self._limits())
@@ -411,14 +418,16 @@ class Stream:
         """The prompt of a question about the window as it is."""
         plans = [self.planner.plan()] if self._frames else []
         visuals = kept_visuals(self._clip, plans[0]) if plans else []
+        found = key_frames(visuals, plans[0]) if plans else []
         pieces = self.turns.pieces(self._clip, plans[0] if plans else None, question)
-        return layout(pieces, visuals, plans, self.planner.limits.budget, self.tokenizer)
+        budget, keep = self.planner.limits.budget, self.options.keep_visual
+        return layout(pieces, visuals, found, plans, budget, self.tokenizer, keep)
 
     def _plan(self, question: Turn, max_new_tokens: int) -> Layout:
         """The window as it is: a question that does not fit is refused, the frames stay."""
         found = self._layout(question)
         bound = self.engine.bounds.max_seq_len
-        if found.length + max_new_tokens > bound:
+        if found.length + max_new_tokens > bound or found.span + max_new_tokens > self._reach:
             raise BudgetError(
                 f"frames, question and answer take {found.length + max_new_tokens} tokens of max_seq_len {bound}; "
                 "shorten the question, or open the stream with more question_tokens or answer_tokens"
@@ -452,11 +461,12 @@ class Stream:
         self._encoded = []
         shrunk = {change.frame for change in changes if change.tokens}
         if self.options.shrink == "pool":
-            self._pool(prompt.visuals, shrunk)
+            smaller = [v for number, v in zip(self._numbers, prompt.visuals, strict=True) if number in shrunk]
+            put_pooled(self.features, smaller, self.planner.factor)
         with self.clock("preprocess"):
             self._frames[:] = retained(self._frames, prompt.visuals)
         try:
-            self._encoded = self.features.compute(self._media(), prompt.visuals, self.clock)
+            self._encoded = self.features.compute(self._media(), prompt.visuals, self.clock, prompt.references)
         except UnusablePicture as error:
             self._discard(prompt.visuals, error.visuals)
             self._update([change for change in changes if change.frame in self._numbers])
@@ -468,20 +478,6 @@ class Stream:
             keys = to_last_frame(self._parts.keys(prompt))
         self._extend(keys, arrived=arrived)
         self.stats.max_visual_tokens = max(self.stats.max_visual_tokens, self.visual_tokens)
-
-    def _pool(self, visuals: Sequence[Visual], shrunk: set[int]) -> None:
-        """Features of shrunk frames as means of what they had, where their size before is still known."""
-        known = {visual.digest: visual for visual in self.features}
-        for number, visual in zip(self._numbers, visuals, strict=True):
-            before = known.get(visual.digest)
-            if number in shrunk and before is not None and visual not in self.features:
-                factor = self.planner.factor
-                rows = pooled(
-                    self.features[before],
-                    (before.height // factor, before.width // factor),
-                    (visual.height // factor, visual.width // factor),
-                )
-                self.features.put(visual, rows)
 
     def _extend(self, keys: list[Key], *, arrived: bool) -> None:
         """Bring the KV cache to `keys`, without logits."""

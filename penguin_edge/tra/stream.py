@@ -67,12 +67,16 @@ class Limits:
     max_frames: int = 180
     reach: int | None = None
 
+    @property
+    def left(self) -> int | None:
+        """The tighter one of `room` and `reach`."""
+        return min((limit for limit in (self.room, self.reach) if limit is not None), default=None)
+
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise BudgetError(f"got a budget of {self.budget} visual tokens, wanted at least 1")
-        for left in (self.room, self.reach):
-            if left is not None and left < 1:
-                raise BudgetError(f"the context leaves {left} tokens for frames; shorten the text around them")
+        if self.left is not None and self.left < 1:
+            raise BudgetError(f"the context leaves {self.left} tokens for frames; shorten the text around them")
         if not self.window_s > 0 or self.max_frames < 1:
             raise InputError(f"a window of {self.window_s} s and {self.max_frames} frames, wanted more than nothing")
 
@@ -427,9 +431,8 @@ class StreamPlanner:
 
 
 def _check(limits: Limits, tag_tokens: int) -> None:
-    least = min((left for left in (limits.room, limits.reach) if left is not None), default=tag_tokens + 1)
-    if least <= tag_tokens:
+    if limits.left is not None and limits.left <= tag_tokens:
         raise BudgetError(
-            f"the context leaves {least} tokens for frames, and a time stamp alone takes {tag_tokens}; shorten "
+            f"the context leaves {limits.left} tokens for frames, and a time stamp alone takes {tag_tokens}; shorten "
             "the text, or export with a larger --max-seq-len"
         )
