@@ -73,7 +73,7 @@ def rebase(
 ) -> Rebased:
     """Bring a KV cache to `keys`: frames that it holds already are moved, the others computed where they stand."""
     old, was, positions = dict(reversed(blocks(cache.keys))), cache.positions, positions_of(keys)
-    # Begin, end, to, and by how many positions: neighbours that move alike are moved at once.
+    # Begin, end, to, and by how many positions. Neighbours that stay neighbours turn alike, and are moved at once.
     computed, moved, pieces, run = 0, 0, 0, (0, 0, 0, 0)
 
     def flush() -> int:
@@ -87,7 +87,7 @@ def rebase(
         begin, end = old.get(block, (-1, -1))
         if begin >= to and begin >= run[1]:
             turn = positions[to] - was[begin]
-            if begin != run[1] or to != run[2] + run[1] - run[0] or turn != run[3]:
+            if begin != run[1] or to != run[2] + run[1] - run[0]:
                 moved += flush()
                 run = begin, begin, to, turn
             run = run[0], end, run[2], turn
