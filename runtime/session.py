@@ -53,7 +53,7 @@ from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Visual
 from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.tra.clip import KEY, Plan
-from penguin_edge.tra.kept import kept_tokens
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.layout import fit_media, spell_out
 
 

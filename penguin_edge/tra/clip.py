@@ -37,7 +37,7 @@ A key frame is legible at `LEGIBLE_SHARE` of its native tokens, or at `LEGIBLE_T
 docs/budgets.md tells how both were found. Where not all key frames fit at that size, as many as do are kept,
 as large as fits, and no other frame.
 
-Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.kept`). The budget then
+Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.keeping`). The budget then
 counts these; areas, the floor and what is legible stay matters of the size that is encoded.
 
 Sizes come from a ladder: all sizes met while a frame is scaled down from native with its sides rounded to whole
@@ -55,7 +55,7 @@ from typing import Any, Literal, get_args
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.preprocess import fit_area
-from penguin_edge.tra.kept import check_keep, kept_tokens
+from penguin_edge.tra.keeping import check_keep, kept_tokens
 from penguin_edge.tra.keyframes import (
     DROPPED,
     INTERMEDIATE,

@@ -21,7 +21,7 @@ from penguin_edge.media.places import shown
 from penguin_edge.media.preprocess import image_size, image_sizes
 from penguin_edge.prompt.chat import Message, message_fields, part_kind
 from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan, Policy, plan_clip
-from penguin_edge.tra.kept import kept_tokens, most_encoded
+from penguin_edge.tra.keeping import kept_tokens, most_encoded
 
 Size = tuple[int, int]
 

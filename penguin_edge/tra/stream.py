@@ -21,7 +21,7 @@ than the budget. The oldest frames step down first, so a window holds two neighb
 scene gets quieter: levels never rise with time. A frame steps at most once per level, and levels are four apart, so a
 window that fills for the first time encodes each frame at most 4/3 times more, and one that moves on at most once more.
 
-Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.kept`). Limits count
+Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.keeping`). Limits count
 these, and `Limits.reach` what was encoded; levels stay matters of the size that is encoded.
 
 A step down goes on until `LOW` of the limit is reached, so that the next frames find room: what follows a changed frame
@@ -42,7 +42,7 @@ from typing import Literal, get_args
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, LEGIBLE_TOKENS, FramePlan, Least, Plan, size_ladder
-from penguin_edge.tra.kept import check_keep, kept_tokens
+from penguin_edge.tra.keeping import check_keep, kept_tokens
 
 StreamMode = Literal["adaptive", "strict"]
 STREAM_MODES: tuple[StreamMode, ...] = get_args(StreamMode)

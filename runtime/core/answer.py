@@ -17,7 +17,7 @@ from penguin_edge.runtime.core.report import Report
 from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Visual
 from penguin_edge.tra.clip import DROPPED, KEY, Plan
-from penguin_edge.tra.kept import kept_tokens
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.layout import LabelledClip, Size
 
 

@@ -31,7 +31,7 @@ from penguin_edge.runtime.core.prune import Grid, least_alike
 from penguin_edge.runtime.core.report import Clock
 from penguin_edge.runtime.engines.base import F32, Engine, sound
 from penguin_edge.runtime.engines.cache import Key, Visual
-from penguin_edge.tra.kept import kept_tokens
+from penguin_edge.tra.keeping import kept_tokens
 
 PATCHES_PER_CALL = 4096
 """Frames of one grid are encoded together up to this many patches; larger batches gain nothing and cost memory."""

@@ -10,7 +10,7 @@ from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.schema import LARGEST, Flag, Maybe, Real, Text, Whole
 from penguin_edge.tra.clip import MODES, Mode, Policy
-from penguin_edge.tra.kept import check_keep
+from penguin_edge.tra.keeping import check_keep
 from penguin_edge.tra.stream import STREAM_MODES, StreamMode
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, plan_clip, size_ladder
-from penguin_edge.tra.kept import kept_tokens
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.stream import KEYS, STREAM_MODES, Change, Limits, StreamMode, StreamPlanner, rungs
 
 SIDES = st.one_of(st.integers(1, 200), st.integers(28, 2160))

@@ -39,7 +39,7 @@ from penguin_edge.tra.clip import (
     similarity,
     size_ladder,
 )
-from penguin_edge.tra.kept import kept_tokens, most_encoded
+from penguin_edge.tra.keeping import kept_tokens, most_encoded
 from penguin_edge.tra.layout import LabelledClip, fit_media, token_count
 
 Frames = list[NDArray[np.uint8]]
