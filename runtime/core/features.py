@@ -41,7 +41,7 @@ Calls = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Rows:
     """Features [K, H] of the tokens `numbers`, and all of them [T, H] where other frames are compared with these."""
 
     rows: F32
@@ -59,7 +59,7 @@ class Features:
     def __init__(self, engine: Engine, keep: float | None = None) -> None:
         """`keep` is the share of each picture's and frame's tokens that is kept; None: all."""
         self._engine, self._keep = engine, keep
-        self._held: OrderedDict[Visual, _Held] = OrderedDict()
+        self._held: OrderedDict[Visual, _Rows] = OrderedDict()
         self._rows = 0
 
     def __contains__(self, visual: Visual) -> bool:
@@ -93,9 +93,9 @@ class Features:
 
     def put(self, visual: Visual, rows: F32) -> None:
         """Keep features [T, H] of all tokens that were made elsewhere, such as by pooling."""
-        self._put(visual, _Held(rows, range(len(rows))))
+        self._put(visual, _Rows(rows, range(len(rows))))
 
-    def _put(self, visual: Visual, held: _Held) -> None:
+    def _put(self, visual: Visual, held: _Rows) -> None:
         before = self._held.get(visual)
         self._rows += held.count - (before.count if before else 0)
         self._held[visual] = held
@@ -164,7 +164,7 @@ class Features:
         if text:
             out[text] = self._engine.embed(np.array([keys[i] for i in text], np.int64))
         last: Visual | None = None
-        held = _Held(out[:0], ())
+        held = _Rows(out[:0], ())
         for i, key in enumerate(keys):
             if isinstance(key, tuple):
                 if key[0] is not last:
@@ -189,7 +189,7 @@ class Features:
         if held is None:
             other = None if reference is None else (reference[0], _grid(reference[1]))
             numbers = least_alike(rows, _grid(visual), kept_tokens(len(rows), self._keep), other)
-            held = _Held(rows[numbers], numbers)
+            held = _Rows(rows[numbers], numbers)
         self._put(visual, replace(held, whole=np.array(rows) if whole else None))
 
     def _patches(
