@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_text(args: argparse.Namespace) -> int:
     """Perplexity of a text, and the distance from another model on it."""
-    for name in ("budget_study", "out", "answers", "over", "limit"):
+    for name in ("budget_study", "out", "answers", "over", "limit", "keep_visual"):
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is about questions; use it with --data")
     try:

@@ -30,6 +30,11 @@ def least_alike(rows: F32, grid: Grid, count: int, reference: tuple[F32, Grid] |
     Args:
         reference: features of the frame that this one is compared with, besides itself.
     """
+    return sorted(np.argsort(repetition(rows, grid, reference), kind="stable")[:count].tolist())
+
+
+def repetition(rows: F32, grid: Grid, reference: tuple[F32, Grid] | None = None) -> F32:
+    """How much each token is like another one, [T]: its highest cosine, -1 where there is none."""
     directions = _directions(rows)
     repeated = np.full(len(rows), -1.0, np.float32)
     for begin in range(0, len(rows), BLOCK):
@@ -41,7 +46,7 @@ def least_alike(rows: F32, grid: Grid, count: int, reference: tuple[F32, Grid] |
         other, shape = reference
         same_place = _directions(other)[_nearest(grid, shape)]
         repeated = np.maximum(repeated, (directions * same_place).sum(axis=1))
-    return sorted(np.argsort(repeated, kind="stable")[:count].tolist())
+    return repeated
 
 
 def _directions(rows: F32) -> F32:
