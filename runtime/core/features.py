@@ -223,9 +223,10 @@ class Features:
             batch, count, channels = features.shape
             rows = self._engine.project(features.reshape(batch, count // merged, merged, channels))
         kept = [bool(sound(one).all() and sound(row).all()) for one, row in zip(features, rows, strict=True)]
-        for visual, row, usable in zip(visuals, rows, kept, strict=True):
-            if usable:
-                sieve.take(visual, row)
+        with clock("project"):
+            for visual, row, usable in zip(visuals, rows, kept, strict=True):
+                if usable:
+                    sieve.take(visual, row)
         if not all(kept):
             raise UnusablePicture([visual for visual, usable in zip(visuals, kept, strict=True) if not usable])
 
