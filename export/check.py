@@ -11,6 +11,8 @@
 | ids                 | [S]         | i64   | prompt, image tokens included                                         |
 | embeds              | [S,H]       | f32   | prompt after splicing                                                 |
 | prefill             | [1,V]       | f32   | logits after the prompt                                               |
+| positions           | [S]         | i64   | rotary positions of the same prompt, with gaps                        |
+| placed              | [1,V]       | f32   | logits after the prompt at these positions                            |
 | tokens              | [33]        | i64   | greedy answer                                                         |
 | cache               | [2L,kv,S,D] | f32   | keys and values of every layer after the prompt; not stored           |
 | decode              | [N,V]       | f32   | logits after the first N tokens of the answer, each fed alone         |
@@ -115,6 +117,14 @@ def check_prefill(model: PenguinModel, arrays: Arrays) -> Arrays:
         "prefill": logits.numpy(),
         "cache": torch.cat(cache.keys + cache.values).float().numpy(),
     }
+    count = embeds.shape[1]
+    places = torch.arange(count)
+    places = places + 2 * (places >= count // 3) + 3 * (places >= 2 * count // 3)
+    spread = KVCache(model.config.text, count, model.dtype, model.device, model.decoder.kv_form)
+    with torch.no_grad():
+        hidden = model.decoder(embeds, places.to(model.device), spread.attend)
+        placed = model.decoder.logits(hidden, torch.tensor([-1], device=model.device))[0]
+    out |= {"positions": places.numpy(), "placed": placed.float().cpu().numpy()}
     if rounds(model.decoder):
         other = KVCache(model.config.text, embeds.shape[1], model.dtype, model.device, model.decoder.kv_form)
         _, again = continue_greedy(model, other, moved(embeds), max_new_tokens=1)

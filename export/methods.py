@@ -4,7 +4,8 @@
 |-----------|----------------------------------------------------------------------------------------|----------|
 | encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64                                       | features |
 | projector | features [B,T,M,C] f32                                                                 | visual   |
-| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, and what the target's KV needs | logits   |
+| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, positions [S] i64, and what    | logits   |
+|           | the target's KV needs                                                                  |          |
 
 Every module casts to its own dtype inside and gives f32 back, so that all precisions share one signature. The target
 has the attention's body: see `targets/executorch`. ONNX Runtime has an encoder and decoder of its own.
@@ -12,7 +13,6 @@ has the attention's body: see `targets/executorch`. ONNX Runtime has an encoder 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from penguin_edge.model.decoder import Decoder
@@ -45,8 +45,7 @@ class ProjectorMethod(nn.Module):
         return self.projector(features.to(self.projector.get_parameter("readout.0.bias").dtype)).float()
 
 
-def decoder_logits(decoder: Decoder, embeds: Tensor, start: Tensor, logit_index: Tensor, attend: Attend) -> Tensor:
-    """The decoder's common body: positions from `start`, logits only at `logit_index`; f32 [1,K,V]."""
-    positions = start + torch.arange(embeds.shape[1], device=embeds.device)
+def decoder_logits(decoder: Decoder, embeds: Tensor, positions: Tensor, logit_index: Tensor, attend: Attend) -> Tensor:
+    """The decoder's common body: rotary `positions` [S], logits only at `logit_index`; f32 [1,K,V]."""
     hidden = decoder(embeds.to(decoder.norm.weight.dtype), positions, attend)
     return decoder.logits(hidden, logit_index).float()

@@ -269,12 +269,19 @@ def verify_stages(
         return stages + _decoder_stages(engine, cache, reference, tolerance, progress)
 
 
-def prefill(engine: Engine, cache: Cache, embeds: NDArray[np.float32], chunk: int) -> NDArray[np.float32]:
-    """Append `embeds` in chunks; logits [1, V] after the last position."""
+def prefill(
+    engine: Engine,
+    cache: Cache,
+    embeds: NDArray[np.float32],
+    chunk: int,
+    places: NDArray[np.int64] | None = None,
+) -> NDArray[np.float32]:
+    """Append `embeds` in chunks, at rotary `places` or those that follow; logits [1, V] after the last token."""
     logits = np.empty((0, 0), np.float32)
     for rows in chunks(len(embeds), replace(engine.bounds, max_chunk=chunk)):
         last = rows.stop == len(embeds)
-        logits = engine.forward(cache, embeds[rows], np.full(int(last), -1, np.int64))
+        at = None if places is None else places[rows]
+        logits = engine.forward(cache, embeds[rows], np.full(int(last), -1, np.int64), positions=at)
     return logits
 
 
@@ -307,6 +314,12 @@ def _decoder_stages(
     cache.truncate(middle)
     again = prefill(engine, cache, embeds[middle:], 7)
     stages.append(compare("truncate", again, reference["prefill"], rule, f"truncated to {middle}, then chunks of 7"))
+    # Bundles of earlier exports know no positions, and their check data say nothing of them.
+    if engine.can_place and "placed" in reference:
+        progress("positions")
+        cache.truncate(0)
+        placed = prefill(engine, cache, embeds, engine.bounds.max_chunk, reference["positions"])
+        stages.append(compare("positions", placed, reference["placed"], rule, "the prompt with gaps between positions"))
     return stages
 
 

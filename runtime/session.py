@@ -20,6 +20,7 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from penguin_edge.bundle.contract import most_positions
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.guard import Guard
@@ -31,8 +32,10 @@ from penguin_edge.runtime.core.answer import (
     Layout,
     Render,
     Token,
+    check_keep_visual,
     ending,
     kept_visuals,
+    key_frames,
     largest_fit,
     layout,
     refuse_media,
@@ -50,6 +53,7 @@ from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Visual
 from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.tra.clip import KEY, Plan
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.layout import fit_media, spell_out
 
 
@@ -74,11 +78,13 @@ class Session:
             options: see `SessionOptions`; single ones may be given by name instead, such as `budget=600`.
         Raises:
             InputError: an option of the wrong type or out of range, or a name that there is none of.
+            InputError: `keep_visual` over a bundle that cannot do it.
             BudgetError: a budget below one token.
             BusyError: the engine has no room for one more cache.
         """
         self.options = given_options(SessionOptions, options, changes)
         check_parts(engine, tokenizer)
+        check_keep_visual(engine, self.options.keep_visual)
         self.engine, self.config = engine, engine.config
         self.tokenizer = tokenizer or engine.tokenizer()
         self.policy = self.options.policy
@@ -86,7 +92,7 @@ class Session:
         self.report = Report()
         self.new_clock: Callable[[], Clock] = Clock
         """Makes the clock of each answer."""
-        self.features = Features(engine)
+        self.features = Features(engine, self.options.keep_visual)
         self.cache = engine.new_cache()
         """What this session has prefilled; `length` and `keys` are for reading."""
         self._parts = Parts(engine, self.tokenizer, self.cache, self.features)
@@ -236,15 +242,23 @@ class Session:
             shared_image_size=self.options.shared_image_size,
             max_patches=self.engine.bounds.max_patches,
             policy=self.policy,
+            keep=self.options.keep_visual,
         )
         plans = iter(fit.plans)
         visuals: list[Visual] = []
+        references: list[Visual | None] = []
         for item, sizes in zip(media, fit.sizes, strict=True):
             if isinstance(item, Clip):
-                visuals += kept_visuals(item, next(plans))
+                plan = next(plans)
+                frames = kept_visuals(item, plan)
+                visuals += frames
+                references += key_frames(frames, plan)
             else:
                 visuals.append(Visual(item.digest, *sizes[0], item.merge_size))
-        return layout(pieces(fit.plans, [one.tokens for one in visuals]), visuals, fit.plans, limit, self.tokenizer)
+                references.append(None)
+        keep = self.options.keep_visual
+        made = pieces(fit.plans, [kept_tokens(one.tokens, keep) for one in visuals])
+        return layout(made, visuals, references, fit.plans, limit, self.tokenizer, keep)
 
     def _plan(self, pieces: Render, media: list[Picture | Clip], max_new_tokens: int) -> Layout:
         """The largest visual budget that leaves room for the text, its timestamps and the answer.
@@ -253,6 +267,7 @@ class Session:
             BudgetError: no budget does.
         """
         capacity = self.engine.bounds.max_seq_len - max_new_tokens
+        reach = most_positions(self.config, self.engine.bounds) - max_new_tokens
         guarded, most = self.options.tra != "reference", self.config.image.max_tokens
         wanted, least = min(self.options.budget or most, most), max(1, len(media))
         if wanted < least:
@@ -260,16 +275,25 @@ class Session:
                 f"a budget of {wanted} visual tokens for {least} images and clips; each takes at least one token, "
                 "so raise the budget or leave some out"
             )
+
+        def fits(one: Layout) -> bool:
+            return one.length <= capacity and one.span <= reach
+
         best = self._fit(pieces, media, wanted)
-        if best.length > capacity and media and guarded:
-            best = largest_fit(lambda limit: self._fit(pieces, media, limit), least, wanted, capacity)
+        if not fits(best) and media and guarded:
+            best = largest_fit(lambda limit: self._fit(pieces, media, limit), least, wanted, capacity, fits)
         if best.length > capacity:
             raise BudgetError(
                 f"the prompt takes {best.length} tokens and the answer up to {max_new_tokens}, but max_seq_len is "
                 f"{self.engine.bounds.max_seq_len}; shorten the text, lower --max-frames or --max-new-tokens, or "
                 "export with a larger --max-seq-len"
             )
-        used = sum(visual.tokens for visual in best.visuals)
+        if best.span > reach:
+            raise BudgetError(
+                f"the prompt spans {best.span} positions and the answer up to {max_new_tokens}, of "
+                f"{reach + max_new_tokens}; keep more of the visual tokens, or shorten the prompt"
+            )
+        used = best.visual_tokens
         if used > best.budget and guarded:
             raise BudgetError(
                 f"the images take {used} visual tokens at the reference's size, the budget is {best.budget}; "

@@ -9,7 +9,8 @@
 | held           | bound                                                                             |
 |----------------|-----------------------------------------------------------------------------------|
 | pixels         | each kept frame at its size in the prompt: 588 bytes per patch under the budget   |
-| features       | one row of `hidden_size` f32 per visual token under the budget                    |
+| features       | one row of `hidden_size` f32 per visual token under the budget; with              |
+|                | `keep_visual` also one per encoded token of its key frames                        |
 | KV cache       | `max_seq_len` of the bundle; frames leave room for a question and its answer      |
 | anything else  | one entry per kept frame, and the turns that were kept                            |
 
@@ -37,6 +38,7 @@ from typing import Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from penguin_edge.bundle.contract import most_positions
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.guard import Guard
@@ -49,6 +51,7 @@ from penguin_edge.runtime.core.answer import (
     Layout,
     Token,
     UnusablePicture,
+    check_keep_visual,
     ending,
     refuse_media,
 )
@@ -58,7 +61,7 @@ from penguin_edge.runtime.core.features import Calls, Features
 from penguin_edge.runtime.core.ledger import last_frame, rebase, to_last_frame
 from penguin_edge.runtime.core.media import Library, own
 from penguin_edge.runtime.core.options import PROMPT, Follow, Shrink, StreamChanges, StreamOptions, given_options
-from penguin_edge.runtime.core.pool import retained
+from penguin_edge.runtime.core.pool import put_pooled, retained
 from penguin_edge.runtime.core.report import Clock, Kept, Report, StreamStats, Work
 from penguin_edge.runtime.core.sampling import SamplingOptions, given_sampling
 from penguin_edge.runtime.core.turns import Turn, Turns
@@ -100,12 +103,14 @@ class Stream:
         self.options = given_options(StreamOptions, options, changes)
         check_parts(engine, tokenizer)
         refuse_media(engine.config, True)
+        check_keep_visual(engine, self.options.keep_visual)
         if self.options.cache == "rebase" and not engine.can_move:
             raise InputError(
                 f"{engine.name} cannot move positions of this bundle's cache: it was exported before that was known; "
                 "export the model again, or take cache='recompute'"
             )
         self.engine, self.config = engine, engine.config
+        self._reach = most_positions(engine.config, engine.bounds)
         self.tokenizer = tokenizer or engine.tokenizer()
         self.report = Report()
         self.new_clock: Callable[[], Clock] = Clock
@@ -114,7 +119,7 @@ class Stream:
         """Adds up what frames take."""
         self.stats, self._answering = StreamStats(), 0
         self.frame_tokens: int | None = None
-        """Most visual tokens of a frame that comes from now on; None: no limit of its own."""
+        """Most visual tokens of a frame that comes from now on, as encoded; None: no limit of its own."""
         self.follow: Follow = "recompute" if self.options.cache == "auto" else self.options.cache
         """How the KV cache follows from now on."""
         self.shrink: Shrink = "encode" if self.options.shrink == "auto" else self.options.shrink
@@ -133,11 +138,12 @@ class Stream:
             min_tokens=image.min_tokens,
             merge_size=image.video_merge_size,
             config=self.config.tra,
+            keep=self.options.keep_visual,
         )
         self._library = Library(image, self.options.tra)
-        self._window = Window(self._library.new_clip, planner, Turns(self.options.thinking))
+        self._window = Window(self._library.new_clip, planner, Turns(self.options.thinking), self.options.keep_visual)
         planner.set_limits(self._limits(self._window, budget))
-        self.features = Features(engine)
+        self.features = Features(engine, self.options.keep_visual)
         self.cache = engine.new_cache()
         """What this stream has prefilled; `length` and `keys` are for reading."""
         self._parts = Parts(engine, self.tokenizer, self.cache, self.features)
@@ -376,7 +382,7 @@ class Stream:
         return len(self.tokenizer.encode("," + frame_tag(time)))
 
     def _check_kept(self, prompt: str, answer: int) -> None:
-        left = self._limits(self._window, self.budget, Turn(len(self._window.frames), prompt, (0,) * answer)).room or 0
+        left = self._limits(self._window, self.budget, Turn(len(self._window.frames), prompt, (0,) * answer)).left or 0
         if left <= self.planner.tag_tokens:
             raise BudgetError(
                 f"kept, this question and its answer would leave {left} tokens for frames; ask without keep, shorten "
@@ -400,9 +406,9 @@ class Stream:
         pieces = window.turns.pieces(window.clip, None, *kept, Turn(len(window.frames), ""))
         around = sum(len(self.tokenizer.encode_pieces([piece])) for piece in pieces)
         free = self.options.question_tokens + self.options.answer_tokens
-        room = self.engine.bounds.max_seq_len - around - free
+        room, reach = (most - around - free for most in (self.engine.bounds.max_seq_len, self._reach))
         frames = self.options.max_frames or self.config.image.max_frames
-        return Limits(budget, room, self.options.window_s, frames)
+        return Limits(budget, room, self.options.window_s, frames, reach)
 
     def _limit(self, window: Window, budget: int) -> list[Change]:
         """Let a window take the place of the one before, within a budget and what the text around it leaves."""
@@ -415,7 +421,7 @@ class Stream:
         """The window as it is: a question that does not fit is refused, the frames stay."""
         found = self._window.layout(question, self.tokenizer)
         bound = self.engine.bounds.max_seq_len
-        if found.length + max_new_tokens > bound:
+        if found.length + max_new_tokens > bound or found.span + max_new_tokens > self._reach:
             raise BudgetError(
                 f"frames, question and answer take {found.length + max_new_tokens} tokens of max_seq_len {bound}; "
                 "shorten the question, or open the stream with more question_tokens or answer_tokens"
@@ -439,13 +445,14 @@ class Stream:
         prompt = self._current(window)
         shrunk = {change.frame for change in changes if change.tokens}
         if self.shrink == "pool":
-            window.pool(self.features, prompt.visuals, shrunk)
+            smaller = [v for number, v in zip(window.numbers, prompt.visuals, strict=True) if number in shrunk]
+            put_pooled(self.features, smaller, window.planner.factor)
         with self.clock("preprocess"):
             window.frames[:] = retained(window.frames, prompt.visuals)
         calls: Calls = []
         unusable: UnusablePicture | None = None
         try:
-            for call in self.features.steps(window.media, prompt.visuals, self.clock):
+            for call in self.features.steps(window.media, prompt.visuals, self.clock, prompt.references):
                 calls.append(call)
                 yield from self._pause()
         except UnusablePicture as error:

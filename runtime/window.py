@@ -6,14 +6,12 @@ Until then questions are about the window as it was, and what fails has changed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from penguin_edge.media.frames import Frame
 from penguin_edge.prompt.tokenizer import Tokenizer
-from penguin_edge.runtime.core.answer import Layout, kept_visuals, layout
-from penguin_edge.runtime.core.features import Features
+from penguin_edge.runtime.core.answer import Layout, kept_visuals, key_frames, layout
 from penguin_edge.runtime.core.media import Clip, Picture
-from penguin_edge.runtime.core.pool import pooled
 from penguin_edge.runtime.core.report import Kept
 from penguin_edge.runtime.core.turns import Turn, Turns
 from penguin_edge.runtime.engines.cache import Visual
@@ -26,12 +24,13 @@ NewClip = Callable[[Callable[[], Iterable[Frame]]], Clip]
 class Window:
     """See the top of this file. Of each frame there is an entry in `frames`, `numbers`, the clip and the planner."""
 
-    def __init__(self, new_clip: NewClip, planner: StreamPlanner, turns: Turns) -> None:
+    def __init__(self, new_clip: NewClip, planner: StreamPlanner, turns: Turns, keep: float | None) -> None:
         """
         Args:
             planner, turns: the window's own from now on.
+            keep: share of each frame's visual tokens that enters the decoder; None: all.
         """
-        self._new_clip = new_clip
+        self._new_clip, self._keep = new_clip, keep
         self.planner, self.turns = planner, turns
         self.frames: list[Frame] = []
         """Pixels of each frame, at its size in the prompt."""
@@ -40,7 +39,7 @@ class Window:
 
     def copy(self) -> Window:
         """A window that stands where this one does, and changes by itself."""
-        found = Window(self._new_clip, self.planner.copy(), self.turns.copy())
+        found = Window(self._new_clip, self.planner.copy(), self.turns.copy(), self._keep)
         found.frames, found.numbers = list(self.frames), list(self.numbers)
         found.clip = self.clip.copy(lambda: found.frames)
         return found
@@ -102,20 +101,6 @@ class Window:
         self.forget(gone)
         return gone
 
-    def pool(self, features: Features, visuals: Sequence[Visual], shrunk: Collection[int]) -> None:
-        """Features of shrunk frames as means of what they had, where their size before is still known."""
-        known = {visual.digest: visual for visual in features}
-        factor = self.planner.factor
-        for number, visual in zip(self.numbers, visuals, strict=True):
-            before = known.get(visual.digest)
-            if number in shrunk and before is not None and visual not in features:
-                rows = pooled(
-                    features[before],
-                    (before.height // factor, before.width // factor),
-                    (visual.height // factor, visual.width // factor),
-                )
-                features.put(visual, rows)
-
     def clear(self, reason: str) -> list[Change]:
         """Forget all frames and turns."""
         frames = zip(self.planner.numbers, self.planner.plan().frames, strict=True)
@@ -130,5 +115,6 @@ class Window:
         """The prompt of a question about the window."""
         plans = [self.planner.plan()] if self.frames else []
         visuals = kept_visuals(self.clip, plans[0]) if plans else []
+        references = key_frames(visuals, plans[0]) if plans else []
         pieces = self.turns.pieces(self.clip, plans[0] if plans else None, question)
-        return layout(pieces, visuals, plans, self.planner.limits.budget, tokenizer)
+        return layout(pieces, visuals, references, plans, self.planner.limits.budget, tokenizer, self._keep)

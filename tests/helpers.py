@@ -74,7 +74,7 @@ class CountingEngine:
         self.name = self.inner.name
         self.config: PenguinConfig = self.inner.config
         self.bounds = self.inner.bounds
-        self.can_move = self.inner.can_move
+        self.can_move, self.can_place = self.inner.can_move, self.inner.can_place
         self.capacity = self.inner.capacity
         self.reset()
 
@@ -98,13 +98,15 @@ class CountingEngine:
     def embed(self, ids: I64) -> F32:
         return self.inner.embed(ids)
 
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
         self.forwarded_tokens += len(embeds)
         self.forward_calls += 1
-        return self.inner.forward(cache, embeds, logit_index, keys)
+        return self.inner.forward(cache, embeds, logit_index, keys, positions)
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
-        self.inner.move(cache, begin, end, to)
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
+        self.inner.move(cache, begin, end, to, turn)
 
 
 class Alone:
@@ -129,8 +131,8 @@ class Alone:
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)
 
-    def forward(self, embeds: F32, logit_index: I64) -> F32:
-        return self.engine.forward(self.cache, embeds, logit_index)
+    def forward(self, embeds: F32, logit_index: I64, positions: I64 | None = None) -> F32:
+        return self.engine.forward(self.cache, embeds, logit_index, positions=positions)
 
-    def move(self, begin: int, end: int, to: int) -> None:
-        self.engine.move(self.cache, begin, end, to)
+    def move(self, begin: int, end: int, to: int, turn: int | None = None) -> None:
+        self.engine.move(self.cache, begin, end, to, turn)

@@ -4,12 +4,14 @@
 |-----------|---------------------------------------------------------------------------------|------------------------|
 | encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64                                | features [B,P,C] f32   |
 | projector | features [B,T,M,C] f32                                                          | visual [B,T,H] f32     |
-| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, KV state                | logits [1,K,V] f32, KV |
-|           | and on ExecuTorch kv_positions [L] i64 = 0…L-1, so that the filled length is a shape                     |
+| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, positions [S] i64,      | logits [1,K,V] f32, KV |
+|           | KV state; on ExecuTorch kv_positions [L] i64 = 0…L-1, so that the filled length is a shape               |
 | prefill   | as decoder, on the same KV state: more than one position at a time, where a bundle has it                |
 | embedding | not a graph: a raw row-major table, read by the runtime                         | embeds [S,H]           |
 
-KV state is `[1, kv_heads, max_seq_len, D]` per layer for keys and for values, written in place at `start`. ONNX Runtime
+KV state is `[1, kv_heads, max_seq_len, D]` per layer for keys and for values, written in place at `start`: the slots of
+the new tokens, which the causal mask counts. `positions` are their rotary positions, below `most_positions`: equal to
+the slots, unless visual tokens were left out before. Decoders of earlier exports lack this input. ONNX Runtime
 binds one buffer as `past_key_i`/`present_key_i` (and `…value_i`); ExecuTorch keeps mutable buffers inside, which the
 program names `keys_i` and `values_i`.
 Graph inputs and outputs are f32 whatever the graph computes in; only KV buffers have a dtype of their own.
@@ -33,6 +35,10 @@ CHECK = "check.safetensors"
 VERIFY = "verify.json"
 PROFILE = "profile.json"
 """What our verbs write beside the manifest, which does not name it."""
+POSITIONS = "positions"
+"""The input of a decoder that gives each new token its rotary position; decoders of earlier exports lack it."""
+POSITIONS_PER_SLOT = 4
+"""Rotary positions of a bundle for each slot of its cache: tokens that are left out leave gaps."""
 EXECUTORCH_PATCHES = 4096
 """Patches of the largest picture for ExecuTorch: attention scores of one frame are `[heads, P, P]` in one piece, 1.1 GB
 at 4096 patches, 17 GB at 16,384."""
@@ -97,8 +103,19 @@ def compiled_bounds(target: str, max_seq_len: int, *, prefill: bool = False) -> 
     return None if bounds is None else bounds(max_seq_len, 2 if prefill else 1)
 
 
-def signature(graph: str, config: PenguinConfig, bounds: Bounds) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of one graph, KV state not counted. `T` is P/m², `M` is m²."""
+def most_positions(config: PenguinConfig, bounds: Bounds) -> int:
+    """Rotary positions that decoders take: 0 up to this number, exclusive."""
+    return min(config.text.max_position_embeddings, POSITIONS_PER_SLOT * bounds.max_seq_len)
+
+
+def signature(
+    graph: str, config: PenguinConfig, bounds: Bounds, *, placed: bool = True
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of one graph, KV state not counted. `T` is P/m², `M` is m².
+
+    Args:
+        placed: whether decoders take `positions`, as all do but those of earlier exports.
+    """
     text = config.text
     if graph in ("decoder", "prefill"):
         inputs = [
@@ -106,6 +123,8 @@ def signature(graph: str, config: PenguinConfig, bounds: Bounds) -> tuple[list[T
             TensorSpec("start", "i64", (1,)),
             TensorSpec("logit_index", "i64", ("K",)),
         ]
+        if placed:
+            inputs.append(TensorSpec(POSITIONS, "i64", ("S",)))
         return inputs, [TensorSpec("logits", "f32", (1, "K", text.vocab_size))]
     if config.vision is None:
         raise BundleError(f"a text-only model has no {graph}; its bundle holds the decoder and the embedding only")

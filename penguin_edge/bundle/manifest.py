@@ -9,6 +9,7 @@ from penguin_edge.bundle import rules
 from penguin_edge.bundle.contract import (
     EMBEDDING,
     MANIFEST,
+    POSITIONS,
     SCHEMA_VERSION,
     TOKENIZER,
     Bounds,
@@ -75,6 +76,11 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
+    @property
+    def placed(self) -> bool:
+        """Whether the decoders take a rotary position for each token, which those of earlier exports do not."""
+        return any(spec.name == POSITIONS for spec in self.graphs["decoder"].inputs)
+
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["model"] = self.model.to_json()
@@ -139,7 +145,8 @@ class Manifest:
         if len(set(files)) < len(files):
             raise SchemaError(f"graphs names {max(files, key=files.count)} twice; wanted a file per graph")
         for name, graph in self.graphs.items():
-            if (list(graph.inputs), list(graph.outputs)) != signature(name, self.model, self.bounds):
+            tensors = signature(name, self.model, self.bounds, placed=self.placed)
+            if (list(graph.inputs), list(graph.outputs)) != tensors:
                 raise SchemaError(f"graphs.{name} has other tensors than a model of this configuration has")
 
     def _check_bounds(self) -> None:

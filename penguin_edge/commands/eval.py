@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import numpy as np
 
 from penguin_edge.commands.common import check_outputs, emit, open_model, positive, say, table
 from penguin_edge.commands.eval_layers import run_layers
-from penguin_edge.commands.options import add_allow_outside, add_budget, add_engine, add_json, add_tra
+from penguin_edge.commands.options import add_allow_outside, add_budget, add_engine, add_json, add_keep_visual, add_tra
 from penguin_edge.dataset.records import missing_media, read_records
 from penguin_edge.errors import InputError
-from penguin_edge.evaluation.budget_study import Ask, Reply, draw_study, study
+from penguin_edge.evaluation.budget_study import Ask, Prune, Reply, draw_study, study
 from penguin_edge.evaluation.score import (
     Answer,
     Question,
@@ -67,11 +68,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="at most N questions of each task, evenly spread")
     add_budget(parser, "(default: what the context leaves)", usage=False)
     add_tra(parser)
+    add_keep_visual(parser, "; with --budget-study a way of its own, prune")
     add_engine(parser)
     parser.add_argument(
         "--budget-study",
         action="store_true",
-        help="accuracy against budget for TRA (strict, adaptive), dropping and shrinking frames",
+        help="accuracy against budget for TRA (strict, adaptive), dropping and shrinking frames; with --keep-visual "
+        "also adaptive plans of which a share is kept",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="a picture of the budget study or the layers")
     add_json(parser)
@@ -125,15 +128,22 @@ def answerer(session: Session) -> Answer:
     return answer
 
 
-def asker(session: Session) -> Ask:
-    """Greedy answers of a session whose clips are planned by the policy that is given with each question."""
+def asker(session: Session, *, afresh: bool = False) -> Ask:
+    """Greedy answers of a session whose clips are planned by the policy that is given with each question.
+
+    Args:
+        afresh: compute every clip anew, since which tokens are kept would else depend on the questions before.
+    """
 
     def ask(messages: Sequence[Message], most: int, policy: Policy) -> Reply:
         session.policy = policy
+        if afresh:
+            session.features.clear()
+            session.cache.forget()
         for _ in session.converse(messages, SamplingOptions(max_new_tokens=most)):
             pass
         report = session.report
-        return Reply(report.text, report.visual_tokens, report.frames - report.dropped)
+        return Reply(report.text, report.visual_tokens, report.frames - report.dropped, report.encoded_tokens)
 
     return ask
 
@@ -164,10 +174,21 @@ def run(args: argparse.Namespace) -> int:
     training = read_training_answers(data if data.is_dir() else data.parent)
     other = read_answers(args.over, questions) if args.over else None
     engine, tokenizer = open_model(args.model, threads=args.threads, max_seq_len=args.max_seq_len)
-    session = Session(engine, tokenizer, SessionOptions(budget=args.budget, tra=args.tra))
+    planned = SessionOptions(budget=args.budget, tra=args.tra)
+    pruned = replace(planned, keep_visual=args.keep_visual)
+    session = Session(engine, tokenizer, planned if args.budget_study else pruned)
     begin = time.monotonic()
     if args.budget_study:
-        result = study(questions, asker(session), engine.config, training=training, progress=CountLine())
+        prune = None
+        if args.keep_visual is not None:
+            if engine.capacity == 1:
+                raise InputError(
+                    f"a budget study with --keep-visual needs two KV caches, and {engine.name} holds one; name a "
+                    "checkpoint or a bundle for onnx"
+                )
+            prune = Prune(args.keep_visual, asker(Session(engine, tokenizer, pruned), afresh=True))
+        config, line = engine.config, CountLine()
+        result = study(questions, asker(session), config, training=training, progress=line, prune=prune)
     else:
         answers = ask_all(questions, answerer(session), CountLine())
         result = score(questions, answers, training=training)
@@ -192,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_text(args: argparse.Namespace) -> int:
     """Perplexity of a text, and the distance from another model on it."""
-    for name in ("budget_study", "out", "answers", "over", "limit"):
+    for name in ("budget_study", "out", "answers", "over", "limit", "keep_visual"):
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is about questions; use it with --data")
     try:
@@ -252,12 +273,13 @@ def report(result: dict[str, Any]) -> str:
 def study_report(result: dict[str, Any]) -> str:
     """The table of a budget study for a reader."""
     head = ("policy", "budget", "tokens", "frames", "accuracy", "95 % interval", "over TRA (strict)", "over dropping")
-    rows: list[tuple[str, ...]] = [head]
+    others = ("tra", "drop", "adaptive") if result["keep_visual"] is not None else ("tra", "drop")
+    rows: list[tuple[str, ...]] = [(*head, "over adaptive") if len(others) == 3 else head]
     for entry in result["budget_study"]:
         low, high = entry["interval"]
         over = [
             "" if entry["policy"] == other else "{:+.3f} ({:+.3f} to {:+.3f})".format(*entry[f"over_{other}"])
-            for other in ("tra", "drop")
+            for other in others
         ]
         cost = (f"{100 * entry['share']:.3g} %", f"{entry['visual_tokens']:.1f}", f"{entry['frames']:.1f}")
         rows.append((entry["policy"], *cost, f"{entry['accuracy']:.3f}", f"{low:.3f} - {high:.3f}", *over))

@@ -46,7 +46,7 @@ def run_layers(args: argparse.Namespace, progress: NewCountProgress) -> int:
     Raises:
         InputError: flags that do not go together, or data that cannot be read.
     """
-    for name in ("budget_study", "answers", "over", "limit", "budget"):
+    for name in ("budget_study", "answers", "over", "limit", "budget", "keep_visual"):
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} is about questions; leave it out with --layers")
     if args.quant and args.against:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from penguin_edge.commands.common import above_zero, positive
+from penguin_edge.commands.common import above_zero, positive, share
 from penguin_edge.runtime.core.options import FOLLOWS, SHRINKS, SessionOptions, StreamOptions
 from penguin_edge.tra.clip import MODES
 from penguin_edge.tra.stream import STREAM_MODES
@@ -41,6 +41,17 @@ def add_tra(parser: argparse._ActionsContainer) -> None:
     """The flag of how clips are planned."""
     default = SessionOptions().tra
     parser.add_argument("--tra", choices=MODES, default=default, help="default: %(default)s")
+
+
+def add_keep_visual(parser: argparse._ActionsContainer, note: str = "") -> None:
+    """The flag of the share of visual tokens that is kept; `note` says where verbs differ."""
+    parser.add_argument(
+        "--keep-visual",
+        type=share,
+        metavar="FRACTION",
+        help="lossy: of each frame or picture give the decoder only this share of its visual tokens, those least like "
+        f"another one, at their own positions; budgets count what is kept (default: all){note}",
+    )
 
 
 def add_fps(

@@ -6,7 +6,15 @@ import argparse
 
 from penguin_edge.bundle.contract import Bounds
 from penguin_edge.commands.common import check_outputs, emit, positive, say
-from penguin_edge.commands.options import add_budget, add_fps, add_json, add_media_limits, add_tra, checked_max_pixels
+from penguin_edge.commands.options import (
+    add_budget,
+    add_fps,
+    add_json,
+    add_keep_visual,
+    add_media_limits,
+    add_tra,
+    checked_max_pixels,
+)
 from penguin_edge.config import ImageConfig, PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.runtime.core.media import Library
@@ -19,6 +27,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("clip", metavar="CLIP", help="video file, gif, or folder of images")
     add_budget(parser, "for the whole clip", usage=False, required=True)
     add_tra(parser)
+    add_keep_visual(parser)
     add_fps(parser, defaults.fps, usage=False)
     parser.add_argument("--max-frames", type=positive, default=defaults.max_frames, help="default: %(default)s")
     parser.add_argument("--start", type=float, help="seconds")
@@ -43,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     clip = library.clip(args.clip, options, Clock())
     times = [0.0 if time is None else time for time in clip.times]
     config = PenguinConfig(image=library.config)
-    plan = clip.plan(args.budget, args.tra, config, Bounds().max_patches // clip.merge_size**2)
+    most = Bounds().max_patches // clip.merge_size**2
+    plan = clip.plan(args.budget, args.tra, config, most, keep=args.keep_visual)
     if args.out:
         draw_png(plan, times, clip.similarities, args.out)
         say(f"picture: {args.out}")

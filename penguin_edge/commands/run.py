@@ -13,6 +13,7 @@ from penguin_edge.commands.options import (
     add_engine,
     add_fps,
     add_json,
+    add_keep_visual,
     add_media_limits,
     add_tra,
     checked_max_pixels,
@@ -51,6 +52,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--max-frames", type=positive, help="most frames taken (default: the model's)")
     add_budget(parser, "(default: what the context leaves)", usage=False)
     add_tra(parser)
+    add_keep_visual(parser)
     parser.add_argument("--thinking", action="store_true", help="let the model think: no empty think block")
     parser.add_argument(
         "--shared-image-size", action="store_true", help="the first image's size for all, as the reference"
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         shared_image_size=args.shared_image_size,
         max_pixels=checked_max_pixels(args),
         max_packets=args.max_packets,
+        keep_visual=args.keep_visual,
     )
     session = Session(engine, tokenizer, planned)
     # Graphs are loaded at their first use, which would be booked under the first answer's parts.
@@ -132,7 +135,8 @@ def report(result: Report, load_ms: float, engine: str) -> None:
             f"{result.timestamp_tokens} text tokens of time stamps"
         )
     if result.frames or result.images:
-        say(f"  visual tokens {result.visual_tokens} of budget {result.budget}")
+        encoded = f", {result.encoded_tokens} encoded" if result.encoded_tokens != result.visual_tokens else ""
+        say(f"  visual tokens {result.visual_tokens} of budget {result.budget}{encoded}")
     say(f"  prompt {result.prompt_tokens} tokens, {result.reused_tokens} reused; load {load_ms:.0f} ms")
     if result.first_token_ms is not None:
         phases = [(name, f"{result.phases_ms[name]:.1f}") for name in PHASES if result.phases_ms.get(name)]

@@ -28,6 +28,7 @@ from penguin_edge.commands.options import (
     add_engine,
     add_fps,
     add_json,
+    add_keep_visual,
     add_media_limits,
     add_window,
     checked_max_pixels,
@@ -70,6 +71,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--duration", type=above_zero, metavar="S", help="stop after S seconds of the stream")
     add_budget(parser, "at any time (default: the model's)", usage=True)
     add_window(parser)
+    add_keep_visual(parser, "; not with --shrink pool")
     add_media_limits(parser)
     parser.add_argument(
         "--queue", type=positive, default=LiveOptions().queued, help="most frames that wait (default: %(default)s)"
@@ -131,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         shrink=args.shrink,
         cache=args.cache,
         answer_tokens=args.max_new_tokens,
+        keep_visual=args.keep_visual,
     )
     stream = Stream(engine, tokenizer, kept)
     answers: deque[dict[str, Any]] = deque(maxlen=ANSWERS)

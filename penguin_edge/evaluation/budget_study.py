@@ -1,6 +1,6 @@
 """Accuracy against token budget: TRA beside dropping frames and beside shrinking all of them.
 
-Each clip gets the same share of its own native tokens from four policies:
+Each clip gets the same share of its own native tokens from every policy:
 
 | policy   | what gives way                                                                           |
 |----------|------------------------------------------------------------------------------------------|
@@ -8,9 +8,11 @@ Each clip gets the same share of its own native tokens from four policies:
 | adaptive | the adaptive plan: as strict, but frames are dropped before key frames become illegible  |
 | drop     | frames: those that are left are evenly spaced, the first among them, at native size      |
 | shrink   | detail: all frames at the same smaller size of the same ladder of sizes that TRA uses    |
+| prune    | tokens: adaptive plans of which each frame keeps a share; its budget counts what is kept |
 
-Only below one frame does `drop` shrink it, and only below one token each does `shrink` drop frames. Time stamps are
-text and outside of the budget, so a policy that drops frames has the shorter prompt.
+`prune` is asked for by itself, with the share that is kept. Only below one frame does `drop` shrink it, and only below
+one token each does `shrink` drop frames. Time stamps are text and outside of the budget, so a policy that drops frames
+has the shorter prompt.
 """
 
 from __future__ import annotations
@@ -39,23 +41,39 @@ from penguin_edge.tra.clip import DROPPED, KEY, FramePlan, Mode, Plan, Policy, p
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 """Shares of a clip's native tokens."""
-COLOURS = {"tra": "#d9622b", "adaptive": "#8a4fb0", "drop": "#4f81b0", "shrink": "#5a9367"}
-LABELS = {"tra": "TRA, strict", "adaptive": "TRA, adaptive", "drop": "drop frames", "shrink": "shrink all frames"}
+COLOURS = {"tra": "#d9622b", "adaptive": "#8a4fb0", "drop": "#4f81b0", "shrink": "#5a9367", "prune": "#c2a11b"}
+LABELS = {
+    "tra": "TRA, strict",
+    "adaptive": "TRA, adaptive",
+    "drop": "drop frames",
+    "shrink": "shrink all frames",
+    "prune": "TRA, adaptive, tokens kept in part",
+}
 MODES: dict[str, Mode] = {"tra": "strict", "adaptive": "adaptive"}
 """The mode of `plan_clip` behind a policy's name."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and what its clips cost: visual tokens, and frames that were kept."""
+    """An answer, and what its clips cost: visual tokens in the decoder, frames that were kept, and visual tokens that
+    the encoder gave (None: the same)."""
 
     text: str
     tokens: int
     frames: int
+    encoded: int | None = None
 
 
 Ask = Callable[[Sequence[Message], int, Policy], Reply]
 """(messages, most tokens to decode, policy) -> reply."""
+
+
+@dataclass(frozen=True)
+class Prune:
+    """The share of each frame's tokens that the policy `prune` keeps, and what asks a session that does so."""
+
+    keep: float
+    ask: Ask
 
 
 def _uniform(kept: Sequence[int], n: int, step: tuple[int, int], budget: int, factor: int, name: str) -> Plan:
@@ -89,16 +107,27 @@ def shrink_frames(kinds: Sequence[str], size: tuple[int, int], budget: int, merg
     return _uniform(_spread(len(kinds), keep), len(kinds), step, budget, factor, "shrink")
 
 
-def policies(config: PenguinConfig) -> dict[str, Policy]:
-    """The four policies for a model, by name."""
+def policies(config: PenguinConfig, keep: float | None = None) -> dict[str, Policy]:
+    """The policies for a model, by name; `prune` among them where the share that it keeps is given."""
 
-    def tra(mode: Mode, kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int) -> Plan:
-        least = config.image.min_tokens
+    def tra(
+        mode: Mode, kept: float | None, kinds: Sequence[str], size: tuple[int, int], budget: int, merge_size: int
+    ) -> Plan:
         return plan_clip(
-            len(kinds), kinds, size, budget, mode=mode, min_tokens=least, merge_size=merge_size, config=config.tra
+            len(kinds),
+            kinds,
+            size,
+            budget,
+            mode=mode,
+            min_tokens=config.image.min_tokens,
+            merge_size=merge_size,
+            config=config.tra,
+            keep=kept,
         )
 
-    return {**{name: partial(tra, mode) for name, mode in MODES.items()}, "drop": drop_frames, "shrink": shrink_frames}
+    plans: dict[str, Policy] = {name: partial(tra, mode, None) for name, mode in MODES.items()}
+    plans |= {"drop": drop_frames, "shrink": shrink_frames}
+    return plans if keep is None else {**plans, "prune": partial(tra, "adaptive", keep)}
 
 
 def within(policy: Policy, share: float) -> Policy:
@@ -136,20 +165,26 @@ def study(
     training: Training | None = None,
     shares: Sequence[float] = SHARES,
     progress: CountProgress | None = None,
+    prune: Prune | None = None,
 ) -> dict[str, Any]:
     """Answer every question about clips under every policy and share.
 
+    Args:
+        prune: asks under the policy of this name, too.
     Returns:
         `score` of the strict plans under the first share; `budget_study`, a list with one entry per policy and share:
-        `policy`, `share`, mean `visual_tokens` and `frames` per question, `accuracy` over all questions with its
-        `interval`, `tasks` (name -> accuracy), and `over_tra` and `over_drop`: accuracy minus that of the strict plans
-        and of dropping frames under the same share, with the 95 % interval [difference, low, high] of paired questions;
-        and `study`, its numbers by share and mode: `accuracy`, `count` of questions, mean visual `tokens`.
+        `policy`, `share`, mean `visual_tokens`, `encoded_tokens` and `frames` per question, `accuracy` over all
+        questions with its `interval`, `tasks` (name -> accuracy), and `over_tra`, `over_drop` and `over_adaptive`:
+        accuracy minus that of the strict plans, of dropping frames and of the adaptive plans under the same share, with
+        the 95 % interval [difference, low, high] of paired questions; `study`, its numbers by share and mode:
+        `accuracy`, `count` of questions, mean visual `tokens`, and for `prune` `over_adaptive`; and `keep_visual`, the
+        share that `prune` keeps, or None.
     Raises:
         InputError: no questions about clips.
     """
     questions = about_clips(questions)
-    known = policies(config)
+    known = policies(config, prune.keep if prune else None)
+    asked = {name: prune.ask if prune and name == "prune" else ask for name in known}
     runs = [(name, share) for share in shares for name in known]
     fitted = {run: within(known[run[0]], run[1]) for run in runs}
     longest = answer_tokens(questions)
@@ -158,7 +193,7 @@ def study(
     for i in by_media(questions):
         for run in runs:
             try:
-                replies[run][i] = ask(questions[i].messages, longest[questions[i].task], fitted[run])
+                replies[run][i] = asked[run[0]](questions[i].messages, longest[questions[i].task], fitted[run])
             except InputError as error:
                 raise InputError(f"{questions[i].record}: {error}") from error
             done += 1
@@ -173,28 +208,36 @@ def study(
         whole = score(pooled, texts, training={})["tasks"]["clips"]
         tasks = score(questions, texts, training={})["tasks"]
         tokens = sum(reply.tokens for reply in given) / len(given)
-        table[f"{share:g}"][MODES.get(name, name)] = {
-            "accuracy": whole["accuracy"],
-            "count": len(given),
-            "tokens": tokens,
+        over = {
+            f"over_{other}": difference(questions, texts, [reply.text for reply in replies[other, share]])
+            for other in ("tra", "drop", "adaptive")
         }
+        row = {"accuracy": whole["accuracy"], "count": len(given), "tokens": tokens}
+        if name == "prune":
+            row["over_adaptive"] = over["over_adaptive"]
+        table[f"{share:g}"][MODES.get(name, name)] = row
         entries.append(
             {
                 "policy": name,
                 "share": share,
                 "visual_tokens": tokens,
+                "encoded_tokens": sum(reply.tokens if reply.encoded is None else reply.encoded for reply in given)
+                / len(given),
                 "frames": sum(reply.frames for reply in given) / len(given),
                 "accuracy": whole["accuracy"],
                 "interval": whole["interval"],
                 "tasks": {task: row["accuracy"] for task, row in tasks.items()},
-                **{
-                    f"over_{other}": difference(questions, texts, [reply.text for reply in replies[other, share]])
-                    for other in ("tra", "drop")
-                },
+                **over,
             }
         )
     first = [reply.text for reply in replies["tra", shares[0]]]
-    return {**score(questions, first, training=training), "budget_study": entries, "study": table}
+    kept = prune.keep if prune else None
+    return {
+        **score(questions, first, training=training),
+        "budget_study": entries,
+        "study": table,
+        "keep_visual": kept,
+    }
 
 
 def draw_study(result: dict[str, Any], path: str | Path) -> None:
@@ -229,6 +272,8 @@ def _draw_panel(axes: Any, result: dict[str, Any], task: str | None) -> None:
     """One panel: of one task, or of all questions with their intervals."""
     for policy, colour in COLOURS.items():
         entries = [entry for entry in result["budget_study"] if entry["policy"] == policy]
+        if not entries:
+            continue
         shares = [entry["share"] for entry in entries]
         values = [entry["accuracy"] if task is None else entry["tasks"][task] for entry in entries]
         axes.plot(shares, values, ".-", color=colour, label=LABELS[policy])

@@ -98,10 +98,10 @@ class KVCache:
         out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
 
-    def move(self, begin: int, end: int, to: int, theta: float) -> None:
-        """Move positions [begin, end) to `to` <= begin; keys are turned by the difference of the angles."""
+    def move(self, begin: int, end: int, to: int, theta: float, by: int | None = None) -> None:
+        """Move slots [begin, end) to `to` <= begin; keys are turned by so many positions, None: as the slots move."""
         size = self.keys[0].shape[-1]
-        angles = (to - begin) * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = (to - begin if by is None else by) * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
         both = torch.cat((angles, angles)).to(self.keys[0].device)
         cos, sin = both.cos().float(), both.sin().float()
         there = slice(to, to + end - begin)

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penguin_edge.bundle.contract import Bounds
+from penguin_edge.bundle.contract import Bounds, most_positions
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError
 from penguin_edge.model.decoder import KVCache
 from penguin_edge.model.penguin import PenguinModel
 from penguin_edge.prompt.tokenizer import Tokenizer
-from penguin_edge.runtime.engines.base import check_encode, check_forward, check_move, check_project
+from penguin_edge.runtime.engines.base import check_encode, check_forward, check_move, check_positions, check_project
 from penguin_edge.runtime.engines.cache import Cache, Caches, Key
 
 
@@ -35,6 +35,7 @@ class EagerEngine:
         )
         # Kept: the model looks for them among all of its parameters, which takes longer than a step of a small one.
         self._dtype, self._device = model.dtype, model.device
+        self._most = most_positions(self.config, self.bounds)
         self._caches = Caches(None, self._new_state)
         self.guard = self._caches.guard
 
@@ -88,25 +89,32 @@ class EagerEngine:
 
     @torch.no_grad()
     def forward(
-        self, cache: Cache, embeds: NDArray[np.float32], logit_index: NDArray[np.int64], keys: Sequence[Key] = ()
+        self,
+        cache: Cache,
+        embeds: NDArray[np.float32],
+        logit_index: NDArray[np.int64],
+        keys: Sequence[Key] = (),
+        positions: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
         assert self.model.decoder is not None
         with self.guard:
             kv = self._caches.state(cache)
             check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
-            with cache.writing(len(embeds), keys):
+            places = check_positions(
+                positions, len(embeds), cache.length, cache.following, self._most, can_place=self.can_place
+            )
+            with cache.writing(len(embeds), keys, places):
                 kv.length = cache.length
-                positions = kv.length + torch.arange(len(embeds), device=self._device)
-                hidden = self.model.decoder(self._float(embeds)[None], positions, kv.attend)
+                hidden = self.model.decoder(self._float(embeds)[None], self._int(places), kv.attend)
                 return self.model.decoder.logits(hidden, self._int(logit_index))[0].float().cpu().numpy()
 
-    can_move = True
+    can_move = can_place = True
 
     @torch.no_grad()
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
-        """Positions [begin, end) stand at `to` from now on, keys turned; see `penguin_edge.runtime.engines.base`."""
-        check_move(self.bounds.max_seq_len, begin, end, to)
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
+        """Slots [begin, end) stand at `to` from now on, keys turned; see `penguin_edge.runtime.engines.base`."""
+        check_move(self.bounds.max_seq_len, begin, end, to, turn)
         with self.guard:
             kv = self._caches.state(cache)
-            with cache.moving(begin, end, to):
-                kv.move(begin, end, to, self.config.text.rope_theta)
+            with cache.moving(begin, end, to, turn):
+                kv.move(begin, end, to, self.config.text.rope_theta, turn)

@@ -37,6 +37,9 @@ A key frame is legible at `LEGIBLE_SHARE` of its native tokens, or at `LEGIBLE_T
 docs/budgets.md tells how both were found. Where not all key frames fit at that size, as many as do are kept,
 as large as fits, and no other frame.
 
+Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.keeping`). The budget then
+counts these; areas, the floor and what is legible stay matters of the size that is encoded.
+
 Sizes come from a ladder: all sizes met while a frame is scaled down from native with its sides rounded to whole
 factors. At its lower end the ladder gives up the aspect, so it always ends at one token.
 """
@@ -52,6 +55,7 @@ from typing import Any, Literal, get_args
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.preprocess import fit_area
+from penguin_edge.tra.keeping import check_keep, kept_tokens
 from penguin_edge.tra.keyframes import (
     DROPPED,
     INTERMEDIATE,
@@ -88,7 +92,8 @@ LEGIBLE_TOKENS = 25
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Target of one frame: `width` x `height` pixels, `tokens` after the merge. All 0 when dropped."""
+    """Target of one frame: `width` x `height` pixels as encoded, and `tokens` that enter the decoder: those after the
+    merge, or the share of them that is kept. All 0 when dropped."""
 
     kind: str
     width: int
@@ -192,6 +197,7 @@ def plan_clip(
     min_tokens: int = 16,
     merge_size: int = 2,
     config: TraConfig | None = None,
+    keep: float | None = None,
 ) -> Plan:
     """Sizes for `n` frames of one `size` (height, width in pixels), labelled `kinds`, within `budget` tokens.
 
@@ -200,10 +206,13 @@ def plan_clip(
     stays, and alone it may go below its least size, down to one token. If keys below native leave some budget, it is
     less than one more step of all keys would cost.
 
+    Args:
+        keep: share of each frame's tokens that enters the decoder and that the budget counts; None: all. In reference
+            mode the sizes stay those of the reference.
     Raises:
         BudgetError: a budget below one token.
-        InputError: no frames, an unknown label, an empty size; in reference mode also a clip without key frames whose
-            budget is too small, where the reference divides by zero.
+        InputError: no frames, an unknown label, an empty size, no such share; in reference mode also a clip without
+            key frames whose budget is too small, where the reference divides by zero.
     """
     config = config or TraConfig()
     height, width = size
@@ -218,25 +227,35 @@ def plan_clip(
         )
     if budget < 1:
         raise BudgetError(f"a budget of {budget} tokens holds no frame; give at least 1")
+    check_keep(keep)
     factor = PATCH * merge_size
     if mode == "reference":
-        return _reference(list(kinds), height, width, budget, factor, min_tokens, config)
+        return _reference(list(kinds), height, width, budget, factor, min_tokens, config, keep)
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
     ladder = size_ladder(height, width, factor)
     least = Least.of(ladder, config.min_factor * min_tokens, LEGIBLE_TOKENS * min_tokens if mode == "adaptive" else 0)
-    plan = _guarded(list(kinds), ladder, budget, factor, least, config.area_ratio)
+    plan = _guarded(list(kinds), ladder, budget, factor, least, config.area_ratio, keep)
     return replace(plan, mode=mode)
 
 
-def _assemble(kinds: Sequence[str], sizes: dict[str, tuple[int, int]], budget: int, factor: int) -> Plan:
+def _assemble(
+    kinds: Sequence[str], sizes: dict[str, tuple[int, int]], budget: int, factor: int, keep: float | None
+) -> Plan:
     """A plan from labels and target pixels (height, width) per kind; mode and stage are filled in by the caller."""
-    made = {k: FramePlan(k, w, h, (h // factor) * (w // factor)) for k, (h, w) in sizes.items()}
+    made = {k: FramePlan(k, w, h, kept_tokens((h // factor) * (w // factor), keep)) for k, (h, w) in sizes.items()}
     return Plan(tuple(made[kind] for kind in kinds), budget, factor, "", "")
 
 
 def _reference(
-    kinds: list[str], height: int, width: int, budget: int, factor: int, min_tokens: int, config: TraConfig
+    kinds: list[str],
+    height: int,
+    width: int,
+    budget: int,
+    factor: int,
+    min_tokens: int,
+    config: TraConfig,
+    keep: float | None,
 ) -> Plan:
     n, keys = len(kinds), kinds.count(KEY)
     native = height * width
@@ -261,7 +280,7 @@ def _reference(
             stage, key_area = "key-floor", least
     areas = {KEY: key_area, INTERMEDIATE: other_area}
     sizes = {kind: fit_area(area, height, width, factor, least) for kind, area in areas.items()}
-    plan = replace(_assemble(kinds, sizes, budget, factor), mode="reference", stage=stage)
+    plan = replace(_assemble(kinds, sizes, budget, factor, keep), mode="reference", stage=stage)
     if not plan.over_budget:
         return plan
     return replace(plan, notes=(f"{plan.total_tokens} tokens exceed the budget of {budget}, as in the reference",))
@@ -294,7 +313,13 @@ class Least:
 
 
 def _guarded(
-    kinds: list[str], ladder: Sequence[tuple[int, int]], budget: int, factor: int, least: Least, ratio: int
+    kinds: list[str],
+    ladder: Sequence[tuple[int, int]],
+    budget: int,
+    factor: int,
+    least: Least,
+    ratio: int,
+    keep: float | None,
 ) -> Plan:
     """A plan that keeps the budget: the strict one where both kinds have the same least rung, else the adaptive one."""
     notes = []
@@ -302,20 +327,21 @@ def _guarded(
         notes.append("frame 0 was made key: a plan starts with a key frame")
         kinds[0] = KEY
     tokens = [r * c for r, c in ladder]
+    cost = [kept_tokens(count, keep) for count in tokens]
     native = len(ladder) - 1
     n, keys = len(kinds), kinds.count(KEY)
     legible = least.key > least.other
 
     stage, lowest = "", least.key
-    if keys * tokens[least.key] + (n - keys) * tokens[least.other] > budget:
+    if keys * cost[least.key] + (n - keys) * cost[least.other] > budget:
         stage = "thinned"
-        if budget < tokens[least.key]:
+        if budget < cost[least.key]:
             stage, lowest = "one" if legible else stage, 0
-        room = max(0, budget - keys * tokens[least.key]) // tokens[least.other]
+        room = max(0, budget - keys * cost[least.key]) // cost[least.other]
         why = "the budget is below their floor"
         if legible and stage != "one":
-            why = f"key frames keep {tokens[least.key]} tokens"
-        notes.extend(_thin(kinds, max(1, budget // tokens[least.key]), room, why, last=legible))
+            why = f"key frames keep {cost[least.key]} tokens"
+        notes.extend(_thin(kinds, max(1, budget // cost[least.key]), room, why, last=legible))
     keys, others = kinds.count(KEY), kinds.count(INTERMEDIATE)
 
     def joint(key: int) -> int:
@@ -323,7 +349,7 @@ def _guarded(
         return min(key, max(least.other, bisect_right(tokens, tokens[key] / ratio) - 1))
 
     def fits(key: int, other: int) -> bool:
-        return keys * tokens[key] + others * tokens[other] <= budget
+        return keys * cost[key] + others * cost[other] <= budget
 
     if n == keys + others and fits(native, native):
         stage, key, other = "native", native, native
@@ -337,10 +363,10 @@ def _guarded(
             other = _largest(native, other, lambda i: fits(native, i))
         stage = stage or ("floor" if other == least.other and others else "joint")
         if key < least.key:
-            below = f"the {tokens[least.key]} that are legible" if legible else f"the floor of {tokens[least.key]}"
-            notes.append(f"frame 0 alone is left, with {tokens[key]} tokens, below {below}")
+            below = f"the {cost[least.key]} that are legible" if legible else f"the floor of {cost[least.key]}"
+            notes.append(f"frame 0 alone is left, with {cost[key]} tokens, below {below}")
     sizes = {kind: (ladder[i][0] * factor, ladder[i][1] * factor) for kind, i in ((KEY, key), (INTERMEDIATE, other))}
-    plan = _assemble(kinds, {**sizes, DROPPED: (0, 0)}, budget, factor)
+    plan = _assemble(kinds, {**sizes, DROPPED: (0, 0)}, budget, factor, keep)
     return replace(plan, stage=stage, notes=tuple(notes))
 
 

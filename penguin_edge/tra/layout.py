@@ -7,7 +7,7 @@ the rest of the budget to clips. Sizes are (height, width) in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from penguin_edge.media.places import shown
 from penguin_edge.media.preprocess import image_size, image_sizes
 from penguin_edge.prompt.chat import Message, message_fields, part_kind
 from penguin_edge.tra.clip import DROPPED, KEY, KeyFrameDetector, Mode, Plan, Policy, plan_clip, size_ladder
+from penguin_edge.tra.keeping import kept_tokens, most_encoded
 
 Size = tuple[int, int]
 
@@ -71,16 +72,17 @@ class LabelledClip:
         config: PenguinConfig,
         max_tokens: int | None = None,
         policy: Policy | None = None,
+        keep: float | None = None,
     ) -> Plan:
         """Sizes under `budget`; no frame above `max_tokens`, which graphs are compiled for, but in reference mode.
 
-        A `policy` plans instead of TRA.
+        A `policy` plans instead of TRA. `keep` is the share of a frame's tokens that is kept, None: all.
         """
         size = self.size
         if mode != "reference" and max_tokens is not None:
             size = cap_size(size, max_tokens, PATCH * self.merge_size)
         if policy is not None:
-            return policy(self.kinds, size, budget, self.merge_size)
+            return kept_plan(policy(self.kinds, size, budget, self.merge_size), keep)
         return plan_clip(
             len(self.kinds),
             self.kinds,
@@ -90,6 +92,7 @@ class LabelledClip:
             min_tokens=config.image.min_tokens,
             merge_size=self.merge_size,
             config=config.tra,
+            keep=keep,
         )
 
     def part(self, plan: Plan, begin: int = 0, end: int | None = None) -> dict[str, Any]:
@@ -107,8 +110,19 @@ def cap_size(size: Size, tokens: int, factor: int) -> Size:
     return size if len(fits) == len(size_ladder(*size, factor)) else (rows * factor, columns * factor)
 
 
+def kept_plan(plan: Plan, keep: float | None) -> Plan:
+    """A plan of the same sizes that counts what is kept of each frame; None keeps all."""
+    if keep is None:
+        return plan
+    frames = (
+        replace(frame, tokens=kept_tokens((frame.height // plan.factor) * (frame.width // plan.factor), keep))
+        for frame in plan.frames
+    )
+    return replace(plan, frames=tuple(frames))
+
+
 def fit_image(size: Size, config: ImageConfig, limit: int) -> Size:
-    """The reference's size if it stays within `limit` tokens, else the strict planner's."""
+    """The reference's size if it stays within `limit` tokens, as encoded, else the strict planner's."""
     merge = config.image_merge_size
     height, width = image_size(*size, config, merge)
     if token_count((height, width), merge) <= limit:
@@ -139,6 +153,7 @@ def fit_media(
     shared_image_size: bool = False,
     max_patches: int | None = None,
     policy: Policy | None = None,
+    keep: float | None = None,
 ) -> Fit:
     """Plan images (given by their native size) and clips, in order of appearance, under `limit` visual tokens.
 
@@ -146,6 +161,7 @@ def fit_media(
         shared_image_size: all images take the size computed for the first one, as in the reference.
         max_patches: bound on one image or frame of a compiled graph.
         policy: plans the clips instead of TRA.
+        keep: share of the tokens of each image and frame that is kept and that `limit` counts; None: all.
     Raises:
         BudgetError: nothing is left for a medium.
     """
@@ -160,21 +176,21 @@ def fit_media(
         shared = image_sizes(native, image, image.image_merge_size, shared=True, max_tokens=most)
         for (i, _), size in zip(images, shared, strict=True):
             sizes[i] = [size]
-            left -= token_count(size, image.image_merge_size)
+            left -= kept_tokens(token_count(size, image.image_merge_size), keep)
         images = []
-    bound = limit if max_patches is None else max_patches // image.image_merge_size**2
+    bound = most_encoded(limit, keep) if max_patches is None else max_patches // image.image_merge_size**2
     for rank, (i, native_size) in enumerate(images):
         # Each image may take an equal share of what is left; half of it stays for clips when there are any.
         share = (left // 2 if clips and left > len(media) else left - len(clips)) // (len(images) - rank)
-        sizes[i] = [fit_image(native_size, image, max(1, min(share, bound)))]
-        left -= token_count(sizes[i][0], image.image_merge_size)
+        sizes[i] = [fit_image(native_size, image, max(1, min(most_encoded(max(1, share), keep), bound)))]
+        left -= kept_tokens(token_count(sizes[i][0], image.image_merge_size), keep)
     plans = []
     weights = [len(clip.kinds) * clip.size[0] * clip.size[1] for _, clip in clips]
     for rank, (i, clip) in enumerate(clips):
         later = len(clips) - rank - 1  # one token at least for each of them
         share = max(1, min(left * weights[rank] // sum(weights[rank:]), left - later))
         most_tokens = None if max_patches is None else max_patches // clip.merge_size**2
-        plan = clip.plan(share, tra, config, most_tokens, policy)
+        plan = clip.plan(share, tra, config, most_tokens, policy, keep)
         sizes[i] = [(frame.height, frame.width) for frame in plan.frames if frame.kind != DROPPED]
         left -= plan.total_tokens
         plans.append(plan)

@@ -21,6 +21,9 @@ than the budget. The oldest frames step down first, so a window holds two neighb
 scene gets quieter: levels never rise with time. A frame steps at most once per level, and levels are four apart, so a
 window that fills for the first time encodes each frame at most 4/3 times more, and one that moves on at most once more.
 
+Of each frame only a share of its tokens may enter the decoder (`keep`, see `penguin_edge.tra.keeping`). Limits count
+these, and `Limits.reach` what was encoded; levels stay matters of the size that is encoded.
+
 A step down goes on until `LOW` of the limit is reached, so that the next frames find room: what follows a changed frame
 in a KV cache has to be computed again, and that should be rare. New frames rise to a better level when the whole window
 would fit `LOW` there.
@@ -39,6 +42,7 @@ from typing import Literal, get_args
 from penguin_edge.config import PATCH, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, LEGIBLE_TOKENS, FramePlan, Least, Plan, size_ladder
+from penguin_edge.tra.keeping import check_keep, kept_tokens
 
 StreamMode = Literal["adaptive", "strict"]
 STREAM_MODES: tuple[StreamMode, ...] = get_args(StreamMode)
@@ -54,25 +58,32 @@ COARSE = 0.75
 
 @dataclass(frozen=True)
 class Limits:
-    """What a window may hold. `room`: visual tokens and the text of time stamps together; None: no such limit."""
+    """What a window may hold. `room`: visual tokens that are kept and the text of time stamps together; `reach`: visual
+    tokens that were encoded and that text. None: no such limit."""
 
     budget: int
     room: int | None = None
     window_s: float = 60.0
     max_frames: int = 180
+    reach: int | None = None
+
+    @property
+    def left(self) -> int | None:
+        """The tighter one of `room` and `reach`."""
+        return min((limit for limit in (self.room, self.reach) if limit is not None), default=None)
 
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise BudgetError(f"got a budget of {self.budget} visual tokens, wanted at least 1")
-        if self.room is not None and self.room < 1:
-            raise BudgetError(f"the context leaves {self.room} tokens for frames; shorten the text around them")
+        if self.left is not None and self.left < 1:
+            raise BudgetError(f"the context leaves {self.left} tokens for frames; shorten the text around them")
         if not self.window_s > 0 or self.max_frames < 1:
             raise InputError(f"a window of {self.window_s} s and {self.max_frames} frames, wanted more than nothing")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One frame that got another size than it had. `tokens` 0: it was given up."""
+    """One frame that got another size: its kept visual tokens before and now. `tokens` 0: it was given up."""
 
     frame: int
     before: int
@@ -94,20 +105,28 @@ class _Held:
 
 @lru_cache(maxsize=64)
 def rungs(
-    size: tuple[int, int], factor: int, floor: float, ratio: int, legible: float = 0, most: int = 0
+    size: tuple[int, int],
+    factor: int,
+    floor: float,
+    ratio: int,
+    legible: float = 0,
+    most: int = 0,
+    keep: float | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Rungs of the ladder, (key, intermediate), at each level for frames of a native size (height, width).
 
     Args:
         floor: tokens that any frame should have.
         legible: tokens that are enough for a key frame, as `Least.of` takes them.
-        most: tokens above which the least size of a key frame is not, unless the floor is.
+        most: kept tokens above which the least size of a key frame is not, unless the floor is.
+        keep: share of a frame's tokens that is kept; None: all.
     """
     ladder = size_ladder(*size, factor)
     tokens = [rows * columns for rows, columns in ladder]
     native = len(tokens) - 1
     least = Least.of(ladder, floor, legible)
-    least_key = max(least.other, min(least.key, bisect_right(tokens, most) - 1))
+    cost = [kept_tokens(count, keep) for count in tokens]
+    least_key = max(least.other, min(least.key, bisect_right(cost, most) - 1))
 
     def at(area: float, lowest: int) -> int:
         return max(lowest, bisect_right(tokens, area) - 1)
@@ -137,17 +156,20 @@ class StreamPlanner:
         min_tokens: int = 16,
         merge_size: int = 2,
         config: TraConfig | None = None,
+        keep: float | None = None,
     ) -> None:
         """
         Args:
-            tag_tokens: text tokens that a kept frame takes besides, counted against `limits.room`.
+            tag_tokens: text tokens that a kept frame takes besides, counted against `limits.room` and `limits.reach`.
+            keep: share of each frame's tokens that is kept; None: all.
         Raises:
             BudgetError: no frame would fit.
-            InputError: an unknown mode.
+            InputError: an unknown mode, or no such share.
         """
+        check_keep(keep)
         if mode not in STREAM_MODES:
             raise InputError(f"a stream has no tra mode {mode!r}; known: {', '.join(STREAM_MODES)}")
-        self.config = config or TraConfig()
+        self.config, self.keep = config or TraConfig(), keep
         self.factor = PATCH * merge_size
         self.limits = limits
         self.tag_tokens = tag_tokens
@@ -155,7 +177,7 @@ class StreamPlanner:
         self._legible = LEGIBLE_TOKENS * min_tokens if mode == "adaptive" else 0
         _check(limits, tag_tokens)
         self._held: deque[_Held] = deque()
-        self._level = self._next = self._total = 0
+        self._level = self._next = self._total = self._encoded = 0
 
     def copy(self) -> StreamPlanner:
         """A planner that stands where this one does, for finding out what would become of frames to come."""
@@ -180,8 +202,13 @@ class StreamPlanner:
 
     @property
     def total_tokens(self) -> int:
-        """Visual tokens of the window."""
+        """Visual tokens of the window that are kept."""
         return self._total
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Visual tokens of the window as the encoder gives them."""
+        return self._encoded
 
     @property
     def saved_share(self) -> float:
@@ -190,8 +217,7 @@ class StreamPlanner:
         for held in self._held:
             levels = self._levels(held)
             key = levels[min(held.level, len(levels) - 1)][0]
-            rows, columns = size_ladder(*held.size, self.factor)[max(held.rung, key)]
-            wanted += rows * columns
+            wanted += self._cost(held, max(held.rung, key))[0]
         return 1 - self._total / wanted if wanted else 0.0
 
     @property
@@ -204,7 +230,7 @@ class StreamPlanner:
         frames = []
         for held in self._held:
             rows, columns = size_ladder(*held.size, self.factor)[held.rung]
-            frames.append(FramePlan(held.kind, columns * self.factor, rows * self.factor, rows * columns))
+            frames.append(FramePlan(held.kind, columns * self.factor, rows * self.factor, self._tokens(held)))
         stage = "native" if all(held.level == 0 for held in self._held) else f"level {self._level}"
         return Plan(tuple(frames), self.limits.budget, self.factor, "stream", stage)
 
@@ -227,7 +253,7 @@ class StreamPlanner:
         before = self._sizes()
         changes: list[Change] = []
         while self._held and (reason := self._leaves(self._held[0], time)):
-            changes.append(Change(self._held[0].number, before.pop(self._held[0].number), 0, reason))
+            changes.append(Change(self._held[0].number, before.pop(self._held[0].number)[1], 0, reason))
             self._remove(self._held[0])
         if all(held.kind != KEY for held in self._held):
             kind = KEY
@@ -237,7 +263,7 @@ class StreamPlanner:
         newest.level = self._level
         newest.rung = self._rung(newest, newest.level)
         self._held.append(newest)
-        self._total += self._tokens(newest)
+        self._add(newest, 1)
         self._settle()
         return changes + self._changes(before)
 
@@ -268,7 +294,7 @@ class StreamPlanner:
     def clear(self) -> None:
         """Forget all frames, and begin at native size again."""
         self._held.clear()
-        self._total = self._level = 0
+        self._total = self._encoded = self._level = 0
 
     def _leaves(self, held: _Held, time: float) -> str:
         if time - held.time > self.limits.window_s:
@@ -277,16 +303,25 @@ class StreamPlanner:
 
     def _remove(self, held: _Held) -> None:
         self._held.remove(held)
-        self._total -= self._tokens(held)
+        self._add(held, -1)
 
     def _resize(self, held: _Held, rung: int) -> None:
-        self._total -= self._tokens(held)
+        self._add(held, -1)
         held.rung = rung
-        self._total += self._tokens(held)
+        self._add(held, 1)
+
+    def _add(self, held: _Held, times: int) -> None:
+        kept, encoded = self._cost(held, held.rung)
+        self._total += times * kept
+        self._encoded += times * encoded
+
+    def _cost(self, held: _Held, rung: int) -> tuple[int, int]:
+        """Tokens of a frame on a rung: those that are kept, and all."""
+        rows, columns = size_ladder(*held.size, self.factor)[rung]
+        return kept_tokens(rows * columns, self.keep), rows * columns
 
     def _tokens(self, held: _Held) -> int:
-        rows, columns = size_ladder(*held.size, self.factor)[held.rung]
-        return rows * columns
+        return self._cost(held, held.rung)[0]
 
     def _levels(self, held: _Held) -> tuple[tuple[int, int], ...]:
         floor, ratio = self.least_tokens, self.config.area_ratio
@@ -294,7 +329,7 @@ class StreamPlanner:
             return rungs(held.size, self.factor, floor, ratio)
         limits = self.limits
         most = limits.budget if limits.room is None else min(limits.budget, limits.room)
-        return rungs(held.size, self.factor, floor, ratio, self._legible, most // KEYS)
+        return rungs(held.size, self.factor, floor, ratio, self._legible, most // KEYS, self.keep)
 
     def _level_of(self, held: _Held) -> int:
         """The last level that is not below the frame's size: a further step makes it smaller."""
@@ -305,38 +340,41 @@ class StreamPlanner:
         levels = self._levels(held)
         return levels[min(level, len(levels) - 1)][held.kind != KEY]
 
-    def _sizes(self) -> dict[int, int]:
-        return {held.number: self._tokens(held) for held in self._held}
+    def _sizes(self) -> dict[int, tuple[int, int]]:
+        """Rung and kept tokens of each frame."""
+        return {held.number: (held.rung, self._tokens(held)) for held in self._held}
 
-    def _changes(self, before: dict[int, int]) -> list[Change]:
-        """Frames whose tokens differ from `before`."""
+    def _changes(self, before: dict[int, tuple[int, int]]) -> list[Change]:
+        """Frames whose size differs from `before`; as many tokens may be kept of two sizes."""
         after = self._sizes()
         found = []
-        for number, tokens in before.items():
-            left = after.get(number, 0)
-            if left != tokens:
+        for number, (rung, tokens) in before.items():
+            now, left = after.get(number, (-1, 0))
+            if now != rung:
                 found.append(Change(number, tokens, left, "budget" if left else "dropped"))
         return found
 
-    def _share(self, tokens: int, frames: int) -> float:
-        """Share of the tighter limit that so many visual tokens and frames fill."""
-        share = tokens / self.limits.budget
+    def _share(self, kept: int, encoded: int, frames: int) -> float:
+        """Share of the tightest limit that so many visual tokens and frames fill."""
+        share, tags = kept / self.limits.budget, frames * self.tag_tokens
         if self.limits.room is not None:
-            share = max(share, (tokens + frames * self.tag_tokens) / self.limits.room)
+            share = max(share, (kept + tags) / self.limits.room)
+        if self.limits.reach is not None:
+            share = max(share, (encoded + tags) / self.limits.reach)
         return share
 
     def _filled(self) -> float:
-        return self._share(self._total, len(self._held))
+        return self._share(self._total, self._encoded, len(self._held))
 
     def _rise(self, newest: _Held) -> None:
         """Give new frames a better level while all of the window would fit `LOW` there."""
         while self._level:
-            tokens = frames = 0
+            tokens = encoded = frames = 0
             for held in (*self._held, newest):
-                rows, columns = size_ladder(*held.size, self.factor)[self._rung(held, self._level - 1)]
-                tokens += rows * columns
+                kept, all_of_it = self._cost(held, self._rung(held, self._level - 1))
+                tokens, encoded = tokens + kept, encoded + all_of_it
                 frames += 1
-            if self._share(tokens, frames) > LOW:
+            if self._share(tokens, encoded, frames) > LOW:
                 return
             self._level -= 1
 
@@ -354,7 +392,8 @@ class StreamPlanner:
                 continue
             if all(one.level >= len(self._levels(one)) - 1 for one in self._held):
                 thinnest = self._thinnest()
-                left = self._share(self._total - self._tokens(thinnest), len(self._held) - 1)
+                kept, encoded = self._cost(thinnest, thinnest.rung)
+                left = self._share(self._total - kept, self._encoded - encoded, len(self._held) - 1)
                 if self._filled() <= 1 and left < COARSE:
                     return
                 self._remove(thinnest)
@@ -397,8 +436,8 @@ class StreamPlanner:
 
 
 def _check(limits: Limits, tag_tokens: int) -> None:
-    if limits.room is not None and limits.room <= tag_tokens:
+    if limits.left is not None and limits.left <= tag_tokens:
         raise BudgetError(
-            f"the context leaves {limits.room} tokens for frames, and a time stamp alone takes {tag_tokens}; shorten "
+            f"the context leaves {limits.left} tokens for frames, and a time stamp alone takes {tag_tokens}; shorten "
             "the text, or export with a larger --max-seq-len"
         )

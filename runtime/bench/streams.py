@@ -118,6 +118,10 @@ class SlowedEngine:
     def can_move(self) -> bool:
         return self.inner.can_move
 
+    @property
+    def can_place(self) -> bool:
+        return self.inner.can_place
+
     def load(self, *, media: bool) -> None:
         self.inner.load(media=media)
 
@@ -130,9 +134,9 @@ class SlowedEngine:
     def close(self) -> None:
         self.inner.close()
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
         begun = time.monotonic()
-        self.inner.move(cache, begin, end, to)
+        self.inner.move(cache, begin, end, to, turn)
         self.brake.wait(begun)
 
     def embed(self, ids: I64) -> F32:
@@ -144,8 +148,10 @@ class SlowedEngine:
     def project(self, features: F32) -> F32:
         return self._slowly(lambda: self.inner.project(features))
 
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
-        return self._slowly(lambda: self.inner.forward(cache, embeds, logit_index, keys))
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
+        return self._slowly(lambda: self.inner.forward(cache, embeds, logit_index, keys, positions))
 
     def _slowly(self, call: Callable[[], F32]) -> F32:
         begin = time.monotonic()

@@ -14,8 +14,10 @@ from penguin_edge.prompt.chat import Piece, frame_tag
 from penguin_edge.prompt.tokenizer import Tokenizer
 from penguin_edge.runtime.core.media import Clip, Picture
 from penguin_edge.runtime.core.report import Report
+from penguin_edge.runtime.engines.base import Engine
 from penguin_edge.runtime.engines.cache import Visual
-from penguin_edge.tra.clip import DROPPED, Plan
+from penguin_edge.tra.clip import DROPPED, KEY, Plan
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.layout import LabelledClip, Size
 
 
@@ -41,24 +43,71 @@ class UnusablePicture(PenguinError):
 
 @dataclass(frozen=True)
 class Layout:
-    """A prompt planned under a visual budget; `length` counts all of its tokens."""
+    """A prompt planned under a visual budget; `length` counts all of its tokens, `visual_tokens` those of pictures.
+
+    `references` has the key frame that each visual is compared with, as `Features.compute` takes them.
+    """
 
     pieces: list[Piece]
     visuals: list[Visual]
+    references: list[Visual | None]
     plans: list[Plan]
     budget: int
     length: int
+    visual_tokens: int
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Visual tokens that the encoder gives, whether they are kept or not."""
+        return sum(visual.tokens for visual in self.visuals)
+
+    @property
+    def span(self) -> int:
+        """Rotary positions from the first token to the one behind the last: what is left out leaves gaps."""
+        return self.length + self.encoded_tokens - self.visual_tokens
 
 
-def layout(pieces: list[Piece], visuals: list[Visual], plans: list[Plan], budget: int, tokenizer: Tokenizer) -> Layout:
-    """A prompt with its length in tokens."""
-    return Layout(pieces, visuals, plans, budget, len(tokenizer.encode_pieces(pieces)))
+def layout(
+    pieces: list[Piece],
+    visuals: list[Visual],
+    references: list[Visual | None],
+    plans: list[Plan],
+    budget: int,
+    tokenizer: Tokenizer,
+    keep: float | None,
+) -> Layout:
+    """A prompt with its length in tokens, where the share `keep` of each visual's is kept; None: all."""
+    kept = sum(kept_tokens(visual.tokens, keep) for visual in visuals)
+    return Layout(pieces, visuals, references, plans, budget, len(tokenizer.encode_pieces(pieces)), kept)
 
 
 def kept_visuals(clip: Clip, plan: Plan) -> list[Visual]:
     """The frames that a plan keeps, at its sizes, in order."""
     sizes = [(frame.height, frame.width) for frame in plan.frames if frame.kind != DROPPED]
     return [Visual(name, *size, clip.merge_size) for name, size in zip(clip.kept(plan), sizes, strict=True)]
+
+
+def key_frames(visuals: Sequence[Visual], plan: Plan) -> list[Visual | None]:
+    """For each frame that a plan keeps, the last key frame up to it; None before the first one."""
+    found: list[Visual | None] = []
+    last = None
+    for visual, kind in zip(visuals, (f.kind for f in plan.frames if f.kind != DROPPED), strict=True):
+        last = visual if kind == KEY else last
+        found.append(last)
+    return found
+
+
+def check_keep_visual(engine: Engine, keep: float | None) -> None:
+    """Refuse to leave visual tokens out where the graphs know no positions with gaps.
+
+    Raises:
+        InputError: they do not, and a share is to be kept.
+    """
+    if keep is not None and not engine.can_place:
+        raise InputError(
+            f"{engine.name} cannot leave out visual tokens with this bundle, whose decoder takes no positions: it was "
+            "exported before that was known; export the model again, or leave out keep_visual"
+        )
 
 
 def refuse_media(config: PenguinConfig, given: bool) -> None:
@@ -106,8 +155,10 @@ class Answering(Generator[Token, None, None]):
             raise BusyError("the answer's next token is being computed; close it when that has come") from None
 
 
-def largest_fit(fit: Callable[[int], Layout], least: int, wanted: int, capacity: int) -> Layout:
-    """The layout of the largest budget up to `wanted`, to within a part in 64, that takes no more than `capacity`.
+def largest_fit(
+    fit: Callable[[int], Layout], least: int, wanted: int, capacity: int, fits: Callable[[Layout], bool]
+) -> Layout:
+    """The layout of the largest budget up to `wanted` and `capacity`, to within a part in 64, that `fits`.
 
     A smaller budget drops frames and with them their time stamps: the length follows, so halve the interval.
     """
@@ -116,7 +167,7 @@ def largest_fit(fit: Callable[[int], Layout], least: int, wanted: int, capacity:
     while high - low > max(1, high // 64):
         middle = (low + high) // 2
         attempt = fit(middle)
-        if attempt.length <= capacity:
+        if fits(attempt):
             low, best = middle, attempt
         else:
             high = middle
@@ -127,7 +178,7 @@ def describe(report: Report, media: list[Picture | Clip], layout: Layout, tokeni
     """Write what an answer is about into its report."""
     report.budget = layout.budget
     report.images = sum(isinstance(item, Picture) for item in media)
-    report.visual_tokens = sum(visual.tokens for visual in layout.visuals)
+    report.visual_tokens, report.encoded_tokens = layout.visual_tokens, layout.encoded_tokens
     clips = [item for item in media if isinstance(item, Clip)]
     for clip, plan in zip(clips, layout.plans, strict=True):
         report.frames += len(plan.frames)

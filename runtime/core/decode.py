@@ -32,11 +32,12 @@ class Parts:
     features: Features
 
     def keys(self, layout: Layout) -> list[Key]:
-        """What stands at each position of a prompt."""
+        """What stands in each slot of a prompt; where only a share is kept, its features have to be computed before."""
         keys: list[Key] = []
         for piece in layout.pieces:
             if isinstance(piece, chat.VisualTokens):
-                keys += [(layout.visuals[piece.index], i) for i in range(piece.count)]
+                visual = layout.visuals[piece.index]
+                keys += [(visual, i) for i in self.features.numbers(visual)]
             else:
                 keys += self.tokenizer.encode_pieces([piece])
         return keys
@@ -84,9 +85,10 @@ def answer(
     refuse_media(parts.engine.config, bool(media))
     with clock("plan"):
         layout = plan()
-        keys = parts.keys(layout)
         describe(report, media, layout, parts.tokenizer)
-    parts.features.compute(media, layout.visuals, clock)
+    parts.features.compute(media, layout.visuals, clock, layout.references)
+    with clock("plan"):
+        keys = parts.keys(layout)
     with clock("prefill"):
         report.reused_tokens, logits = parts.prefill(keys, logits=True)
         report.prompt_tokens = len(keys)

@@ -10,6 +10,7 @@ from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.runtime.core.checks import check_options
 from penguin_edge.schema import LARGEST, Flag, Maybe, Real, Text, Whole
 from penguin_edge.tra.clip import MODES, Mode, Policy
+from penguin_edge.tra.keeping import check_keep
 from penguin_edge.tra.stream import STREAM_MODES, StreamMode
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class SessionOptions:
     """Most packets of a clip; None takes the limit of `read_video`."""
     policy: Policy | None = None
     """Plans clips instead of TRA."""
+    keep_visual: float | None = None
+    """Share of the visual tokens of each picture and frame that enters the decoder, above 0 and at most 1: those that
+    are least like another one, at their own positions. Lossy. None keeps all. Budgets count what is kept."""
 
     def __post_init__(self) -> None:
         if self.tra not in MODES:
@@ -82,6 +86,7 @@ class SessionOptions:
         if self.policy is not None and not callable(self.policy):
             raise InputError(f"policy: {type(self.policy).__name__}, wanted a function that plans a clip, or None")
         _check_budget(self.budget)
+        check_keep(self.keep_visual)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class StreamOptions:
     """Positions that are kept free for an answer."""
     thinking: bool = False
     """Leave out the empty think block."""
+    keep_visual: float | None = None
+    """As in `SessionOptions`. Not with `shrink="pool"`."""
 
     def __post_init__(self) -> None:
         check_options(
@@ -125,6 +132,12 @@ class StreamOptions:
         if self.cache not in (*FOLLOWS, "auto"):
             raise InputError(f"the cache cannot follow by {self.cache!r}; known: {', '.join(FOLLOWS)}, auto")
         _check_budget(self.budget)
+        check_keep(self.keep_visual)
+        if self.keep_visual is not None and self.shrink == "pool":
+            raise InputError(
+                "shrink='pool' takes means over all tokens of a frame, and keep_visual leaves some of them out; take "
+                "shrink='encode', or leave out keep_visual"
+            )
 
 
 class SessionChanges(TypedDict, total=False):
@@ -138,6 +151,7 @@ class SessionChanges(TypedDict, total=False):
     max_pixels: int | None
     max_packets: int | None
     policy: Policy | None
+    keep_visual: float | None
 
 
 class StreamChanges(TypedDict, total=False):
@@ -152,6 +166,7 @@ class StreamChanges(TypedDict, total=False):
     question_tokens: int
     answer_tokens: int
     thinking: bool
+    keep_visual: float | None
 
 
 PROMPT = Text(longest=LARGEST)

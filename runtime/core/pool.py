@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from penguin_edge.media.frames import Frame
 from penguin_edge.media.preprocess import resize
+from penguin_edge.runtime.core.features import Features
 from penguin_edge.runtime.engines.base import F32
 from penguin_edge.runtime.engines.cache import Visual
 
@@ -22,6 +23,20 @@ def retained(frames: Sequence[Frame], visuals: Sequence[Visual]) -> list[Frame]:
         else frame
         for frame, visual in zip(frames, visuals, strict=True)
     ]
+
+
+def put_pooled(features: Features, shrunk: Iterable[Visual], factor: int) -> None:
+    """Give shrunk frames the means of the features that they had, where their size before is still known.
+
+    Args:
+        factor: pixels along each side of a token.
+    """
+    known = {visual.digest: visual for visual in features}
+    for visual in shrunk:
+        before = known.get(visual.digest)
+        if before is not None and visual not in features:
+            grids = ((one.height // factor, one.width // factor) for one in (before, visual))
+            features.put(visual, pooled(features[before], *grids))
 
 
 def pooled(features: F32, before: tuple[int, int], after: tuple[int, int]) -> F32:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penguin_edge.runtime.engines.base import F32, Engine, chunks
-from penguin_edge.runtime.engines.cache import Cache, Key
+from penguin_edge.runtime.engines.cache import Cache, Key, positions_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def extend_to(
         # that reuse does not change an answer.
         same = min(same, max(0, len(keys) - engine.bounds.min_chunk))
     cache.truncate(same)
-    found, new = np.empty((0, 0), np.float32), keys[same:]
+    found, new, positions = np.empty((0, 0), np.float32), keys[same:], np.array(positions_of(keys)[same:], np.int64)
     for rows in chunks(len(new), engine.bounds):
         wanted = np.full(int(logits and rows.stop == len(new)), -1, np.int64)
-        found = engine.forward(cache, embeds(new[rows]), wanted, new[rows])
+        found = engine.forward(cache, embeds(new[rows]), wanted, new[rows], positions[rows])
     return Prefilled(same, found[0] if logits else np.empty(0, np.float32))

@@ -33,7 +33,8 @@ class Clock:
 
 @dataclass
 class Report:
-    """One answer. `budget` and `visual_tokens` count visual tokens; `timestamp_tokens` are text and come on top."""
+    """One answer. `budget` and `visual_tokens` count visual tokens that enter the decoder, `encoded_tokens` those that
+    the encoder gave; `timestamp_tokens` are text and come on top."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Report:
     dropped: int = 0
     images: int = 0
     visual_tokens: int = 0
+    encoded_tokens: int = 0
     budget: int = 0
     timestamp_tokens: int = 0
     prompt_tokens: int = 0
@@ -79,7 +81,7 @@ class StreamStats:
 
 @dataclass(frozen=True)
 class Kept:
-    """A frame of the window: its number counts all frames that were worked on, `tokens` is its size now."""
+    """A frame of the window: its number counts all frames that were worked on, `tokens` are what is kept of it now."""
 
     number: int
     time: float

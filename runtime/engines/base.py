@@ -5,10 +5,12 @@
 | encode  | pixels [B,P,588] f32, rows [P] i64, cols [P] i64            | features [B,P,C] f32   |
 | project | features [B,T,M,C] f32                                      | visual [B,T,H] f32     |
 | embed   | ids [S] i64                                                 | embeds [S,H] f32       |
-| forward | embeds [S,H] f32, logit_index [K] i64 (-1 is the last)      | logits [K,V] f32       |
+| forward | embeds [S,H] f32, logit_index [K] i64 (-1 is the last),     | logits [K,V] f32       |
+|         | positions [S] i64 (None: those that follow)                 |                        |
 
 An engine is loaded graphs, which callers may share. What they do not share are KV caches: `new_cache` gives each its
-own, and `forward` appends S tokens to the one that it is given.
+own, and `forward` appends S tokens to the one that it is given. A token has a slot, where it is written and which the
+causal mask counts, and a rotary position. The two are equal unless visual tokens before it were left out.
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ class Engine(Protocol):
         """False where the bundle lacks what `move` needs, as those of earlier exports may."""
         ...
 
+    @property
+    def can_place(self) -> bool:
+        """Whether tokens may have other positions than slots; False for the graphs of earlier exports."""
+        ...
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model.
 
@@ -89,16 +96,25 @@ class Engine(Protocol):
     def encode(self, pixels: F32, rows: I64, cols: I64) -> F32: ...
     def project(self, features: F32) -> F32: ...
     def embed(self, ids: I64) -> F32: ...
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
-        """Append to a cache; `keys` say what each position is, for who wants to find it there again."""
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
+        """Append to a cache.
+
+        Args:
+            keys: what stands in each slot, for who wants to find it there again.
+            positions: [S], the rotary position of each token; None: those that follow the cache's last one.
+        """
         ...
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
-        """Give positions of a cache another place.
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
+        """Give slots of a cache another place.
 
-        What was written at [begin, end), and not written over since, stands at [to, to + count) from now on, its keys
-        turned by the rotary angle between the two, and the cache ends there. `to` is not above `begin`; positions at
-        or above the cache's length may be named.
+        What was written at [begin, end), and not written over since, stands at [to, to + count) from now on, and the
+        cache ends there. `to` is not above `begin`; slots at or above the cache's length may be named.
+
+        Args:
+            turn: by how many rotary positions the keys are turned; None: as many as the slots move by.
         """
         ...
 
@@ -209,12 +225,48 @@ def check_forward(bounds: Bounds, kv_len: int, embeds: F32, logit_index: I64, wi
         )
 
 
-def check_move(max_seq_len: int, begin: int, end: int, to: int) -> None:
-    """Refuse a move upwards, or one of positions beyond the cache.
+def check_positions(positions: I64 | None, count: int, slot: int, following: int, most: int, *, can_place: bool) -> I64:
+    """Rotary positions [S] of `count` tokens that are written from `slot` on.
+
+    Args:
+        positions: as `forward` takes them.
+        following: the position behind the cache's last one.
+        most: see `penguin_edge.bundle.contract.most_positions`.
+        can_place: whether the graphs take positions.
+    Raises:
+        BudgetError: a position that the graphs have no angles for.
+        InputError: another shape or dtype, a negative position, or other positions than slots where `can_place` is not.
+    """
+    if positions is None:
+        least, last = following, following + count - 1
+        found = np.arange(least, last + 1, dtype=np.int64)
+    else:
+        _check_array("positions", positions, "iu", (count,))
+        found = np.ascontiguousarray(positions, dtype=np.int64)
+        least, last = int(found.min()), int(found.max())
+    if last >= most:
+        raise BudgetError(
+            f"position {last}, but there are {most} of this model and this cache; use a shorter prompt, keep more of "
+            "the visual tokens, or export with a larger --max-seq-len"
+        )
+    if least < 0:
+        raise InputError(f"position {least}, wanted 0 to {most - 1}")
+    if not can_place and not np.array_equal(found, np.arange(slot, slot + count)):
+        raise InputError(
+            f"positions {least} to {last} in slots {slot} to {slot + count - 1}: the graphs of this bundle know slots "
+            "alone; export the model again"
+        )
+    return found
+
+
+def check_move(max_seq_len: int, begin: int, end: int, to: int, turn: int | None = None) -> None:
+    """Refuse a move upwards, or one of slots beyond the cache.
 
     Raises:
-        InputError: anything but 0 <= to <= begin < end <= max_seq_len.
+        InputError: anything but 0 <= to <= begin < end <= max_seq_len, or a turn by no whole number.
     """
+    if turn is not None and not _is_whole(turn):
+        raise InputError(f"move with a turn by {turn!r} positions, wanted a whole number")
     if not all(map(_is_whole, (begin, end, to))) or not 0 <= to <= begin < end <= max_seq_len:
         raise InputError(
             f"move [{begin}, {end}) to {to} in a cache of {max_seq_len}; wanted 0 <= to <= begin < end <= {max_seq_len}"

@@ -4,10 +4,11 @@ An engine keeps the numbers of a cache, in whatever form its graphs take them; `
 that a caller gets holds the key of every position. Whoever writes a position says what it is, so that what a cache
 holds is never a matter of belief.
 
-| name | meaning                                                                           |
-|------|-----------------------------------------------------------------------------------|
-| Key  | a token id, or (a picture at a size, the number of one of its tokens)             |
-| None | a position whose writer gave no key, or whose write failed; it is equal to no key |
+| name     | meaning                                                                       |
+|----------|-------------------------------------------------------------------------------|
+| Key      | a token id, or (a picture at a size, the number of one of its tokens)         |
+| None     | a slot whose writer gave no key, or whose write failed; it is equal to no key |
+| position | the rotary position of what stands in a slot; `positions_of` tells it by keys |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 from penguin_edge.errors import BusyError, InputError
 from penguin_edge.guard import Guard
-from penguin_edge.runtime.engines.base import check_truncate
+from penguin_edge.runtime.engines.base import I64, check_truncate
 from penguin_edge.tra.layout import token_count
 
 
@@ -40,19 +41,45 @@ class Visual(NamedTuple):
 
 
 Key: TypeAlias = int | tuple[Visual, int]
+
+
+def positions_of(keys: Sequence[Key]) -> list[int]:
+    """The rotary position of each key of a prompt, which begins at 0.
+
+    A token of a picture stands where it would stand if all tokens of the picture were there, and so does the text
+    behind the picture: gaps are left for what is missing. With all tokens there, position and slot are the same.
+    """
+    positions: list[int] = []
+    base, last, number = 0, None, -1  # begin of what stands here; the picture that it belongs to, and its last token
+    for key in keys:
+        if not isinstance(key, tuple):
+            if last is not None:
+                base, last = base + last.tokens, None
+            positions.append(base)
+            base += 1
+            continue
+        visual, index = key
+        if last is not None and (visual != last or index <= number):
+            base += last.tokens
+        positions.append(base + index)
+        last, number = visual, index
+    return positions
+
+
 State = TypeVar("State")
 
 
 class Cache:
     """The KV cache of one conversation, made by `Engine.new_cache`. Close it, or drop it, when it is done with.
 
-    Positions from `length` on keep what was written there until they are written again: they can still be moved.
+    Slots from `length` on keep what was written there until they are written again: they can still be moved.
     """
 
     def __init__(self, guard: Guard, owner: Caches[Any], state: object) -> None:
         """Use `Engine.new_cache`; `guard` and `state` are the engine's, `owner` holds the caches of one engine."""
         self._guard, self.owner, self.state = guard, owner, state
         self._keys: list[Key | None] = []
+        self._positions: list[int] = []
         self._length = 0
         self._closed = ""
 
@@ -65,6 +92,16 @@ class Cache:
     def keys(self) -> list[Key | None]:
         """What stands at each position below `length`."""
         return self._keys[: self._length]
+
+    @property
+    def positions(self) -> list[int]:
+        """The rotary position of what stands in each slot below `length`."""
+        return self._positions[: self._length]
+
+    @property
+    def following(self) -> int:
+        """The rotary position behind the last one; 0 in an empty cache."""
+        return self._positions[self._length - 1] + 1 if self._length else 0
 
     def common(self, keys: Sequence[Key]) -> int:
         """Positions from the first on that hold what `keys` want there."""
@@ -90,6 +127,7 @@ class Cache:
     def forget(self) -> None:
         """Hold nothing, and nothing that could be moved: what was written is not to be trusted."""
         self._keys.clear()
+        self._positions.clear()
         self._length = 0
 
     def check_open(self) -> None:
@@ -101,25 +139,35 @@ class Cache:
         if self._closed:
             raise InputError(f"this {self._closed} was closed, and its cache with it; open another one")
 
-    def writing(self, count: int, keys: Sequence[Key]) -> _Writing:
-        """For engines: a block that appends `count` positions. They are nobody's until it has ended well.
+    def writing(self, count: int, keys: Sequence[Key], positions: I64 | None = None) -> _Writing:
+        """For engines: a block that appends `count` tokens. They are nobody's until it has ended well.
 
+        Args:
+            positions: rotary positions [count]; None: those that follow.
         Raises:
-            InputError: keys for another number of positions.
+            InputError: keys for another number of tokens.
         """
         if keys and len(keys) != count:
             raise InputError(f"{len(keys)} keys for {count} positions, wanted one for each, or none")
+        first = self.following
+        places = range(first, first + count) if positions is None else positions.tolist()
+        self._positions[self._length : self._length + count] = places
         return _Writing(self._keys, self._length, count, keys, self._grow)
 
     def _grow(self, length: int) -> None:
         self._length = length
 
     @contextmanager
-    def moving(self, begin: int, end: int, to: int) -> Iterator[None]:
-        """For engines: give positions another place. After a failure the cache ends before them."""
+    def moving(self, begin: int, end: int, to: int, turn: int | None = None) -> Iterator[None]:
+        """For engines: give slots another place, and positions another number. After a failure the cache ends before
+        them."""
         self._keys += [None] * (end - len(self._keys))
-        moved = self._keys[begin:end]
+        # Slots that nobody wrote into count as their own positions.
+        self._positions += range(len(self._positions), end)
+        moved, by = self._keys[begin:end], to - begin if turn is None else turn
+        places = [position + by for position in self._positions[begin:end]]
         self._keys[to : to + len(moved)] = [None] * len(moved)
+        self._positions[to : to + len(moved)] = places
         self._length = min(self._length, to)
         yield
         self._keys[to : to + len(moved)] = moved

@@ -5,6 +5,7 @@
 | pixels, features, visual | as in `base.py`    | float32           | the caller; results are new arrays              |
 | embeds, logits           | [1,S,H], [1,K,V]   | float32           | the caller; results are new arrays              |
 | start                    | [1]                | int64             | the engine                                      |
+| positions                | [S]                | int64             | the call                                        |
 | kv_positions             | [L]                | int64             | the engine; its length tells how much is filled |
 | keys_i, values_i         | [kv,max_seq_len,D] | manifest.kv_dtype | the loaded program; moved where they lie        |
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.contract import COPY_AGAIN, EXECUTORCH_MERGED
+from penguin_edge.bundle.contract import COPY_AGAIN, EXECUTORCH_MERGED, most_positions
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError, InputError, PenguinError, TargetUnavailable
 from penguin_edge.machine import TORCH, Package
@@ -35,6 +36,7 @@ from penguin_edge.runtime.engines.base import (
     check_encode,
     check_forward,
     check_move,
+    check_positions,
     check_project,
     check_threads,
     sound,
@@ -74,10 +76,11 @@ class ExecutorchEngine:
         self._table = EmbeddingTable.of(bundle)
         self._programs: dict[str, Any] = {}
         self._methods: dict[str, Any] = {}
-        self._positions = np.arange(self.bounds.max_seq_len, dtype=np.int64)
+        self._most = most_positions(self.config, self.bounds)
+        self._slots = np.arange(self.bounds.max_seq_len, dtype=np.int64)
         self._buffers: list[np.ndarray] = []
         self._unchecked = np.zeros(self.bounds.max_seq_len, dtype=bool)
-        """Positions that were written since `_heal` last looked at them."""
+        """Slots that were written since `_heal` last looked at them."""
         self._caches = Caches(1, _InProgram)  # in the memory of the decoder's program
         self.guard = self._caches.guard
         self._process = os.getpid()
@@ -160,9 +163,14 @@ class ExecutorchEngine:
         with self.guard:
             return bool(self._program("decoder").method_meta("forward").num_attributes())
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+    @property
+    def can_place(self) -> bool:
+        """Whether the decoder takes positions."""
+        return self._bundle.manifest.placed
+
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
         """See `penguin_edge.runtime.engines.base.Engine`."""
-        check_move(self.bounds.max_seq_len, begin, end, to)
+        check_move(self.bounds.max_seq_len, begin, end, to, turn)
         if not self.can_move:
             raise InputError(
                 f"{self._bundle.folder}: its program does not name its KV buffers; recompute, or export it again"
@@ -170,10 +178,11 @@ class ExecutorchEngine:
         with self.guard:
             self._caches.state(cache)
             self._method("decoder")
-            with cache.moving(begin, end, to):
+            theta = self.config.text.rope_theta
+            with cache.moving(begin, end, to, turn):
                 self._unchecked[to : to + end - begin] = True
                 for keys, values in zip(self._buffers[0::2], self._buffers[1::2], strict=True):
-                    move_positions(keys[None], values[None], begin, end, to, self.config.text.rope_theta)
+                    move_positions(keys[None], values[None], begin, end, to, theta, by=turn)
 
     def embed(self, ids: I64) -> F32:
         """[S] -> [S, H]."""
@@ -191,7 +200,9 @@ class ExecutorchEngine:
         with self.guard:
             return self._call("projector", _f32(features))
 
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
         """Append [S, H] to the cache; logits [K, V] at `logit_index`.
 
         Raises:
@@ -200,8 +211,11 @@ class ExecutorchEngine:
         with self.guard:
             self._caches.state(cache)
             check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
-            with cache.writing(len(embeds), keys):
-                logits = self._forward(cache.length, embeds, logit_index)
+            places = check_positions(
+                positions, len(embeds), cache.length, cache.following, self._most, can_place=self.can_place
+            )
+            with cache.writing(len(embeds), keys, places):
+                logits = self._forward(cache.length, embeds, logit_index, places)
             if not self._buffers and not sound(logits).all():
                 # They cannot be healed, and methods of one program share their memory: a new one begins with zeros.
                 del self._methods["decoder"], self._programs["decoder"]
@@ -212,7 +226,7 @@ class ExecutorchEngine:
                 )
             return logits[0, : logit_index.shape[0]]
 
-    def _forward(self, begin: int, embeds: F32, logit_index: I64) -> F32:
+    def _forward(self, begin: int, embeds: F32, logit_index: I64, positions: I64) -> F32:
         end = begin + embeds.shape[0]
         filled = min(-(-end // KV_STEP) * KV_STEP, self.bounds.max_seq_len)
         start = np.array([begin], dtype=np.int64)
@@ -221,10 +235,11 @@ class ExecutorchEngine:
         self._method("decoder")
         self._heal(end, filled)
         self._unchecked[begin:end] = True
-        return self._call("decoder", _f32(embeds)[None], start, index, self._positions[:filled])
+        placed = [_i64(positions)] if self.can_place else []
+        return self._call("decoder", _f32(embeds)[None], start, index, *placed, self._slots[:filled])
 
     def _heal(self, begin: int, end: int) -> None:
-        """Put zeros where NaN or infinity was left at positions [begin, end), which the next call masks.
+        """Put zeros where NaN or infinity was left in slots [begin, end), which the next call masks.
 
         The program gives what it masks the weight 0, and 0 times NaN is NaN. Anything else stays: it may be moved.
         """

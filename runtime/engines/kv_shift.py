@@ -1,4 +1,4 @@
-"""Positions of a KV cache given another place: values are copied, keys turned by the difference of their angles.
+"""Slots of a KV cache given another place: values are copied, keys turned by the difference of their angles.
 
 | name   | shape                       | dtype        | what                            |
 |--------|-----------------------------|--------------|---------------------------------|
@@ -6,7 +6,7 @@
 | values | [1, kv, max_seq_len, D]     | f32, f16, i8 |                                 |
 | scale  | [kv, 1, D]                  | f32          | of each channel of int8 keys    |
 
-A key at position p is R(p) k, and R(to - begin) R(p) = R(p + to - begin): the turn is exact but for rounding. In int8
+A key at position p is R(p) k, and R(by) R(p) = R(p + by): the turn is exact but for rounding. In int8
 that is half a step of each channel, and it adds up over moves.
 """
 
@@ -35,12 +35,19 @@ def move_positions(
     to: int,
     theta: float,
     scale: NDArray[np.float32] | None = None,
+    by: int | None = None,
 ) -> None:
-    """Move [begin, end) down to `to`, in place; the two may overlap. int8 keys need `scale`."""
-    if begin == to:
+    """Move slots [begin, end) down to `to`, in place; the two may overlap.
+
+    Args:
+        scale: for int8 keys.
+        by: rotary positions that keys are turned by; None: as many as the slots move by.
+    """
+    by = to - begin if by is None else by
+    if begin == to and not by:
         return
     half = keys.shape[-1] // 2
-    cos, sin = turn(to - begin, keys.shape[-1], theta)
+    cos, sin = turn(by, keys.shape[-1], theta)
     for at in range(begin, end, STEP):
         here = slice(at, min(at + STEP, end))
         there = slice(at - begin + to, here.stop - begin + to)

@@ -5,6 +5,7 @@
 | pixels, features, visual     | as in `base.py`             | float32            | the caller; results are new arrays |
 | embeds, logits               | [1,S,H], [1,K,V]            | float32            | the caller; results are new arrays |
 | start                        | [1]                         | int64              | each cache, bound once             |
+| positions                    | [S]                         | int64              | the call                           |
 | past_key_i and present_key_i | [1,kv,max_seq_len,D]        | manifest.kv_dtype  | each cache, one array for both     |
 
 Each graph is loaded when it is first called. The system gives memory to the KV buffers only as they fill.
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from penguin_edge.bundle.contract import COPY_AGAIN, KV_SCALES, kv_names
+from penguin_edge.bundle.contract import COPY_AGAIN, KV_SCALES, POSITIONS, kv_names, most_positions
 from penguin_edge.bundle.folder import Bundle
 from penguin_edge.errors import BundleError, InputError, MemoryLimitError, PenguinError, TargetUnavailable
 from penguin_edge.machine import Package, int8_overflows, page_out, trim_heap
@@ -32,6 +33,7 @@ from penguin_edge.runtime.engines.base import (
     check_encode,
     check_forward,
     check_move,
+    check_positions,
     check_project,
     check_threads,
 )
@@ -79,6 +81,7 @@ class OnnxRuntimeEngine:
         self._layers = bundle.manifest.quantization.get("layers", [])
         self._table = EmbeddingTable.of(bundle)
         self._sessions: dict[str, Any] = {}
+        self._most = most_positions(self.config, self.bounds)
         self._caches = Caches(None, _Buffers)
         self._scales: list[F32] | None = None
         self.guard = self._caches.guard
@@ -134,17 +137,22 @@ class OnnxRuntimeEngine:
         """False for an int8 cache whose scales are in the graph alone, as earlier exports left them."""
         return self._bundle.manifest.kv_dtype != "int8" or KV_SCALES in self._bundle.manifest.files
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+    @property
+    def can_place(self) -> bool:
+        """Whether the decoders take positions."""
+        return self._bundle.manifest.placed
+
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
         """See `penguin_edge.runtime.engines.base.Engine`."""
-        check_move(self.bounds.max_seq_len, begin, end, to)
+        check_move(self.bounds.max_seq_len, begin, end, to, turn)
         if not self.can_move:
             raise InputError(f"{self._bundle.folder}: no {KV_SCALES} for its int8 cache; recompute, or export it again")
         with self.guard:
             state, scales = self._caches.state(cache), self._key_scales()
-            with cache.moving(begin, end, to):
+            with cache.moving(begin, end, to, turn):
                 for layer, buffers in enumerate(state.buffers):
-                    scale = scales[layer] if scales else None
-                    move_positions(buffers["key"], buffers["value"], begin, end, to, self.config.text.rope_theta, scale)
+                    scale, theta = scales[layer] if scales else None, self.config.text.rope_theta
+                    move_positions(buffers["key"], buffers["value"], begin, end, to, theta, scale, turn)
 
     def _key_scales(self) -> list[F32]:
         """[kv, 1, D] of each layer's keys; none where the cache is not int8.
@@ -183,16 +191,31 @@ class OnnxRuntimeEngine:
         with self.guard:
             return self._call("projector", {"features": _f32(features)})
 
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
-        """Append [S, H] to a cache; logits [K, V] at `logit_index`."""
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
+        """Append [S, H] to a cache; logits [K, V] at `logit_index`.
+
+        Raises:
+            InputError: positions with gaps in a call that fills an empty cache to its last slot.
+        """
         with self.guard:
             state = self._caches.state(cache)
             check_forward(self.bounds, cache.length, embeds, logit_index, self.config.text.hidden_size)
-            with cache.writing(len(embeds), keys):
+            places = check_positions(
+                positions, len(embeds), cache.length, cache.following, self._most, can_place=self.can_place
+            )
+            if len(embeds) == self.bounds.max_seq_len and places[-1] - places[0] >= len(embeds):
+                # The attention takes the positions of a whole cache at once from the first one alone.
+                raise InputError(
+                    f"{len(embeds)} tokens with gaps between their positions fill the whole cache in one call; append "
+                    "them in two calls"
+                )
+            with cache.writing(len(embeds), keys, places):
                 state.start[0] = cache.length
-                return self._forward(state, embeds, logit_index)
+                return self._forward(state, embeds, logit_index, places)
 
-    def _forward(self, state: _Buffers, embeds: F32, logit_index: I64) -> F32:
+    def _forward(self, state: _Buffers, embeds: F32, logit_index: I64, positions: I64) -> F32:
         # At least `min_chunk` positions go through the graph for prompts, where the bundle has one.
         prompt = "prefill" in self._bundle.manifest.graphs and len(embeds) >= self.bounds.min_chunk
         graph = "prefill" if prompt else "decoder"
@@ -202,6 +225,8 @@ class OnnxRuntimeEngine:
         binding = state.bindings[graph]
         # ONNX Runtime reads these arrays where they are: they must outlive the call.
         inputs = {"embeds": _f32(embeds)[None], "logit_index": _i64(logit_index)}
+        if self.can_place:
+            inputs[POSITIONS] = positions
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         binding.bind_output("logits")

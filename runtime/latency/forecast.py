@@ -119,16 +119,19 @@ def frame_work(
     planner: StreamPlanner, changes: Sequence[Change], size: tuple[int, int], setting: Setting, around: Around
 ) -> Work:
     """What a stream does for the newest frame of a planner, of (height, width) pixels, after `changes` of others."""
-    kept = dict(zip(planner.numbers, (frame.tokens for frame in planner.plan().frames), strict=True))
+    plan = planner.plan()
+    kept = dict(zip(planner.numbers, (frame.tokens for frame in plan.frames), strict=True))
+    areas = [(frame.height // plan.factor) * (frame.width // plan.factor) for frame in plan.frames]
+    whole = dict(zip(planner.numbers, areas, strict=True))  # what the encoder gives, whatever is kept of it
     tag = planner.tag_tokens
     numbers = list(kept)
     shrunk = [change.frame for change in changes if change.tokens]
     encoded = numbers[-1:] if setting.shrink == "pool" else [*shrunk, numbers[-1]]
     calls: list[tuple[int, int]] = []
     # Frames of one size go through the encoder together; the newest one's call comes last.
-    sizes = dict.fromkeys(kept[number] for number in encoded if kept[number] != kept[numbers[-1]])
-    for tokens in (*sizes, kept[numbers[-1]]):
-        frames, patches = sum(kept[number] == tokens for number in encoded), tokens * around.merge**2
+    sizes = dict.fromkeys(whole[number] for number in encoded if whole[number] != whole[numbers[-1]])
+    for tokens in (*sizes, whole[numbers[-1]]):
+        frames, patches = sum(whole[number] == tokens for number in encoded), tokens * around.merge**2
         batch = max(1, min(around.batch, PATCHES_PER_CALL // patches))
         calls += [(batch, patches)] * (frames // batch) + [(frames % batch, patches)] * (frames % batch > 0)
     positions = [kept[number] + tag for number in numbers]

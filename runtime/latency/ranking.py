@@ -57,27 +57,28 @@ FINE, COARSE = math.sqrt(2), 2.0
 
 
 def candidates(
-    native: int, floor: int, budget: int, caches: Sequence[Follow], shrinks: Sequence[Shrink]
+    native: int, floor: int, budget: int, caches: Sequence[Follow], shrinks: Sequence[Shrink], keep: float = 1.0
 ) -> list[Setting]:
     """All settings that there are, the one that gives up nothing first.
 
     Args:
-        native, floor: tokens of one frame, at most and at least.
+        native, floor: tokens of one frame as encoded, at most and at least.
         caches, shrinks: ways to follow that may be taken, the ones that lose least first.
+        keep: share of a frame's tokens that counts against the budget.
     """
-    frame = min(native, budget)
+    frame = min(native, max(1, int(budget / keep)))
     sizes = _steps(frame, min(floor, frame), FINE)
     budgets = _steps(budget, min(4 * floor, budget), FINE)
     found = [
         Setting(room, size, 1, cache, shrink)
         for room, size, cache, shrink in product(budgets, sizes, caches, shrinks)
-        if size <= room
+        if size * keep <= max(room, keep)
     ]
     sizes, budgets = _steps(frame, min(floor, frame), COARSE), _steps(budget, min(4 * floor, budget), COARSE)
     found += [
         Setting(room, size, stride, caches[-1], shrinks[-1])
         for stride, room, size in product(tuple(SKIPPED)[1:], budgets, sizes)
-        if size <= room
+        if size * keep <= max(room, keep)
     ]
     return found
 

@@ -40,7 +40,9 @@ def ways(stream: Stream) -> tuple[Sequence[Follow], Sequence[Shrink]]:
     options = stream.options
     movable = FOLLOWS if stream.engine.can_move else FOLLOWS[:1]
     caches = movable if options.cache == "auto" else (options.cache,)
-    return caches, SHRINKS if options.shrink == "auto" else (options.shrink,)
+    # A mean over tokens of which some are left out would be one of others.
+    shrinks = SHRINKS if options.keep_visual is None else SHRINKS[:1]
+    return caches, shrinks if options.shrink == "auto" else (options.shrink,)
 
 
 def around(stream: Stream) -> Around:
@@ -121,8 +123,9 @@ class Steering:
             return
         near, before, self._size = self._device(), self._size, size
         native, floor, budget = sizes(self._stream, size, self._budget)
-        found = candidates(native, floor, budget, *ways(self._stream))
-        value = partial(worth, full=Full(native, budget, native * self._frames_kept()))
+        keep = self._stream.options.keep_visual or 1.0
+        found = candidates(native, floor, budget, *ways(self._stream), keep)
+        value = partial(worth, full=Full(native, budget, keep * native * self._frames_kept()))
         asked, reason = found[0], "predicted to be slower than the target allows"
         if self.control is None:
             try:

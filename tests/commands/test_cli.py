@@ -82,6 +82,7 @@ def test_verify_from_check_data_and_against_the_checkpoint(bundle: Path) -> None
             "decode",
             "tokens",
             "truncate",
+            "positions",
         ]
         assert all(stage["passed"] and {"max_abs", "cosine"} <= stage.keys() for stage in result["stages"])
         assert json.loads((bundle / "verify.json").read_text()) == result

@@ -52,7 +52,7 @@ class EchoEngine:
         self.bounds = Bounds(max_seq_len=8192, max_chunk=512, max_batch=16, patch_buckets=(65_536,))
         self.frames: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self.rows = np.zeros((0, 2), int)
-        self.capacity, self.can_move = None, False
+        self.capacity, self.can_move, self.can_place = None, False, False
 
     def new_cache(self) -> Cache:
         return Caches(None, object).new()
@@ -75,10 +75,15 @@ class EchoEngine:
         return self._wide(ids, False)
 
     def forward(
-        self, cache: Cache, embeds: NDArray[Any], logit_index: NDArray[Any], keys: Sequence[Key] = ()
+        self,
+        cache: Cache,
+        embeds: NDArray[Any],
+        logit_index: NDArray[Any],
+        keys: Sequence[Key] = (),
+        positions: NDArray[Any] | None = None,
     ) -> NDArray[np.float32]:
         self.rows = np.concatenate([self.rows[: cache.length], embeds[:, :2].astype(int)])
-        with cache.writing(len(embeds), keys):
+        with cache.writing(len(embeds), keys, positions):
             return np.zeros((len(logit_index), self.config.text.vocab_size), np.float32)
 
 

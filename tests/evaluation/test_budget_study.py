@@ -20,7 +20,16 @@ from PIL import Image
 
 from penguin_edge.commands.eval import asker
 from penguin_edge.errors import InputError
-from penguin_edge.evaluation.budget_study import SHARES, Reply, drop_frames, policies, shrink_frames, study, within
+from penguin_edge.evaluation.budget_study import (
+    SHARES,
+    Prune,
+    Reply,
+    drop_frames,
+    policies,
+    shrink_frames,
+    study,
+    within,
+)
 from penguin_edge.evaluation.score import Question
 from penguin_edge.runtime.session import Session
 from penguin_edge.tra.clip import DROPPED, KEY, Mode, Plan, Policy, plan_clip, size_ladder
@@ -139,6 +148,26 @@ def test_every_run_gets_its_share_and_its_own_answer(tmp_path: Path) -> None:
     assert entries["drop", 0.5]["frames"] == 2 and entries["drop", 1.0]["visual_tokens"] == native
 
 
+def test_pruning_gets_the_same_share_counted_by_what_is_kept(tmp_path: Path) -> None:
+    asked = [about(clip(tmp_path / f"{i}.mp4", 4 * i), f"{i}?", "x", "ab"[i % 2]) for i in range(2)]
+    session = Session(CountingEngine(), tiny_tokenizer())
+    pruning = Session(CountingEngine(), tiny_tokenizer(), keep_visual=0.25)
+    prune = Prune(0.25, asker(pruning, afresh=True))
+    result = study(asked, asker(session), session.config, training={}, prune=prune)
+    entries = {(entry["policy"], entry["share"]): entry for entry in result["budget_study"]}
+    assert len(entries) == 5 * len(SHARES) and result["keep_visual"] == 0.25
+    for (policy, share), entry in entries.items():
+        assert entry["visual_tokens"] <= max(1, share * 100)
+        assert entry["encoded_tokens"] == entry["visual_tokens"] or policy == "prune"
+        assert len(entry["over_adaptive"]) == 3
+    # Frames of 25 tokens, of which 6 are kept: at a quarter all are encoded at native size.
+    assert entries["prune", 0.25]["visual_tokens"] == 24 and entries["prune", 0.25]["encoded_tokens"] == 100
+    assert entries["prune", 1.0]["visual_tokens"] == 24
+    for row in result["study"].values():
+        assert set(row) == {"strict", "adaptive", "drop", "shrink", "prune"}
+        assert len(row["prune"]["over_adaptive"]) == 3 and "over_adaptive" not in row["adaptive"]
+
+
 def test_without_clips_there_is_nothing_to_study() -> None:
     asked = [Question("r", "text", ({"role": "user", "content": "no clip"},), "no clip", "x")]
     with pytest.raises(InputError, match="questions about clips"):
@@ -166,6 +195,8 @@ def test_the_verb_draws_and_prints_a_study(tmp_path: Path) -> None:
         assert image.width > 900
     done = cli("--data", tmp_path, "--budget-study", "--limit", 1)
     assert done.returncode == 0 and "over TRA" in done.stdout, done.stderr
+    done = cli("--data", tmp_path, "--budget-study", "--limit", 1, "--keep-visual", 0.5)
+    assert done.returncode == 0 and "prune" in done.stdout and "over adaptive" in done.stdout, done.stderr
     for flags, says in ((["-o", out], "--budget-study"), (["--budget-study", "--tra", "reference"], "reference")):
         done = cli("--data", tmp_path, *flags)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

@@ -381,3 +381,18 @@ def test_layers_of_one_form_become_one_product() -> None:
             for got, one in zip(joined(x), layers, strict=True):
                 torch.testing.assert_close(got, one(x), rtol=1e-6, atol=1e-6)
     assert len(Joined([layer(0, 8, four), layer(1, 8, four, bias=True)], lambda one: one).products) == 2
+
+
+def test_a_whole_cache_in_one_call_has_no_gaps(engine: OnnxRuntimeEngine) -> None:
+    """The one call whose positions the attention takes from the first one alone."""
+    embeds, none = np.zeros((MAX_SEQ_LEN, TINY.text.hidden_size), np.float32), np.zeros(0, np.int64)
+    places = np.arange(MAX_SEQ_LEN) + (np.arange(MAX_SEQ_LEN) > 5)
+    with engine.new_cache() as cache:
+        with pytest.raises(InputError, match="append them in two calls"):
+            engine.forward(cache, embeds, none, positions=places)
+        assert cache.length == 0
+        engine.forward(cache, embeds, none)
+        cache.truncate(0)
+        for rows in (slice(0, MAX_SEQ_LEN - 1), slice(MAX_SEQ_LEN - 1, MAX_SEQ_LEN)):
+            engine.forward(cache, embeds[rows], none, positions=places[rows])
+        assert cache.length == MAX_SEQ_LEN and cache.following == MAX_SEQ_LEN + 1

@@ -338,8 +338,8 @@ FEW = ("--calibration", TEXT, "--calibration-samples", 2, "--calibration-length"
 
 
 def test_a_bundle_within_a_size(tmp_path: Path) -> None:
-    out, size = tmp_path / "out", 3_150_000
-    auto = ("--model", "nano", "--quant", "auto", "--max-size", "3.15MB")
+    out, size = tmp_path / "out", 3_365_000
+    auto = ("--model", "nano", "--quant", "auto", "--max-size", "3.365MB")
     done = cli("export", *auto, *FEW, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -47,11 +47,13 @@ class Poisoned(CountingEngine):
         self.after = 0
         """Calls of `forward` that are still right."""
 
-    def forward(self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = ()) -> F32:
+    def forward(
+        self, cache: Cache, embeds: F32, logit_index: I64, keys: Sequence[Key] = (), positions: I64 | None = None
+    ) -> F32:
         # What is not finite lies in the cache, too, as it would in an engine.
         self.after -= 1
         bad = self.logits if self.after < 0 else 0.0
-        out = super().forward(cache, embeds + np.float32(bad), logit_index, keys)
+        out = super().forward(cache, embeds + np.float32(bad), logit_index, keys, positions)
         if bad:
             out[:, 7] += np.float32(bad)
         return out

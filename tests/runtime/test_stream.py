@@ -17,6 +17,7 @@ from penguin_edge.media.preprocess import preprocess_image
 from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.core.pool import pooled
 from penguin_edge.runtime.core.sampling import SamplingOptions
+from penguin_edge.runtime.engines.cache import positions_of
 from penguin_edge.runtime.session import Session
 from penguin_edge.runtime.stream import Stream
 
@@ -38,8 +39,8 @@ def from_nothing(of: Stream) -> tuple[np.ndarray, Alone]:
     engine = Alone(EagerEngine(tiny_model(), max_seq_len=of.engine.bounds.max_seq_len))
     embeds = of.features.embeds(keys)
     for begin in range(0, len(keys), 100):
-        piece = embeds[begin : begin + 100]
-        logits = engine.forward(piece, np.full(int(begin + 100 >= len(keys)), -1))
+        piece, places = embeds[begin : begin + 100], np.array(positions_of(keys)[begin : begin + 100])
+        logits = engine.forward(piece, np.full(int(begin + 100 >= len(keys)), -1), places)
     return logits[0], engine
 
 
@@ -248,11 +249,19 @@ class Streaming(RuleBasedStateMachine):
         budget=st.sampled_from([None, 20, 60]),
         shrink=st.sampled_from(["encode", "pool"]),
         cache=st.sampled_from(["recompute", "rebase"]),
+        keep=st.sampled_from([None, 1.0, 0.5, 0.2]),
     )
-    def begin(self, budget: int | None, shrink: Any, cache: Any) -> None:
-        self.cache = cache
+    def begin(self, budget: int | None, shrink: Any, cache: Any, keep: float | None) -> None:
+        self.cache, self.keep = cache, keep
         self.run, self.engine = stream(
-            capacity=420, budget=budget, shrink=shrink, cache=cache, window_s=6.0, question_tokens=24, answer_tokens=10
+            capacity=420,
+            budget=budget,
+            shrink="encode" if keep else shrink,
+            cache=cache,
+            window_s=6.0,
+            question_tokens=24,
+            answer_tokens=10,
+            keep_visual=keep,
         )
         self.time, self.size = 0.0, (84, 112)
 
@@ -303,7 +312,11 @@ class Streaming(RuleBasedStateMachine):
         assert run.times == sorted(run.times)
         keys = run.prompt_keys()
         assert run.cache.keys[: len(keys)] == keys
-        assert sum(len(run.features[one]) for one in run.features) == run.features.rows
+        # Keys alone say where everything stands, in a cache that was moved as well.
+        assert run.cache.positions[: len(keys)] == positions_of(keys)
+        held = sum(len(run.features[one]) for one in run.features)
+        assert held == run.features.rows if self.keep in (None, 1.0) else held <= run.features.rows
+        assert held == run.visual_tokens == sum(isinstance(key, tuple) for key in keys)
 
     def teardown(self) -> None:
         if not hasattr(self, "run") or not self.run.frames:
@@ -319,7 +332,8 @@ class Streaming(RuleBasedStateMachine):
             assert (found - first).abs().max() <= 2e-5 * first.abs().max()
         if self.cache == "recompute":
             self.run.cache.truncate(len(keys) - 1)
-            got = self.engine.forward(self.run.cache, self.run.features.embeds(keys[-1:]), np.array([-1]))[0]
+            last, embeds = np.array(positions_of(keys)[-1:]), self.run.features.embeds(keys[-1:])
+            got = self.engine.forward(self.run.cache, embeds, np.array([-1]), positions=last)[0]
             # Chunks of other lengths: sums in another order.
             assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, plan_clip, size_ladder
+from penguin_edge.tra.keeping import kept_tokens
 from penguin_edge.tra.stream import KEYS, STREAM_MODES, Change, Limits, StreamMode, StreamPlanner, rungs
 
 SIDES = st.one_of(st.integers(1, 200), st.integers(28, 2160))
@@ -22,6 +23,7 @@ LIMITS = st.builds(
     room=st.one_of(st.none(), st.integers(20, 30_000)),
     window_s=st.sampled_from([0.5, 10.0, 60.0]),
     max_frames=st.sampled_from([1, 2, 180]),
+    reach=st.one_of(st.none(), st.integers(20, 60_000)),
 )
 
 
@@ -29,10 +31,15 @@ class Planning(RuleBasedStateMachine):
     """Frames of any kind and size, pauses, and other limits, beside a ledger that only believes the changes."""
 
     @initialize(
-        limits=LIMITS, tag=st.integers(0, 11), least=st.sampled_from([1, 16]), mode=st.sampled_from(STREAM_MODES)
+        limits=LIMITS,
+        tag=st.integers(0, 11),
+        least=st.sampled_from([1, 16]),
+        mode=st.sampled_from(STREAM_MODES),
+        keep=st.sampled_from([None, 1.0, 0.5, 0.07]),
     )
-    def begin(self, limits: Limits, tag: int, least: int, mode: StreamMode) -> None:
-        self.planner = StreamPlanner(limits, mode=mode, tag_tokens=tag, min_tokens=least)
+    def begin(self, limits: Limits, tag: int, least: int, mode: StreamMode, keep: float | None) -> None:
+        self.planner = StreamPlanner(limits, mode=mode, tag_tokens=tag, min_tokens=least, keep=keep)
+        self.keep = keep
         self.time, self.next = 0.0, 0
         self.ledger: dict[int, int] = {}
         self.times: dict[int, float] = {}
@@ -41,7 +48,7 @@ class Planning(RuleBasedStateMachine):
     def apply(self, changes: list[Change]) -> None:
         for change in changes:
             assert self.ledger[change.frame] == change.before, change
-            assert change.tokens < change.before
+            assert change.tokens < change.before or (change.tokens == change.before and self.keep is not None)
             self.ledger[change.frame] = change.tokens
             if not change.tokens:
                 del self.ledger[change.frame]
@@ -85,6 +92,11 @@ class Planning(RuleBasedStateMachine):
         assert self.ledger == dict(zip(self.planner.numbers, (f.tokens for f in plan.frames), strict=True))
         assert plan.total_tokens == self.planner.total_tokens <= limits.budget
         assert len(plan.frames) <= limits.max_frames
+        encoded = [(frame.height // plan.factor) * (frame.width // plan.factor) for frame in plan.frames]
+        assert [frame.tokens for frame in plan.frames] == [kept_tokens(count, self.keep) for count in encoded]
+        assert self.planner.encoded_tokens == sum(encoded)
+        if limits.reach is not None:
+            assert sum(encoded) + self.planner.tag_tokens * len(encoded) <= limits.reach
         if limits.room is not None:
             assert plan.total_tokens + self.planner.tag_tokens * len(plan.frames) <= limits.room
         kept = [self.times[number] for number in self.planner.numbers]
@@ -262,3 +274,24 @@ def test_bad_frames_and_limits_are_refused() -> None:
         StreamPlanner(Limits(100, room=11), tag_tokens=11)
     with pytest.raises(BudgetError, match="shorten"):
         StreamPlanner(Limits(100), tag_tokens=11).set_limits(replace(planner.limits, room=5))
+
+
+@settings(deadline=None)
+@given(data=st.data(), n=st.integers(1, 60), mode=st.sampled_from(STREAM_MODES), budget=st.integers(1, 900))
+def test_keeping_all_is_the_plan_without_a_share(data: st.DataObject, n: int, mode: StreamMode, budget: int) -> None:
+    kinds = data.draw(st.lists(st.sampled_from([KEY, INTERMEDIATE]), min_size=n, max_size=n))
+    one, other = (StreamPlanner(Limits(budget), mode=mode, keep=keep) for keep in (None, 1.0))
+    for i, kind in enumerate(kinds):
+        assert one.push(kind, (168, 224), float(i)) == other.push(kind, (168, 224), float(i))
+    assert one.plan() == other.plan()
+
+
+def test_a_frame_that_is_encoded_smaller_is_told_of_though_as_much_is_kept() -> None:
+    planner = StreamPlanner(Limits(6, reach=60), mode="strict", min_tokens=1, keep=0.05)
+    for i in range(5):
+        before = dict(zip(planner.numbers, planner.plan().frames, strict=True))
+        changes = planner.push(KEY, (168, 168), float(i))
+        after = dict(zip(planner.numbers, planner.plan().frames, strict=True))
+        resized = {number for number, frame in before.items() if number in after and after[number] != frame}
+        assert resized == {change.frame for change in changes if change.tokens}
+    assert any(change.tokens == change.before for change in planner.set_limits(Limits(6, reach=20)))

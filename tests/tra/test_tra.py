@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from penguin_edge.config import PATCH, TraConfig
+from penguin_edge.config import PATCH, PenguinConfig, TraConfig
 from penguin_edge.errors import BudgetError, InputError
 from penguin_edge.media.frames import read_video
 from penguin_edge.reports.plan import draw_png, draw_terminal, plan_json
@@ -38,6 +39,8 @@ from penguin_edge.tra.clip import (
     similarity,
     size_ladder,
 )
+from penguin_edge.tra.keeping import kept_tokens, most_encoded
+from penguin_edge.tra.layout import LabelledClip, fit_media, token_count
 
 Frames = list[NDArray[np.uint8]]
 SIDES = st.one_of(st.integers(1, 200), st.integers(1, 4096))
@@ -56,7 +59,18 @@ def clips(draw: st.DrawFn) -> dict[str, Any]:
         "budget": draw(st.one_of(st.integers(1, 100), st.integers(1, 20_000), st.integers(1, 10_000_000))),
         "min_tokens": draw(st.integers(1, 64)),
         "merge_size": draw(st.sampled_from([1, 2])),
+        "keep": draw(st.sampled_from([None, None, 1.0, 0.5, 0.3, 0.07])),
     }
+
+
+def _kept(tokens: int, clip: dict[str, Any]) -> int:
+    """Tokens of a frame that the budget counts: the share, in whole numbers, at least one."""
+    return tokens if clip["keep"] is None else max(1, math.floor(Fraction(str(clip["keep"])) * tokens))
+
+
+def _encoded(plan: Plan) -> list[int]:
+    """Tokens of each frame as the encoder gives them."""
+    return [(frame.height // plan.factor) * (frame.width // plan.factor) for frame in plan.frames]
 
 
 GUARDED: tuple[Mode, ...] = ("strict", "adaptive")
@@ -93,7 +107,7 @@ def test_guarded_plans_keep_the_budget_and_never_enlarge(clip: dict[str, Any], m
             continue
         assert frame.height % factor == 0 and factor <= frame.height <= height
         assert frame.width % factor == 0 and factor <= frame.width <= width
-        assert frame.tokens == frame.height * frame.width // factor**2
+        assert frame.tokens == _kept(frame.height * frame.width // factor**2, clip)
         assert frame.kind == asked or frame is plan.frames[0]
     key_tokens = {frame.tokens for frame in plan.frames if frame.kind == KEY}
     other_tokens = {frame.tokens for frame in plan.frames if frame.kind == INTERMEDIATE}
@@ -108,13 +122,13 @@ def test_strict_plans_drop_only_what_they_must_and_say_so(clip: dict[str, Any]) 
     plan = plan_clip(**clip)
     tokens, floor = _rungs(clip)
     n, budget = clip["n"], clip["budget"]
-    if n * tokens[-1] <= budget:
+    if n * _kept(tokens[-1], clip) <= budget:
         assert plan.stage == "native"
-        assert {frame.tokens for frame in plan.frames} == {tokens[-1]}
+        assert set(_encoded(plan)) == {tokens[-1]}
     kept = plan.keys + plan.intermediates
-    assert kept == min(n, max(1, budget // floor))
+    assert kept == min(n, max(1, budget // _kept(floor, clip)))
     if kept > 1:
-        assert min(frame.tokens for frame in plan.frames if frame.kind != DROPPED) >= floor
+        assert min(filter(None, _encoded(plan))) >= floor
     asked = clip["kinds"].count(KEY) + (clip["kinds"][0] != KEY)
     assert plan.keys == min(asked, kept), "intermediate frames go before key frames"
     said = " ".join(plan.notes)
@@ -130,14 +144,16 @@ def test_adaptive_plans_drop_frames_before_key_frames_are_illegible(clip: dict[s
     (tokens, floor), legible = _rungs(clip), _legible(clip)
     n, budget = clip["n"], clip["budget"]
     keys = clip["kinds"].count(KEY) + (clip["kinds"][0] != KEY)
-    assert plan.keys == min(keys, max(1, budget // legible)), "key frames go last"
-    assert plan.intermediates == min(n - keys, max(0, budget - keys * legible) // floor)
-    if plan.keys + plan.intermediates > 1 or budget >= legible:
-        assert plan.frames[0].tokens >= legible
+    paid, others = _kept(legible, clip), _kept(floor, clip)
+    assert plan.keys == min(keys, max(1, budget // paid)), "key frames go last"
+    assert plan.intermediates == min(n - keys, max(0, budget - keys * paid) // others)
+    encoded = _encoded(plan)
+    if plan.keys + plan.intermediates > 1 or budget >= paid:
+        assert encoded[0] >= legible
     else:
         assert plan.stage in ("one", "thinned", "native", "joint")
-        assert plan.frames[0].tokens == max(t for t in tokens if t <= budget)
-    assert all(frame.tokens >= floor for frame in plan.frames if frame.kind == INTERMEDIATE)
+        assert encoded[0] == max(t for t in tokens if _kept(t, clip) <= budget)
+    assert all(t >= floor for t, frame in zip(encoded, plan.frames, strict=True) if frame.kind == INTERMEDIATE)
     said = " ".join(plan.notes)
     for kind, lost in ((KEY, keys - plan.keys), (INTERMEDIATE, n - keys - plan.intermediates)):
         assert (f"dropped {lost} of" in said and f"{kind} frames" in said) if lost else f"{kind} frames:" not in said
@@ -149,11 +165,11 @@ def test_adaptive_plans_are_the_strict_ones_while_key_frames_are_legible(clip: d
     strict, adaptive = plan_clip(**clip), plan_clip(**clip, mode="adaptive")
     assert strict.mode == "strict", "the planner's own default"
     (tokens, floor), legible = _rungs(clip), _legible(clip)
-    tight = strict.frames[0].tokens < legible
+    tight = _encoded(strict)[0] < legible
     if not strict.dropped and not tight:
         assert adaptive.dropped == 0
         other = max([floor, *(t for t in tokens if t <= legible / 16)])
-        if strict.keys * legible + strict.intermediates * other <= clip["budget"]:
+        if strict.keys * _kept(legible, clip) + strict.intermediates * _kept(other, clip) <= clip["budget"]:
             assert adaptive.frames == strict.frames
     if legible == floor:
         assert adaptive.frames == strict.frames and adaptive.stage == strict.stage
@@ -165,14 +181,16 @@ def test_guarded_plans_use_the_budget(clip: dict[str, Any], mode: Mode) -> None:
     """What is left over is less than one more step of the frames that may still grow."""
     plan = plan_clip(**clip, mode=mode)
     tokens, _ = _rungs(clip)
-    key = tokens.index(plan.frames[0].tokens)
+    cost, encoded = [_kept(t, clip) for t in tokens], _encoded(plan)
+    key = tokens.index(encoded[0])
     left = clip["budget"] - plan.total_tokens
     if key + 1 < len(tokens):
-        assert plan.keys * (tokens[key + 1] - tokens[key]) > left
+        assert plan.keys * (cost[key + 1] - cost[key]) > left
     elif plan.intermediates:
-        other = tokens.index(next(frame.tokens for frame in plan.frames if frame.kind == INTERMEDIATE))
+        kinds = [frame.kind for frame in plan.frames]
+        other = tokens.index(encoded[kinds.index(INTERMEDIATE)])
         if other + 1 < len(tokens):
-            assert plan.intermediates * (tokens[other + 1] - tokens[other]) > left
+            assert plan.intermediates * (cost[other + 1] - cost[other]) > left
 
 
 @settings(max_examples=100, deadline=None)
@@ -521,3 +539,46 @@ def test_a_long_clip_is_drawn_in_few_columns() -> None:
     text = draw_terminal(plan, [float(i) for i in range(1000)], [None, *[0.99] * 999], width=80)
     row = next(line for line in text.splitlines() if line.startswith("kind"))
     assert len(row) <= 80 and row.count("K") == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(clips(), MODES)
+def test_keeping_all_is_the_plan_without_a_share(clip: dict[str, Any], mode: Mode) -> None:
+    assert plan_clip(**{**clip, "keep": 1.0}, mode=mode) == plan_clip(**{**clip, "keep": None}, mode=mode)
+
+
+@given(tokens=st.integers(1, 20_000), hundredths=st.integers(1, 100), kept=st.integers(1, 3000))
+def test_a_share_is_rounded_down_and_never_to_nothing(tokens: int, hundredths: int, kept: int) -> None:
+    keep = hundredths / 100
+    assert kept_tokens(tokens, keep) == max(1, hundredths * tokens // 100)
+    assert kept_tokens(0, keep) == 0 and kept_tokens(tokens, None) == tokens
+    most = most_encoded(kept, keep)
+    assert kept_tokens(most, keep) <= kept < kept_tokens(most + 1, keep) and most_encoded(kept, None) == kept
+
+
+@given(
+    sizes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=4),
+    limit=st.one_of(st.integers(8, 200), st.integers(8, 20_000)),
+    keep=st.sampled_from([1.0, 0.5, 0.3, 0.07]),
+    patches=st.sampled_from([None, 48, 4096]),
+)
+def test_what_is_kept_of_images_and_clips_stays_within_the_limit(
+    sizes: list[tuple[int, int]], limit: int, keep: float, patches: int | None
+) -> None:
+    clip = LabelledClip(2, KeyFrameDetector("fast"), [0.0] * 5, [KEY, *[INTERMEDIATE] * 4], [None] * 5, sizes[0])
+    config = PenguinConfig()
+    fit = fit_media([*sizes, clip], limit, config, tra="adaptive", max_patches=patches, keep=keep)
+    images = [token_count(row[0], config.image.image_merge_size) for row in fit.sizes[:-1]]
+    frames = [token_count(size, 2) for size in fit.sizes[-1]]
+    assert sum(kept_tokens(count, keep) for count in [*images, *frames]) <= limit
+    assert fit.plans[0].total_tokens == sum(kept_tokens(count, keep) for count in frames)
+    if patches is not None and min(sizes[0]) >= 28:
+        assert max(images) * config.image.image_merge_size**2 <= patches and max(frames) * 4 <= patches
+    plain = fit_media([*sizes, clip], limit, config, tra="adaptive", max_patches=patches)
+    assert fit_media([*sizes, clip], limit, config, tra="adaptive", max_patches=patches, keep=1.0) == plain
+
+
+@pytest.mark.parametrize("wrong", [0, 0.0, -0.5, 1.01, True, "half", float("nan")])
+def test_no_share_is_refused(wrong: Any) -> None:
+    with pytest.raises(InputError, match="wanted a share above 0 and at most 1"):
+        plan_clip(1, [KEY], (56, 56), 100, keep=wrong)

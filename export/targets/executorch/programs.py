@@ -4,9 +4,11 @@
 |-----------|----------------------------------------------------------------------------------------|-------------|
 | encoder   | pixels [1,P,588] f32, rows [P] i64, cols [P] i64                                       | [1,P,C] f32 |
 | projector | features [1,T,M,C] f32                                                                 | [1,T,H] f32 |
-| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, kv_positions [L] i64 = 0 … L-1 | [1,K,V] f32 |
+| decoder   | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, positions [S] i64,             | [1,K,V] f32 |
+|           | kv_positions [L] i64 = 0 … L-1                                                         |             |
 
-Every file has one method, `forward`. `start + S <= L <= max_seq_len`, and K is at least 1: XNNPACK crashes on empty
+Every file has one method, `forward`. New tokens are written at slots `start` to `start + S - 1`, which the mask counts;
+`positions` turn them, and may have gaps. `start + S <= L <= max_seq_len`, and K is at least 1: XNNPACK crashes on empty
 tensors, so that a caller who wants no logits asks for one and drops it. KV state is two mutable buffers per layer,
 `[kv_heads, max_seq_len, D]` in the graph's precision, inside the method; they are not stored in the file. The file
 names them `keys_i` and `values_i`: a runtime finds their memory by `Method::get_attribute`, and moves positions there.
@@ -201,21 +203,23 @@ class DecoderMethod(nn.Module):
             self.register_buffer(f"keys_{layer}", torch.zeros(shape, dtype=dtype))
             self.register_buffer(f"values_{layer}", torch.zeros(shape, dtype=dtype))
 
-    def forward(self, embeds: Tensor, start: Tensor, logit_index: Tensor, kv_positions: Tensor) -> Tensor:
+    def forward(
+        self, embeds: Tensor, start: Tensor, logit_index: Tensor, positions: Tensor, kv_positions: Tensor
+    ) -> Tensor:
         filled = kv_positions.shape[0]
-        positions = start + torch.arange(embeds.shape[1])
-        seen = kv_positions[None] <= positions.repeat(self.groups)[:, None]
+        slots = start + torch.arange(embeds.shape[1])
+        seen = kv_positions[None] <= slots.repeat(self.groups)[:, None]
         mask = torch.where(seen, 0.0, MASKED).to(self.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             size = q.shape[3]
             keys, values = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
             # Slice assignment fails at run time in ExecuTorch's in-place kernel; this call is reinplaced.
-            torch.ops.aten.index_put_(keys, [None, positions], k.contiguous().view(keys.shape[0], -1, size))
-            torch.ops.aten.index_put_(values, [None, positions], v.contiguous().view(keys.shape[0], -1, size))
+            torch.ops.aten.index_put_(keys, [None, slots], k.contiguous().view(keys.shape[0], -1, size))
+            torch.ops.aten.index_put_(values, [None, slots], v.contiguous().view(keys.shape[0], -1, size))
             return folded_attention(q, keys[:, :filled], values[:, :filled], mask)
 
-        return decoder_logits(self.decoder, embeds, start, logit_index, attend)
+        return decoder_logits(self.decoder, embeds, positions, logit_index, attend)
 
 
 def operators(graph: torch.fx.Graph) -> Counter[str]:

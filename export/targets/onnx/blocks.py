@@ -1,11 +1,12 @@
 """Transformer blocks in the form that ONNX Runtime computes fastest; what they compute is `penguin_edge.model.layers`.
 
-| name     | shape             | dtype | what                                                       |
-|----------|-------------------|-------|------------------------------------------------------------|
-| x        | [B, S, H]         | f32   | sum of all blocks so far                                   |
-| n        | [B, S, H]         | f32   | x after the norm that comes next                           |
-| cos, sin | [max_seq_len, D/2]| f32   | rotary tables of the decoder, constants of the graph       |
-| turn     | 2 x [P, 1, D]     | f32   | cosines, and sines with the signs of `rotate`: the encoder |
+| name      | shape             | dtype | what                                                       |
+|-----------|-------------------|-------|------------------------------------------------------------|
+| x         | [B, S, H]         | f32   | sum of all blocks so far                                   |
+| n         | [B, S, H]         | f32   | x after the norm that comes next                           |
+| cos, sin  | [positions, D/2]  | f32   | rotary tables of the decoder, constants of the graph       |
+| positions | [S]               | i64   | rotary position of each new token: a row of these tables   |
+| turn      | 2 x [P, 1, D]     | f32   | cosines, and sines with the signs of `rotate`: the encoder |
 
 A step that decodes one token is made of many small nodes, each of which costs some microseconds however little it
 computes. So an addition and the norm after it are one node, the decoder's rotary step is done by the attention, and
@@ -43,7 +44,7 @@ def _(x, more, weight, eps):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("penguin_edge::grouped_query_attention", mutates_args=())
 def grouped_query_attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, last: Tensor, total: Tensor,
-    cos: Tensor, sin: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, heads: int, kv: int,
+    cos: Tensor, sin: Tensor, positions: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, heads: int, kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What com.microsoft GroupQueryAttention computes for one sequence: rotary step, causal attention over a cache.
 
@@ -51,7 +52,11 @@ def grouped_query_attention(
         q: [1, S, heads*D]; k, v: [1, S, kv*D], before the rotary step.
         past_k, past_v: [1, kv, max_seq_len, D] in the dtype of q, or int8.
         k_scale, v_scale: [1, kv, 1, D] f32, for int8.
-        last, total: [1] int32, index of the last new position and count of positions, the new ones included.
+        last: [1] int32, slot of the last new token.
+        total: [1] int32, more than the number of slots in use, or all there are: where the two are equal, the operator
+            takes all of a call that begins an empty cache as neighbours of `positions[0]`, gaps or not.
+        cos, sin: [most positions, D/2], rotary tables.
+        positions: [1, S] i64, rows of these.
     Returns:
         [1, S, heads*D], and the caches with the new positions written.
     """
@@ -59,7 +64,7 @@ def grouped_query_attention(
 
 
 @grouped_query_attention.register_fake
-def _(q, k, v, past_k, past_v, last, total, cos, sin, k_scale, v_scale, heads, kv):  # type: ignore[no-untyped-def]
+def _(q, k, v, past_k, past_v, last, total, cos, sin, positions, k_scale, v_scale, heads, kv):  # type: ignore[no-untyped-def]
     return torch.empty_like(q), torch.empty_like(past_k), torch.empty_like(past_v)
 
 
@@ -156,23 +161,26 @@ class FusedDecoder(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, decoder: Decoder, max_seq_len: int) -> None:
+    def __init__(self, decoder: Decoder, max_seq_len: int, positions: int) -> None:
+        """`positions` is the number of rotary positions."""
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.max_seq_len = decoder, max_seq_len
         form = decoder.kv_form
         self.dtype = torch.float16 if form is not None and form.dtype == "fp16" else torch.float32
         """The dtype of what goes into the attention, which wants its cache's own, or fp32 beside an int8 cache."""
         scales = form.scales if form is not None else None
         self.kv_scales = nn.ParameterList([] if scales is None else [nn.Parameter(x, False) for x in scales[:, None]])
-        angles = rotary_angles(torch.arange(max_seq_len), decoder.config.head_dim, decoder.config.rope_theta)
+        angles = rotary_angles(torch.arange(positions), decoder.config.head_dim, decoder.config.rope_theta)
         self.register_buffer("cos", angles.cos().to(self.dtype))
         self.register_buffer("sin", angles.sin().to(self.dtype))
 
-    def forward(self, embeds: Tensor, start: Tensor, logit_index: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, embeds: Tensor, start: Tensor, logit_index: Tensor, positions: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         config = self.decoder.config
         heads, kv = config.num_attention_heads, config.num_key_value_heads
-        total = (start + embeds.shape[1]).to(torch.int32)
-        last = total - 1
+        used = (start + embeds.shape[1]).to(torch.int32)
+        last, total = used - 1, (used + 1).clamp(max=self.max_seq_len)
         present: list[Tensor] = []
 
         def inside(layer: int, attention: Attention, n: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ class FusedDecoder(nn.Module):
             scales = list(self.kv_scales)[layer :: config.num_hidden_layers] or [None, None]
             tables = self.cos, self.sin
             out, *both = grouped_query_attention(
-                *rows, *past[2 * layer : 2 * layer + 2], last, total, *tables, *scales, heads, kv
+                *rows, *past[2 * layer : 2 * layer + 2], last, total, *tables, positions[None], *scales, heads, kv
             )
             present.extend(both)
             return out.float()

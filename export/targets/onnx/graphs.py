@@ -5,7 +5,8 @@
 | encoder   | pixels [B,P,588] f32, rows [P] i64, cols [P] i64        | features [B,P,C] f32                    |
 | projector | features [B,T,M,C] f32                                  | visual [B,T,H] f32                      |
 | decoder,  | embeds [1,S,H] f32, start [1] i64, logit_index [K] i64, | logits [1,K,V] f32,                     |
-| prefill   | past_key_i, past_value_i [1,kv,max_seq_len,D] f32, or   | present_key_i, present_value_i, as past |
+| prefill   | positions [S] i64,                                      |                                         |
+|           | past_key_i, past_value_i [1,kv,max_seq_len,D] f32, or   | present_key_i, present_value_i, as past |
 |           | f16 or i8 if the recipe's `kv` says so                  |                                         |
 
 The caller binds one buffer as `past_key_i` and `present_key_i`, and one for the values: the kernel then writes the new
@@ -39,7 +40,15 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from penguin_edge.bundle.contract import KV_SCALES, Bounds, TensorSpec, compiled_bounds, kv_names, signature
+from penguin_edge.bundle.contract import (
+    KV_SCALES,
+    Bounds,
+    TensorSpec,
+    compiled_bounds,
+    kv_names,
+    most_positions,
+    signature,
+)
 from penguin_edge.bundle.manifest import TablePlace
 from penguin_edge.config import PenguinConfig
 from penguin_edge.errors import InputError, PenguinError
@@ -173,7 +182,8 @@ class OnnxTarget:
     def graph_bytes(self, config: PenguinConfig, max_seq_len: int) -> int:
         """Nodes of every block, and the decoder's rotary tables."""
         blocks = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
-        return 20_000 * blocks + 4 * max_seq_len * config.text.head_dim
+        positions = most_positions(config, self.bounds(max_seq_len))
+        return 20_000 * blocks + 4 * positions * config.text.head_dim
 
     def peak_factor(self, precision: str, quantized: bool) -> float:
         return 1.5 if quantized else {"fp32": 2.5, "fp16": 1.5}[precision]
@@ -204,7 +214,7 @@ class OnnxTarget:
             method, wanted = ProjectorMethod(model.projector), {}
         else:
             assert model.decoder is not None, "this model was loaded without its decoder"
-            method = FusedDecoder(model.decoder, bounds.max_seq_len)
+            method = FusedDecoder(model.decoder, bounds.max_seq_len, most_positions(model.config, bounds))
             text = model.config.text
             layers = text.num_hidden_layers
             wanted = {"GroupQueryAttention": layers, "SkipSimplifiedLayerNormalization": 2 * layers}

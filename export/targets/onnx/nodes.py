@@ -18,6 +18,7 @@ ACCURACY = 4
 TYPES = {
     "T": ["tensor(float)", "tensor(float16)"],
     "I": ["tensor(int32)"],
+    "L": ["tensor(int64)"],
     "U": ["tensor(uint8)"],
     "S": ["tensor(int8)"],
     "F": ["tensor(float)"],
@@ -69,11 +70,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     rows = "query:T key:T value:T"
     inputs = f"{rows} past_key:C past_value:C seqlens_k:I total_sequence_length:I cos_cache:T sin_cache:T"
+    inputs += " position_ids:L"
     outputs, sizes = "output:T present_key:C present_value:C", "num_heads:INT kv_num_heads:INT do_rotary:INT"
     grouped = contrib("GroupQueryAttention", inputs, outputs, sizes)
     small = contrib(
         "GroupQueryAttention",
-        f"{inputs} position_ids?:I attention_bias?:T head_sink?:T k_scale:F v_scale:F",
+        f"{inputs} attention_bias?:T head_sink?:T k_scale:F v_scale:F",
         outputs,
         f"{sizes} kv_cache_bit_width:INT k_quant_type:STRING v_quant_type:STRING",
     )
@@ -93,13 +95,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     )
 
     def translate_grouped(  # type: ignore[no-untyped-def]
-        q, k, v, past_k, past_v, last, total, cos, sin, k_scale, v_scale, heads: int, kv: int
+        q, k, v, past_k, past_v, last, total, cos, sin, positions, k_scale, v_scale, heads: int, kv: int
     ):
-        tensors, same = (q, k, v, past_k, past_v, last, total, cos, sin), {"num_heads": heads, "kv_num_heads": kv}
+        tensors = (q, k, v, past_k, past_v, last, total, cos, sin, positions)
+        same = {"num_heads": heads, "kv_num_heads": kv}
         if k_scale is None:
             return grouped(*tensors, do_rotary=1, **same)
         types = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-        return small(*tensors, None, None, None, k_scale, v_scale, do_rotary=1, **same, **types)
+        return small(*tensors, None, None, k_scale, v_scale, do_rotary=1, **same, **types)
 
     def translate_added(x, more, weight, eps: float):  # type: ignore[no-untyped-def]
         out, _, _, total = added(x, more, weight, epsilon=eps)

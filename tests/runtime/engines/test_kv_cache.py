@@ -117,11 +117,13 @@ def test_the_engines_cache_is_the_references(
     rounded = Alone(EagerEngine(model, max_seq_len=LENGTH))
     embeds = plain.embed(samples(1)[0].input_ids)
     got, wanted, exact = [], [], []
-    # Chunks, single positions, and a prefix that is used again.
-    for begin, end in ((0, 7), (7, 8), (8, 16), (10, 14), (14, 15)):
-        for engine_, rows in ((engine, got), (rounded, wanted), (plain, exact)):
-            engine_.truncate(min(begin, engine_.length))
-            rows.append(engine_.forward(embeds[begin:end], np.array([-1]))[0])
+    # Chunks, single positions, and a prefix that is used again; without gaps between positions, then with them.
+    for gaps in (np.zeros(16, np.int64), np.cumsum(np.arange(16) % 3 == 2) * 4):
+        for begin, end in ((0, 7), (7, 8), (8, 16), (10, 14), (14, 15)):
+            positions = np.arange(begin, end) + gaps[begin:end]
+            for engine_, rows in ((engine, got), (rounded, wanted), (plain, exact)):
+                engine_.truncate(min(begin, engine_.length))
+                rows.append(engine_.forward(embeds[begin:end], np.array([-1]), positions)[0])
     difference = np.abs(np.array(got) - np.array(wanted)).max() / np.abs(wanted).max()
     assert difference <= near
     # And the cache is what makes a difference to fp32, or this test would see nothing.

@@ -115,7 +115,7 @@ LOADING_MS = 2000.0
 class Simulated:
     """An engine whose calls take what `LINES` say, and compute nothing."""
 
-    name, can_move, capacity = "simulated", True, None
+    name, can_move, can_place, capacity = "simulated", True, True, None
 
     def __init__(self, time: Ticking, share: float = 1.0, *, stop_at: int | None = None, wake: float = 0.0) -> None:
         """
@@ -159,7 +159,7 @@ class Simulated:
     def project(self, features: Any) -> None:
         self._call("project", features.shape[1])
 
-    def forward(self, cache: Cache, embeds: Any, logits_at: Any, keys: Any = ()) -> None:
+    def forward(self, cache: Cache, embeds: Any, logits_at: Any, keys: Any = (), positions: Any = None) -> None:
         with cache.writing(len(embeds), keys):
             if self._decodes:
                 self._call("decode", cache.length)
@@ -167,7 +167,7 @@ class Simulated:
                 self._call("prefill", len(embeds), cache.length)
         self._decodes = False
 
-    def move(self, cache: Cache, begin: int, end: int, to: int) -> None:
+    def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
         with cache.moving(begin, end, to):
             self._call("move", end - begin)
 
