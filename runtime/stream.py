@@ -128,8 +128,7 @@ class Stream:
         """What the last frame made the engine do."""
         image = self.config.image
         self._encoded: Calls = []
-        self._pieces = 1
-        self._slicing = False
+        self._pieces, self._slicing = 1, False
         budget = self.options.budget or image.max_tokens
         planner = StreamPlanner(
             Limits(budget),
@@ -167,8 +166,7 @@ class Stream:
             TargetUnavailable: its engine is not installed.
             InputError, BudgetError: as of a stream over an engine.
         """
-        wanted = given_options(StreamOptions, options, changes)
-        return cls(open_engine(bundle, threads=threads), options=wanted)
+        return cls(open_engine(bundle, threads=threads), options=given_options(StreamOptions, options, changes))
 
     def close(self) -> None:
         """Give the KV cache back to the engine; what is asked afterwards is refused."""
@@ -244,11 +242,10 @@ class Stream:
         return self.slices(frame, time).finish()
 
     def slices(self, frame: Frame | NDArray[np.uint8], time: float | None = None) -> Slices:
-        """Add a frame slice by slice: each call of the encoder is one, and what follows them.
+        """Add a frame slice by slice: each call of the encoder is one, and what follows them. Takes what `push` takes.
 
         Between two slices questions can be asked, about the window as it was before the frame. They have to be read to
         their end, or closed, before the next slice, and cannot be kept; the window cannot be changed otherwise.
-        Arguments and errors are those of `push`.
         """
         return Slices(self._guard, self._unread, self._add(frame, time))
 

@@ -75,6 +75,7 @@ class CountingEngine:
         self.config: PenguinConfig = self.inner.config
         self.bounds = self.inner.bounds
         self.can_move, self.can_place = self.inner.can_move, self.inner.can_place
+        self.moves_exactly = self.inner.moves_exactly
         self.capacity = self.inner.capacity
         self.reset()
 

@@ -110,6 +110,12 @@ class EagerEngine:
 
     can_move = can_place = True
 
+    @property
+    def moves_exactly(self) -> bool:
+        """See `penguin_edge.runtime.engines.base.Engine`."""
+        form = self.model.decoder.kv_form if self.model.decoder is not None else None
+        return form is None or form.dtype != "int8"
+
     @torch.no_grad()
     def move(self, cache: Cache, begin: int, end: int, to: int, turn: int | None = None) -> None:
         """Slots [begin, end) stand at `to` from now on, keys turned; see `penguin_edge.runtime.engines.base`."""

@@ -119,6 +119,10 @@ class SlowedEngine:
         return self.inner.can_move
 
     @property
+    def moves_exactly(self) -> bool:
+        return self.inner.moves_exactly
+
+    @property
     def can_place(self) -> bool:
         return self.inner.can_place
 

@@ -65,6 +65,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def moves_exactly(self) -> bool:
+        """False where each move rounds keys anew by a step of an int8 cache, which adds up."""
+        ...
+
+    @property
     def can_place(self) -> bool:
         """Whether tokens may have other positions than slots; False for the graphs of earlier exports."""
         ...

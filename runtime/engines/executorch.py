@@ -164,6 +164,11 @@ class ExecutorchEngine:
             return bool(self._program("decoder").method_meta("forward").num_attributes())
 
     @property
+    def moves_exactly(self) -> bool:
+        """See `penguin_edge.runtime.engines.base.Engine`."""
+        return self._bundle.manifest.kv_dtype != "int8"
+
+    @property
     def can_place(self) -> bool:
         """Whether the decoder takes positions."""
         return self._bundle.manifest.placed

@@ -138,6 +138,11 @@ class OnnxRuntimeEngine:
         return self._bundle.manifest.kv_dtype != "int8" or KV_SCALES in self._bundle.manifest.files
 
     @property
+    def moves_exactly(self) -> bool:
+        """See `penguin_edge.runtime.engines.base.Engine`."""
+        return self._bundle.manifest.kv_dtype != "int8"
+
+    @property
     def can_place(self) -> bool:
         """Whether the decoders take positions."""
         return self._bundle.manifest.placed

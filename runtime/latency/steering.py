@@ -38,7 +38,7 @@ def sizes(stream: Stream, size: tuple[int, int], budget: int) -> tuple[int, int,
 def ways(stream: Stream) -> tuple[Sequence[Follow], Sequence[Shrink]]:
     """How the KV cache and frames that get smaller may follow."""
     options = stream.options
-    movable = FOLLOWS if stream.engine.can_move else FOLLOWS[:1]
+    movable = FOLLOWS if stream.engine.can_move and stream.engine.moves_exactly else FOLLOWS[:1]
     caches = movable if options.cache == "auto" else (options.cache,)
     # A mean over tokens of which some are left out would be one of others.
     shrinks = SHRINKS if options.keep_visual is None else SHRINKS[:1]

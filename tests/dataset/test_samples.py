@@ -52,7 +52,7 @@ class EchoEngine:
         self.bounds = Bounds(max_seq_len=8192, max_chunk=512, max_batch=16, patch_buckets=(65_536,))
         self.frames: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self.rows = np.zeros((0, 2), int)
-        self.capacity, self.can_move, self.can_place = None, False, False
+        self.capacity, self.can_move, self.can_place, self.moves_exactly = None, False, False, False
 
     def new_cache(self) -> Cache:
         return Caches(None, object).new()

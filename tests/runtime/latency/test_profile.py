@@ -115,7 +115,7 @@ LOADING_MS = 2000.0
 class Simulated:
     """An engine whose calls take what `LINES` say, and compute nothing."""
 
-    name, can_move, can_place, capacity = "simulated", True, True, None
+    name, can_move, can_place, moves_exactly, capacity = "simulated", True, True, True, None
 
     def __init__(self, time: Ticking, share: float = 1.0, *, stop_at: int | None = None, wake: float = 0.0) -> None:
         """
