@@ -303,6 +303,7 @@ class LatencyControl:
             return None
         self._looked = now
         before, wanted, reason = self.setting, self.setting, ""
+        rested = now - self._changed >= self._hold(now)
         if not self._fits(self.predicted(before)):
             wanted = self._best(1.0)
             if self._worth(wanted) < self._worth(before):
@@ -310,9 +311,9 @@ class LatencyControl:
                 if now - self._rose < RECENT_S:
                     self._taken_back.append(now)
                 self._rose = -math.inf
-            elif wanted != before:
-                reason = "less would not help"
-        elif now - self._changed >= self._hold(now) and self._worth(before) < self._most:
+            elif wanted != before and rested:
+                reason, self._rose = "less would not help", now
+        elif rested and self._worth(before) < self._most:
             wanted = self._best(MARGIN)
             if self._worth(wanted) > self._worth(before):
                 reason, self._rose = "room to spare", now
@@ -365,14 +366,15 @@ class LatencyControl:
             return self._first_of(spaced(front), lambda costs: self._fits(costs, share))
         if share < 1:
             return self.setting
-        return self._first_of(
-            [one for _, one in front],
-            lambda costs: (
+
+        def close(costs: Costs) -> bool:
+            return (
                 costs.frame <= REACHED * least.frame
                 and costs.first <= REACHED * least.first
                 and costs.busy <= max(BUSY, REACHED * least.busy)
-            ),
-        )
+            )
+
+        return self._first_of([one for _, one in front], close)
 
     def _first_of(self, choices: list[Setting], will_do: Callable[[Costs], bool]) -> Setting:
         low, high = 0, len(choices) - 1

@@ -211,6 +211,17 @@ def test_nothing_is_given_up_for_nothing() -> None:
     assert control.predicted(control.setting).frame <= 1.1 * least.frame and control.setting.stride == 1
 
 
+@pytest.mark.parametrize("fps", [2, 8])
+@pytest.mark.parametrize("cache", ["recompute", "rebase"])
+def test_a_machine_that_is_too_slow_for_anything_makes_nothing_swing(fps: float, cache: str) -> None:
+    options = {"fps": fps, "caches": [cache], "kinds": LIVELY}
+    limit = 1.2 * sum_of(machine(**options).run(60))
+    run = machine(0, lambda t: 30.0 if t > 20 else 1.0, **options)
+    control = run.control(LatencyTarget(limit, limit))
+    run.run(140, control)
+    assert len([one for one in control.decisions if one.time > 25]) <= 10
+
+
 @pytest.mark.parametrize("slow", [0, 2])
 def test_one_slow_frame_is_no_reason(slow: int) -> None:
     """The very first one is none, either."""
