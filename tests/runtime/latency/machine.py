@@ -23,6 +23,8 @@ from penguin_edge.tra.layout import cap_size
 from penguin_edge.tra.stream import Limits, StreamPlanner
 
 SIDES = [4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0]
+QUEUE = 4
+"""Frames that wait, at most."""
 BOUNDS = Bounds(max_seq_len=4096, max_chunk=256)
 
 
@@ -125,6 +127,9 @@ class Machine:
                 self.planner.set_limits(replace(self.planner.limits, budget=wanted.budget))
                 setting = wanted
             if turn % setting.stride:
+                continue
+            if free - arrived > QUEUE / self.fps:  # newer ones have taken its place
+                seen.ages.append((arrived, 1e3 * (free - arrived)))
                 continue
             kind = self.kinds[turn % len(self.kinds)]
             changes = self.planner.push(kind, cap_size(self.size, setting.frame_tokens, self.planner.factor), arrived)
