@@ -102,7 +102,7 @@ def test_a_cap_is_what_a_stream_makes_of_it(height: int, wider: float, share: fl
     native = tokens_of(size, factor)
     limit, planned = capped(size, share * native, factor)
     assert tokens_of(planned, factor) <= max(1, share * native) + 1e-9
-    assert tokens_of(cap_size(size, limit * factor**2), factor) == tokens_of(planned, factor)
+    assert tokens_of(cap_size(size, limit, factor), factor) == tokens_of(planned, factor)
 
 
 @settings(max_examples=60, deadline=None)

@@ -108,16 +108,8 @@ def frames_of(question: Question, config: PenguinConfig) -> list[Frame]:
 def capped(size: tuple[int, int], most: float, factor: int) -> tuple[int, tuple[int, int]]:
     """`Stream.frame_tokens` for which frames of (height, width) pixels get the most tokens within `most`, at least one,
     and the (height, width) that a stream then plans them with."""
-    native = tokens_of(size, factor)
-    if most >= native:
-        return 4 * native + 4, size
-    found = 1, cap_size(size, factor**2)
-    for limit in range(2, 4 * native + 4):
-        cap = cap_size(size, limit * factor**2)
-        if tokens_of(cap, factor) > most:
-            break
-        found = limit, cap
-    return found
+    limit = max(1, math.floor(most))
+    return limit, cap_size(size, limit, factor)
 
 
 def interval_of(frames: Sequence[Frame]) -> float:
