@@ -40,7 +40,7 @@ from penguin_edge.tra.clip import (
     size_ladder,
 )
 from penguin_edge.tra.keeping import kept_tokens, most_encoded
-from penguin_edge.tra.layout import LabelledClip, fit_media, token_count
+from penguin_edge.tra.layout import LabelledClip, cap_size, fit_media, token_count
 
 Frames = list[NDArray[np.uint8]]
 SIDES = st.one_of(st.integers(1, 200), st.integers(1, 4096))
@@ -582,3 +582,12 @@ def test_what_is_kept_of_images_and_clips_stays_within_the_limit(
 def test_no_share_is_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match="wanted a share above 0 and at most 1"):
         plan_clip(1, [KEY], (56, 56), 100, keep=wrong)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 4000), st.sampled_from([14, 28]))
+def test_a_cap_gives_the_largest_size_within_it(height: int, width: int, tokens: int, factor: int) -> None:
+    ladder = [rows * columns for rows, columns in size_ladder(height, width, factor)]
+    capped = size_ladder(*cap_size((height, width), tokens, factor), factor)[-1]
+    assert capped[0] * capped[1] == max(one for one in ladder if one <= tokens)
+    if ladder[-1] <= tokens:
+        assert cap_size((height, width), tokens, factor) == (height, width), "what fits stays as it is"
