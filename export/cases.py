@@ -63,7 +63,7 @@ def stored_arrays(path: Path, config: PenguinConfig) -> Arrays:
         "decode": (STORED_LOGITS, text.vocab_size),
         "decode_top": (DECODED,),
     }
-    if "placed" in arrays:  # absent from bundles of earlier exports
+    if "placed" in arrays or "positions" in arrays:  # neither is in bundles of earlier exports
         wanted |= {"positions": (length,), "placed": (1, text.vocab_size)}
     if config.vision is not None:
         for case, (native_h, native_w, height, width, merge) in enumerate(CASES):

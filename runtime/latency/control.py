@@ -363,7 +363,8 @@ class LatencyControl:
         front = self.order()
         least = self.predicted(front[-1][1])
         if self._fits(least, share):
-            return self._first_of(spaced(front), lambda costs: self._fits(costs, share))
+            # One after the other: predictions do not fall evenly along the order, and there are few of these.
+            return next((one for one in spaced(front) if self._fits(self.predicted(one), share)), front[-1][1])
         if share < 1:
             return self.setting
 

@@ -30,8 +30,9 @@ SPREAD = 1.5
 """Least ratio between predictions of the outer thirds that a slope is read from."""
 LEAST = 6
 """Points that it takes, and residuals that noise is read from."""
-ASSUMED = (*np.linspace(-0.1, 0.1, 19).tolist(), 0.5)
-"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty is an accident."""
+ASSUMED = (*np.linspace(-0.1, 0.1, 38).tolist(), 0.5, 0.5)
+"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty is an accident. They
+are so many that two or three accidents at the beginning, when everything is cold, are not yet the usual."""
 
 
 @dataclass(frozen=True)

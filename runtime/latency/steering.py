@@ -14,7 +14,7 @@ from penguin_edge.runtime.core.options import FOLLOWS, SHRINKS, Follow, Shrink
 from penguin_edge.runtime.core.report import Report
 from penguin_edge.runtime.latency.control import Decision, Device, LatencyControl, LatencyTarget
 from penguin_edge.runtime.latency.cost import CostModel
-from penguin_edge.runtime.latency.forecast import FRAMES, Around, Arrivals, Forecast, Setting, forecast
+from penguin_edge.runtime.latency.forecast import FILLING, FRAMES, Around, Arrivals, Forecast, Setting, forecast
 from penguin_edge.runtime.latency.ranking import Full, candidates, worth
 from penguin_edge.runtime.stream import Stream
 from penguin_edge.tra.clip import INTERMEDIATE, KEY, size_ladder
@@ -183,7 +183,8 @@ class Steering:
         kinds = tuple(self._kinds) if len(self._kinds) >= 2 * len(USUAL) else USUAL
         apart = 1.0 if math.isinf(self._apart_ms) else self._apart_ms / 1e3
         arrivals = Arrivals(self._size, apart, kinds)
-        return forecast(self._stream.planner, settings, arrivals, around(self._stream), frames=frames)
+        near = around(self._stream)
+        return forecast(self._stream.planner, settings, arrivals, near, frames=frames, filling=min(FILLING, 6 * frames))
 
     def _frames_kept(self) -> float:
         """How many frames the window has when it is full and nothing is given up."""

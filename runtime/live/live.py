@@ -332,13 +332,17 @@ class Live:
                 self._add(*item)
 
     def _add(self, frame: Frame, arrived: int) -> None:
+        try:
+            if self._steering is not None:
+                self._steering.before(frame)
+        except BudgetError as error:
+            self._fail(error)
+        except Exception as error:  # whatever it is, the caller is told by the next call
+            self._drop((frame, "error"))
+            self._fail(error)
+            return
         begun, paused = _now(), 0
         try:
-            try:
-                if self._steering is not None:
-                    self._steering.before(frame)
-            except BudgetError as error:
-                self._fail(error)
             for _ in self.stream.slices(frame):
                 if (question := self._between()) is not None:
                     asked = _now()
