@@ -69,7 +69,7 @@ def test_signatures_name_every_tensor() -> None:
     for graph, names in {
         "encoder": "pixels rows cols",
         "projector": "features",
-        "decoder": "embeds start logit_index",
+        "decoder": "embeds start logit_index positions",
     }.items():
         inputs, outputs = signature(graph, PRESETS["tiny"], Bounds())
         assert [spec.name for spec in inputs] == names.split() and len(outputs) == 1
