@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from penguin_edge.errors import BudgetError, InputError
+from penguin_edge.errors import BudgetError, BusyError, InputError
 from penguin_edge.media.preprocess import preprocess_image
 from penguin_edge.model.eager import EagerEngine
 from penguin_edge.runtime.core.pool import pooled
@@ -140,6 +140,63 @@ def test_an_engine_that_fails_in_the_middle_is_asked_for_everything_again() -> N
         again.push(picture(i), float(i))
     assert run.prompt_keys() == again.prompt_keys() == run.cache.keys
     assert answer(run, "What is it?") == answer(again, "What is it?")
+
+
+@pytest.mark.parametrize("cache", ["recompute", "rebase"])
+def test_a_question_between_two_slices_is_about_the_window_before(cache: Any) -> None:
+    options: dict[str, Any] = {
+        "budget": 90,
+        "cache": cache,
+        "question_tokens": 32,
+        "answer_tokens": 32,
+        "tra": "strict",
+    }
+    run, whole = stream(700, **options)[0], stream(700, **options)[0]
+    most = 0
+    for i in range(20):
+        frame, at = picture(i // 3, 280, 280), i / 2
+        before, count = run.prompt_keys(), len(run.times)
+        slices, seen = run.slices(frame, at), 0
+        for _ in slices:
+            seen += 1
+            assert run.prompt_keys() == before and len(run.times) == count
+            if count:
+                assert answer(run, "What is it?")
+                assert run.report.frames == count and run.report.reused_tokens >= len(before)
+            for refused in (
+                lambda frame=frame, at=at: run.push(frame, at),  # type: ignore[misc]
+                lambda: run.set_budget(50),
+                lambda: run.restart(),
+                lambda: list(run.ask("Kept?", keep=True)),
+            ):
+                with pytest.raises(BusyError, match="a frame is being added"):
+                    refused()
+        most = max(most, seen)
+        assert slices.changes == whole.push(frame, at)
+        assert run.cache.keys == run.prompt_keys() == whole.prompt_keys()
+    assert most >= 2, "some frame was to make another one shrink"
+    assert run.stats.reencoded == whole.stats.reencoded and run.stats.frames == whole.stats.frames
+
+
+def test_a_frame_that_is_given_up_between_slices_or_fails_leaves_no_trace() -> None:
+    run, engine = stream(budget=90)
+    run.push(picture(0, 140, 168), 0.0)
+    keys = run.prompt_keys()
+    slices = run.slices(picture(1, 140, 168), 1.0)
+    next(slices)
+    reading = run.ask("What is it?", options=SHORT)
+    next(reading)
+    with pytest.raises(BusyError, match="an answer is being read"):
+        next(slices)
+    reading.close()
+    slices.close()
+    encode, engine.encode = engine.encode, lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        run.push(picture(2, 140, 168), 2.0)
+    engine.encode = encode  # type: ignore[method-assign]
+    assert run.prompt_keys() == keys and run.times == [0.0] and run.stats.frames == 1
+    run.push(picture(3, 140, 168), 3.0)
+    assert run.times == [0.0, 3.0] and run.cache.keys == run.prompt_keys()
 
 
 def test_the_window_moves_on() -> None:
