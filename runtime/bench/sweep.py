@@ -37,7 +37,7 @@ from penguin_edge.runtime.stream import Stream
 
 SETTLED_S = 5.0
 SHARES = (1.0, 0.5, 0.25)
-"""Of the budget and of a frame's native tokens that are tried."""
+"""Shares of the budget, and of a frame's native tokens, that are tried."""
 ALIKE = 0.8
 """Size of a frame over that of another setting, above which it is not tried beside it."""
 TIMES = (2.0, 1.2, 1.0, 0.7)

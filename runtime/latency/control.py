@@ -1,4 +1,4 @@
-"""Keeps a stream within a latency target: takes the largest setting whose 99th percentile keeps the limits.
+"""Keeps a stream within a latency target: takes the setting that is worth most of those whose 99th percentile fits.
 
 | what               | comes from                                                                                   |
 |--------------------|----------------------------------------------------------------------------------------------|

@@ -58,7 +58,7 @@ class Pace:
         self._points: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
         self._noise: deque[float] = deque(maxlen=NOISE)
         self._quantiles: dict[float, float] = {}
-        """Of the noise, until the next time is seen."""
+        """Quantiles of the noise by share, until the next time is seen."""
         self._assumed = self._run = 0
 
     def expect(self, x: float) -> float:

@@ -25,7 +25,7 @@ from penguin_edge.runtime.core.options import Follow, Shrink
 from penguin_edge.runtime.latency.forecast import Setting
 
 FRAME_SHARES = (1.0, 0.69, 0.44, 0.25, 0.11)
-"""Of a frame's native tokens, that `WORTH` was measured at."""
+"""Shares of a frame's native tokens that `WORTH` was measured at."""
 WORTH = (
     (0.969, 0.769, 0.678, 0.590, 0.405),
     (0.722, 0.722, 0.678, 0.590, 0.405),

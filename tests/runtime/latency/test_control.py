@@ -167,8 +167,10 @@ def test_tokens_per_second_are_kept_by_a_smaller_window() -> None:
     free = run.control(LatencyTarget(6e4))
     fast = run.control(LatencyTarget(6e4, None, 135.0))
     assert fast.predicted(fast.setting).token <= 1e3 / 135 < free.predicted(free.setting).token
+    # A twentieth slower than what would just be kept.
+    slower = 1.05 * 1e3 / 135 / fast.predicted(fast.setting).token
     for now in range(8):
-        fast.observe_answer(float(now), 2000, 24, 80.0, 1.5 * COST.stage_ms("decode", 2000))
+        fast.observe_answer(float(now), 2000, 24, 80.0, slower * COST.stage_ms("decode", 2000))
     assert (found := fast.decide(10.0)) is not None and found.after.budget < found.before.budget
 
 

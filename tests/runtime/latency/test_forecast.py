@@ -35,13 +35,10 @@ def push(stream: Stream, index: int) -> None:
 
 
 @pytest.mark.parametrize("cache", ["recompute", "rebase"])
-@pytest.mark.parametrize("shrink", ["encode", "pool"])
+@pytest.mark.parametrize(("shrink", "keep"), [("encode", None), ("pool", None), ("encode", 0.3)])
 @pytest.mark.parametrize("begin", [1, 7, 40])
 @pytest.mark.parametrize("choice", [0, 1])
-@pytest.mark.parametrize("keep", [None, 0.3])
 def test_the_next_frames_are_foretold(cache: Any, shrink: Any, begin: int, choice: int, keep: float | None) -> None:
-    if keep is not None and shrink == "pool":
-        pytest.skip("refused")
     count = 24
     kinds = kinds_of(begin + count)
     stream = stream_of(budget=400, cache=cache, shrink=shrink, window_s=30.0, keep_visual=keep)
