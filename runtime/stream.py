@@ -28,7 +28,6 @@ A question and its answer leave the cache when the next frame comes, unless they
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -71,10 +70,10 @@ from penguin_edge.runtime.engines.opening import open_engine
 from penguin_edge.runtime.slices import Slices, Steps
 from penguin_edge.runtime.window import Window
 from penguin_edge.schema import LARGEST, Whole
-from penguin_edge.tra.layout import cap_size
+from penguin_edge.tra.layout import cap_size, largest_size
 from penguin_edge.tra.stream import Change, Limits, StreamPlanner
 
-WARM_PATCHES = 256
+WARM_PATCHES, WARM_PIXELS = 256, (448, 448)
 
 
 class Stream:
@@ -279,11 +278,12 @@ class Stream:
         )
         return [*gone, *changes]
 
-    def warm_up(self) -> None:
-        """Do each stage once: the first call takes memory, and longer; what resizes is loaded by it."""
-        side = math.isqrt(min(WARM_PATCHES, self.engine.bounds.max_patches)) // self.config.image.video_merge_size
-        size = (side * self.planner.factor, side * self.planner.factor)
-        blank = np.zeros((2 * size[0], 2 * size[1], 3), np.uint8)
+    def warm_up(self, expected: tuple[int, int] | None = None) -> None:
+        """Do each stage once, for frames of (height, width) pixels where that is known: the first call takes memory, and
+        longer; what resizes is loaded by it."""
+        most = self.engine.bounds.max_patches if expected else min(WARM_PATCHES, self.engine.bounds.max_patches)
+        blank = np.zeros((*(expected or WARM_PIXELS), 3), np.uint8)
+        size = largest_size(blank.shape[:2], most // self.config.image.video_merge_size**2, self.planner.factor)
         self._library.new_clip(tuple).add(Frame(blank, 0.0))
         patches = preprocess_image(blank, self.config.image, self.config.image.video_merge_size, size=size)
         with self._guard:

@@ -105,9 +105,15 @@ class LabelledClip:
 def cap_size(size: Size, tokens: int, factor: int) -> Size:
     """`size` if it comes to at most so many visual tokens, of `factor` pixels along each side; else the largest size
     of its ladder that does, and one token at least."""
-    fits = [(rows, columns) for rows, columns in size_ladder(*size, factor) if rows * columns <= max(tokens, 1)]
-    rows, columns = fits[-1]
-    return size if len(fits) == len(size_ladder(*size, factor)) else (rows * factor, columns * factor)
+    largest = largest_size(size, tokens, factor)
+    rows, columns = size_ladder(*size, factor)[-1]
+    return size if largest == (rows * factor, columns * factor) else largest
+
+
+def largest_size(size: Size, tokens: int, factor: int) -> Size:
+    """The largest size of the ladder of `size` that comes to at most so many visual tokens, and to one at least."""
+    rows, columns = [one for one in size_ladder(*size, factor) if one[0] * one[1] <= max(tokens, 1)][-1]
+    return rows * factor, columns * factor
 
 
 def kept_plan(plan: Plan, keep: float | None) -> Plan:

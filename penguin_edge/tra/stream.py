@@ -93,7 +93,8 @@ class Change:
 
 @dataclass
 class _Held:
-    """A frame of the window. `rung` is its size in the ladder of its native size."""
+    """A frame of the window. `rung` is its size in the ladder of its native size, `kept` and `encoded` are its tokens
+    there: those that may enter the decoder, and all."""
 
     number: int
     kind: str
@@ -101,6 +102,8 @@ class _Held:
     size: tuple[int, int]
     level: int
     rung: int
+    kept: int = 0
+    encoded: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -225,12 +228,17 @@ class StreamPlanner:
         """Numbers of the kept frames, in order; the first frame pushed was 0."""
         return tuple(held.number for held in self._held)
 
+    @property
+    def tokens(self) -> tuple[tuple[int, int], ...]:
+        """Visual tokens of each kept frame, in order: those that are kept, and all that were encoded."""
+        return tuple((held.kept, held.encoded) for held in self._held)
+
     def plan(self) -> Plan:
         """The window as a plan: one entry for each kept frame."""
         frames = []
         for held in self._held:
             rows, columns = size_ladder(*held.size, self.factor)[held.rung]
-            frames.append(FramePlan(held.kind, columns * self.factor, rows * self.factor, self._tokens(held)))
+            frames.append(FramePlan(held.kind, columns * self.factor, rows * self.factor, held.kept))
         stage = "native" if all(held.level == 0 for held in self._held) else f"level {self._level}"
         return Plan(tuple(frames), self.limits.budget, self.factor, "stream", stage)
 
@@ -261,9 +269,8 @@ class StreamPlanner:
         self._next += 1
         self._rise(newest)
         newest.level = self._level
-        newest.rung = self._rung(newest, newest.level)
         self._held.append(newest)
-        self._add(newest, 1)
+        self._resize(newest, self._rung(newest, newest.level))
         self._settle()
         return changes + self._changes(before)
 
@@ -289,7 +296,7 @@ class StreamPlanner:
         """Forget one frame, which turned out to be of no use; the others keep their sizes. Returns its tokens."""
         held = next(held for held in self._held if held.number == number)
         self._remove(held)
-        return self._tokens(held)
+        return held.kept
 
     def clear(self) -> None:
         """Forget all frames, and begin at native size again."""
@@ -303,25 +310,19 @@ class StreamPlanner:
 
     def _remove(self, held: _Held) -> None:
         self._held.remove(held)
-        self._add(held, -1)
+        self._total -= held.kept
+        self._encoded -= held.encoded
 
     def _resize(self, held: _Held, rung: int) -> None:
-        self._add(held, -1)
-        held.rung = rung
-        self._add(held, 1)
-
-    def _add(self, held: _Held, times: int) -> None:
-        kept, encoded = self._cost(held, held.rung)
-        self._total += times * kept
-        self._encoded += times * encoded
+        kept, encoded = self._cost(held, rung)
+        self._total += kept - held.kept
+        self._encoded += encoded - held.encoded
+        held.rung, held.kept, held.encoded = rung, kept, encoded
 
     def _cost(self, held: _Held, rung: int) -> tuple[int, int]:
         """Tokens of a frame on a rung: those that are kept, and all."""
         rows, columns = size_ladder(*held.size, self.factor)[rung]
         return kept_tokens(rows * columns, self.keep), rows * columns
-
-    def _tokens(self, held: _Held) -> int:
-        return self._cost(held, held.rung)[0]
 
     def _levels(self, held: _Held) -> tuple[tuple[int, int], ...]:
         floor, ratio = self.least_tokens, self.config.area_ratio
@@ -342,7 +343,7 @@ class StreamPlanner:
 
     def _sizes(self) -> dict[int, tuple[int, int]]:
         """Rung and kept tokens of each frame."""
-        return {held.number: (held.rung, self._tokens(held)) for held in self._held}
+        return {held.number: (held.rung, held.kept) for held in self._held}
 
     def _changes(self, before: dict[int, tuple[int, int]]) -> list[Change]:
         """Frames whose size differs from `before`; as many tokens may be kept of two sizes."""
@@ -392,8 +393,7 @@ class StreamPlanner:
                 continue
             if all(one.level >= len(self._levels(one)) - 1 for one in self._held):
                 thinnest = self._thinnest()
-                kept, encoded = self._cost(thinnest, thinnest.rung)
-                left = self._share(self._total - kept, self._encoded - encoded, len(self._held) - 1)
+                left = self._share(self._total - thinnest.kept, self._encoded - thinnest.encoded, len(self._held) - 1)
                 if self._filled() <= 1 and left < COARSE:
                     return
                 self._remove(thinnest)

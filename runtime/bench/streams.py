@@ -189,12 +189,14 @@ def bench_stream(
         meter: reads power and temperature meanwhile; None: those of this machine.
     """
     found, meter, budget = _Samples(), meter or Meter(), stream.planner.limits.budget
-    read = Timed(frames)
     choice = SamplingOptions(max_new_tokens=options.answer_tokens)
     if options.brake is not None:
         stream.clock, stream.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
     timeline = Timeline()
-    wanted = LiveOptions(target=options.target, cost=options.cost, rate=options.rate)
+    read = Timed(frames)
+    first = read.ahead()
+    size = first.pixels.shape[:2] if first is not None else None
+    wanted = LiveOptions(target=options.target, cost=options.cost, rate=options.rate, size=size)
     live = Live(stream, wanted, observer=Observers(timeline, options.observer))
     with live, ExitStack() as metered:
         live.wait()  # for the engine to be warm

@@ -274,7 +274,9 @@ class LatencyControl:
     ) -> Seen:
         """What a question of so many tokens took to its first one, after `past` positions, once the worker was free;
         one more token of its answer; and how long the question had waited for the worker."""
-        seen = self._first.observe(now, self.cost.prefill_ms(tokens, past, self.device.bounds), first_ms)
+        # Questions are much alike: how slow the machine is, frames have shown.
+        asked = self.cost.prefill_ms(tokens, past, self.device.bounds)
+        seen = self._first.observe(now, asked, first_ms, self._frame.factor)
         self.questions_seen.append(seen)
         self._observed = first_ms
         if token_ms is not None:

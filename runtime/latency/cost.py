@@ -48,12 +48,13 @@ class CostTable:
 
     def at(self, x: float, y: float = 0.0) -> float:
         xs, ys = self.axes
-        j, v = _place(ys, y)
+        (i, u), (j, v) = _place(xs, x), _place(ys, y)
         # Beyond the last point lines may cross: what came before still holds.
-        column = list(accumulate((row[j] + v * (row[min(j + 1, len(row) - 1)] - row[j]) for row in self.ms), max))
-        i, u = _place(xs, x)
+        rows = self.ms if v > 1 or u > 1 else self.ms[i : i + 2]
+        column = list(accumulate((row[j] + v * (row[min(j + 1, len(row) - 1)] - row[j]) for row in rows), max))
         if u > 1:
             return column[-1] * x / xs[-1]
+        i = i if len(column) == len(self.ms) else 0
         return column[i] + u * (column[min(i + 1, len(column) - 1)] - column[i])
 
 

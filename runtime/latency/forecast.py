@@ -119,12 +119,9 @@ def frame_work(
     planner: StreamPlanner, changes: Sequence[Change], size: tuple[int, int], setting: Setting, around: Around
 ) -> Work:
     """What a stream does for the newest frame of a planner, of (height, width) pixels, after `changes` of others."""
-    plan = planner.plan()
-    kept = dict(zip(planner.numbers, (frame.tokens for frame in plan.frames), strict=True))
-    areas = [(frame.height // plan.factor) * (frame.width // plan.factor) for frame in plan.frames]
-    whole = dict(zip(planner.numbers, areas, strict=True))  # what the encoder gives, whatever is kept of it
-    tag = planner.tag_tokens
-    numbers = list(kept)
+    tag, numbers = planner.tag_tokens, planner.numbers
+    kept, areas = zip(*planner.tokens, strict=True)
+    whole = dict(zip(numbers, areas, strict=True))  # what the encoder gives, whatever is kept of it
     shrunk = [change.frame for change in changes if change.tokens]
     encoded = numbers[-1:] if setting.shrink == "pool" else [*shrunk, numbers[-1]]
     calls: list[tuple[int, int]] = []
@@ -134,7 +131,7 @@ def frame_work(
         frames, patches = sum(whole[number] == tokens for number in encoded), tokens * around.merge**2
         batch = max(1, min(around.batch, PATCHES_PER_CALL // patches))
         calls += [(batch, patches)] * (frames // batch) + [(frames % batch, patches)] * (frames % batch > 0)
-    positions = [kept[number] + tag for number in numbers]
+    positions = [tokens + tag for tokens in kept]
     if setting.cache == "recompute":
         # From the first place on that is not as it was.
         first = min((change.frame for change in changes), default=numbers[-1])

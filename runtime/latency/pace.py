@@ -4,34 +4,47 @@ A prediction `x` becomes `added + factor * x`: what the machine does besides tak
 slower machine takes a multiple of it. A resistant line through the points of the last `WINDOW_S` seconds tells the two
 apart. Its slope is the median of the slopes between the third of the points that were predicted to take least and the
 third that were predicted to take most; the rest is the median of what is left (Theil and Sen, with Tukey's thirds).
-Where predictions hardly differ, nothing tells the two apart, and both are scaled alike.
+Where predictions hardly differ, nothing tells the two apart, and both are scaled alike. In between, the slope counts as
+far as the noise leaves it certain, against the one that was known when the points began.
 
-What is left after the line is noise, kept in units of the factor. When `RUN` times in a row lie outside of all but a
+What is left after the line is noise, kept as a share of what was expected, with the work that it came with. The `NEAR`
+residuals of the work that is most like it count. To larger work a residual counts as it is: what else a machine does
+takes its time. To smaller work it counts in proportion: longer work is disturbed for longer, and a large frame that was slow says
+little of small ones. When `RUN` times in a row lie outside of all but a
 tenth of the noise, on one side, the machine has changed: what was seen before is forgotten, and these times are no
 noise. By chance that happens once in 4,000 times.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
 
 WINDOW_S, POINTS = 30.0, 128
 """Age and number of the points that a line goes through, at most."""
 NOISE = 256
-"""Residuals that are kept: of these, the third largest is the 99th percentile."""
+"""Residuals that are kept."""
 RUN, CHANGE = 3, 0.05
 """Times in a row, and the share by which they differ from what is expected, at least."""
 LOWEST, SMALLEST = 1e-3, 1e-6
 """Least factor, since no machine is a thousand times as fast as it was said to be, and least duration."""
 SPREAD = 1.5
 """Least ratio between predictions of the outer thirds that a slope is read from."""
+NEAR, ALIKE = 48, 4
+"""Residuals that count, and the sizes of work in each doubling for which the noise is worked out."""
+UNSURE, NORMAL = 0.5, 1.25 * 1.48
+"""How far the known slope may be off, as a share of it; and the standard error of a median of normal noise over that of
+a mean, times its standard deviation over its median deviation."""
 LEAST = 6
 """Points that it takes, and residuals that noise is read from."""
-ASSUMED = (*np.linspace(-0.1, 0.1, 38).tolist(), 0.5, 0.5)
-"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty is an accident. They
+ASSUMED = (*np.linspace(-0.1, 0.1, 38).tolist(), 0.25, 0.25)
+"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty takes a quarter longer. They
 are so many that two or three accidents at the beginning, when everything is cold, are not yet the usual."""
 
 
@@ -53,12 +66,15 @@ class Pace:
             added: what is thought to come on top, until it is seen.
         """
         self.added, self.factor = added, 1.0
+        self._known = 1.0
+        """The factor when the points began."""
         self.changed: float | None = None
         """By how much times grew with the last one seen, where that said that the machine has changed."""
         self._points: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
-        self._noise: deque[float] = deque(maxlen=NOISE)
-        self._quantiles: dict[float, float] = {}
-        """Quantiles of the noise by share, until the next time is seen."""
+        self._noise: deque[tuple[float, float]] = deque(maxlen=NOISE)
+        """Work as predicted, and residuals as shares of what was expected of it."""
+        self._quantiles: dict[tuple[float, int], float] = {}
+        """Quantiles of the noise by share and work, until the next time is seen."""
         self._assumed = self._run = 0
 
     def expect(self, x: float) -> float:
@@ -68,11 +84,18 @@ class Pace:
     def beyond(self, x: float, share: float) -> float:
         """What comes on top of `expect(x)` at most, in this share of cases, in milliseconds: as seen of late, or as
         assumed."""
-        if share not in self._quantiles:
-            # Without the outermost: one alone is an accident, and until there are many it would be the 95th percentile.
-            seen = ASSUMED if self._unseen else np.sort(self._noise)[1:-1]
-            self._quantiles[share] = float(np.quantile(seen, share))
-        return self._quantiles[share] * (self.expect(x) if self._unseen else self.factor)
+        if self._unseen:
+            return float(np.quantile(ASSUMED, share)) * self.expect(x)
+        of_size = round(ALIKE * math.log2(max(x, SMALLEST)))
+        if (share, of_size) not in self._quantiles:
+            work, left = np.array(self._noise)[::-1].T  # of several that are as like it, the latest
+            here, there = self.expect(2 ** (of_size / ALIKE)), self.added + self.factor * work
+            near = np.argsort(np.abs(np.log(there / here)), kind="stable")[:NEAR]
+            seen = np.sort(left[near] * np.minimum(there[near], here))
+            # So that of the next ones this share is below it, not of those that it comes from.
+            at = min(max((len(seen) + 1) * share - 1, 0.0), len(seen) - 1)
+            self._quantiles[share, of_size] = float(np.interp(at, range(len(seen)), seen))
+        return self._quantiles[share, of_size]
 
     def at_most(self, x: float, share: float) -> float:
         """What is predicted to take `x` takes no longer, in this share of cases."""
@@ -85,19 +108,23 @@ class Pace:
 
     def scale(self, ratio: float) -> None:
         """Everything takes so many times as long from now on, as seen elsewhere."""
-        self.added, self.factor = ratio * self.added, ratio * self.factor
+        self.added, self.factor, self._known = ratio * self.added, ratio * self.factor, ratio * self._known
         seen = [(at, x, ratio * taken) for at, x, taken in self._points]
         self._points.clear()
         self._points.extend(seen)
         self._run = 0
 
-    def observe(self, now: float, x: float, taken: float) -> Seen:
-        """One more time."""
+    def observe(self, now: float, x: float, taken: float, factor: float | None = None) -> Seen:
+        """One more time.
+
+        Args:
+            factor: how slow the machine is, where other work has shown it; what is left is added.
+        """
         x = max(x, SMALLEST)
         expected = self.expect(x)
         if self._unseen:
             self._noise.clear()
-            self._noise.extend(one * expected / self.factor for one in ASSUMED)
+            self._noise.extend((x, one) for one in ASSUMED)
             self._assumed = len(ASSUMED)
             self._quantiles.clear()
         low, high = (self.at_most(x, share) for share in (0.05, 0.95))
@@ -110,17 +137,17 @@ class Pace:
             self._points.popleft()
         self.changed = None
         if abs(self._run) >= RUN:
-            self._begin_anew(x)
+            self._begin_anew(x, factor)
         else:
             if self._assumed:  # each that is seen takes the place of one
                 self._noise.popleft()
                 self._assumed -= 1
-            self._noise.append((taken - expected) / self.factor)
-            self._draw()
+            self._noise.append((x, taken / max(expected, SMALLEST) - 1))
+            self._draw(factor)
         self._quantiles.clear()
         return Seen(expected, high, taken)
 
-    def _begin_anew(self, x: float) -> None:
+    def _begin_anew(self, x: float, factor: float | None) -> None:
         """Only the latest points tell of the machine as it is."""
         before = self.expect(x)
         while len(self._points) > RUN:
@@ -128,13 +155,17 @@ class Pace:
         for _ in range(RUN - 1):
             self._noise.pop()
         self._assumed, self._run = min(self._assumed, len(self._noise)), 0
-        self._draw()
+        self._draw(factor)
+        self._known = self.factor
         self.changed = self.expect(x) / before
 
-    def _draw(self) -> None:
+    def _draw(self, factor: float | None) -> None:
         if len(self._points) < RUN:
             return
         x, taken = np.array(sorted((x, taken) for _, x, taken in self._points)).T
+        if factor is not None:
+            self._set(max(factor, LOWEST), x, taken, x, taken)
+            return
         third = max(1, len(x) // 3)
         low, high = slice(third), slice(len(x) - third, None)
         if len(x) < LEAST or np.median(x[high]) < SPREAD * np.median(x[low]):
@@ -142,8 +173,16 @@ class Pace:
             self.added, self.factor = ratio * self.added, max(ratio * self.factor, LOWEST)
             return
         apart = np.maximum(x[high, None] - x[low], SMALLEST)
-        factor = max(float(np.median((taken[high, None] - taken[low]) / apart)), LOWEST)
+        slope = float(np.median((taken[high, None] - taken[low]) / apart))
+        left = taken - slope * x
+        spread = NORMAL * float(np.median(np.abs(left - np.median(left))))
+        unsure = spread * math.sqrt(2 / third) / float(np.median(x[high]) - np.median(x[low]))
+        believed = 1 / (1 + (unsure / (UNSURE * self._known)) ** 2)
+        self._set(max(self._known + believed * (slope - self._known), LOWEST), x, taken, x[high], taken[high])
+
+    def _set(self, factor: float, x: Numbers, taken: Numbers, most: Numbers, longest: Numbers) -> None:
+        """Take this factor, and what is left as added; `most` took `longest`, which counts where nothing is added."""
         added = float(np.median(taken - factor * x))
-        if added < 0:  # nothing is added; what costs most counts
-            factor, added = max(float(np.median(taken[high] / x[high])), LOWEST), 0.0
+        if added < 0:
+            factor, added = max(float(np.median(longest / most)), LOWEST), 0.0
         self.added, self.factor = added, factor

@@ -65,11 +65,13 @@ class Steering:
         cost: CostModel,
         decided: Callable[[Decision], None],
         rate: float | None = None,
+        expected: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
             decided: is told every decision.
             rate: frames per second that are to come, until they have shown it themselves.
+            expected: pixels of these frames, (height, width), where that is known.
         """
         self.control: LatencyControl | None = None
         self.stride = 1
@@ -77,6 +79,7 @@ class Steering:
         self._stream, self._target, self._cost, self._decided = stream, target, cost, decided
         self._budget = stream.planner.limits.budget
         self._kinds: deque[str] = deque(maxlen=FRAMES)
+        self._expected = expected
         self._size: tuple[int, int] | None = None
         self._given_up = False
         self._begun = 0
@@ -87,8 +90,13 @@ class Steering:
         """When answers began and ended, nanoseconds, and how slow the engine was then."""
 
     def begin(self) -> None:
-        """Warm the engine up; the clock of decisions begins."""
-        self._stream.warm_up()
+        """Warm the engine up, choose for the frames that are expected; the clock of decisions begins."""
+        self._stream.warm_up(self._expected)
+        if self._expected is not None:
+            try:
+                self._choose(self._expected)
+            except BudgetError:  # the first frame says it
+                self._given_up = False
         self._begun = time.monotonic_ns()
 
     def offered(self, at: float | None) -> None:
@@ -119,8 +127,11 @@ class Steering:
             BudgetError: the target cannot be kept; said once, and the stream goes on as if without one.
         """
         size = frame.pixels.shape[:2]
-        if self._given_up or size == self._size or frame.pixels.ndim != 3 or not min(size):
-            return
+        if not self._given_up and size != self._size and frame.pixels.ndim == 3 and min(size):
+            self._choose(size)
+
+    def _choose(self, size: tuple[int, int]) -> None:
+        """Choose for frames of (height, width) pixels."""
         near, before, self._size = self._device(), self._size, size
         native, floor, budget = sizes(self._stream, size, self._budget)
         keep = self._stream.options.keep_visual or 1.0

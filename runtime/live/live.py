@@ -96,7 +96,8 @@ class Live:
         self._steering: Steering | None = None
         target, cost = self.options.target, self.options.cost
         if target is not None and cost is not None:
-            self._steering = Steering(stream, target, cost, self._tell.decided, self.options.rate or self.options.fps)
+            taken = self.options
+            self._steering = Steering(stream, target, cost, self._tell.decided, taken.rate or taken.fps, taken.size)
         self._told = 0
         self._offered = 0
         self.stream = stream

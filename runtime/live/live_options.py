@@ -27,10 +27,15 @@ class LiveOptions:
     """What stages take on this machine (`penguin-edge profile`); a target needs it."""
     rate: float | None = None
     """Frames per second that the controller expects before they come; None: `fps`."""
+    size: tuple[int, int] | None = None
+    """Pixels, (height, width), of the frames that are to come, where that is known: with a target, what depends on it is
+    then done while the engine is warmed up. Others may come."""
 
     def __post_init__(self) -> None:
         rate = Maybe(Real(above=0))
         check_options(queued=(self.queued, Whole(1)), fps=(self.fps, rate), rate=(self.rate, rate))
+        for side in self.size or ():
+            check_options(size=(side, Whole(1)))
         for name, value, kind in (("target", self.target, LatencyTarget), ("cost", self.cost, CostModel)):
             if value is not None and not isinstance(value, kind):
                 raise InputError(f"{name}: {type(value).__name__}, wanted a {kind.__name__}, or None")
@@ -46,3 +51,4 @@ class LiveChanges(TypedDict, total=False):
     target: LatencyTarget | None
     cost: CostModel | None
     rate: float | None
+    size: tuple[int, int] | None

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,13 +116,21 @@ class Timed:
     """Frames of a source, and how long reading and decoding them takes; of a live source that is waiting, too."""
 
     def __init__(self, frames: Iterator[Frame]) -> None:
-        self._frames = frames
+        self._frames, self._ahead = frames, deque[Frame]()
         self.spent_ns, self.count = 0, 0
 
     def __iter__(self) -> Iterator[Frame]:
         return self
 
+    def ahead(self) -> Frame | None:
+        """The next frame, which comes all the same; None at the end."""
+        if not self._ahead:
+            self._ahead.extend(islice(self, 1))
+        return self._ahead[0] if self._ahead else None
+
     def __next__(self) -> Frame:
+        if self._ahead:
+            return self._ahead.popleft()
         begin = time.monotonic_ns()
         try:
             frame = next(self._frames)

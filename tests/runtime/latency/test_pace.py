@@ -35,8 +35,24 @@ def test_accidents_move_neither() -> None:
     random, pace = np.random.default_rng(0), Pace()
     watch(pace, lambda now, x: 1.0 + x + (30.0 if random.random() < 0.1 else 0.0), seconds=60)
     assert pace.expect(20.0) == pytest.approx(21.0, rel=0.1) and pace.expect(2.0) == pytest.approx(3.0, rel=0.2)
-    # One of ten is in the noise, whatever the work; one of a hundred would be left out.
-    assert pace.at_most(2.0, 0.95) >= 30.0 and pace.at_most(20.0, 0.95) < 80.0
+    # One of ten is in the noise, whatever the work; one of a hundred would be left out. Those of frames that take a
+    # little longer count in proportion.
+    assert 25.0 <= pace.at_most(2.0, 0.95) <= 35.0 and 45.0 <= pace.at_most(20.0, 0.95) <= 55.0
+
+
+def test_slow_frames_that_are_large_say_little_of_small_ones() -> None:
+    """The first two, cold, take twice as long, and others of ten times less work follow."""
+    pace = Pace()
+    watch(pace, lambda now, x: 2 * x, seconds=0.5, work=[40.0])
+    watch(pace, lambda now, x: x, seconds=5, work=[4.0], begin=0.5)
+    assert pace.beyond(4.0, 0.95) <= 4.0 and pace.beyond(40.0, 0.95) >= 10.0
+
+
+def test_what_disturbs_small_frames_disturbs_large_ones_as_much() -> None:
+    random, pace = np.random.default_rng(3), Pace()
+    watch(pace, lambda now, x: x + (8.0 if random.random() < 0.1 else 0.0), seconds=30, work=[2.0])
+    assert pace.beyond(2.0, 0.95) == pytest.approx(8.0, rel=0.1)
+    assert pace.beyond(60.0, 0.95) == pytest.approx(8.0, rel=0.1)
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0, 0.25])
