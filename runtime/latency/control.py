@@ -63,7 +63,7 @@ REACHED = 1.1
 """Where nothing fits: what comes this close to the least that can be reached will do."""
 MUCH = 1.5
 """By how much frames get slower or faster for answers, which are rarer, to be taken to follow before they show it."""
-QUEUED, NO_WAIT = 5, (0.0, 0.0)
+QUEUED, NO_WAIT = 9, (0.0, 0.0)
 """Waits for other frames that are remembered, and those assumed after a change; the middle one counts."""
 KEPT = 1000
 """Decisions, and times as predicted and as taken, that are remembered."""
@@ -177,11 +177,14 @@ class LatencyControl:
         self.frames_seen: deque[Seen] = deque(maxlen=KEPT)
         self.questions_seen: deque[Seen] = deque(maxlen=KEPT)
         self._foresee, self._decided = foresee, decided
-        self._frame, self._first = Pace(cost.wake_ms), Pace(cost.wake_ms)
+        self._frame = Pace(cost.wake_ms)
+        self._first = Pace(cost.wake_ms, self._frame)
         self._token = Pace()
         self._leeway = 1.0
         self._held_up: deque[float] = deque(maxlen=NOISE)
         self._wait = 0.0
+        self._late = False
+        """The last frame was."""
         self._queued: deque[float] = deque(NO_WAIT, maxlen=QUEUED)
         self._answering = 0.0
         self._observed: float | None = None
@@ -260,7 +263,11 @@ class LatencyControl:
             self._wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * self.target.frame_ms)
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)
         if self.target.frame_ms is not None:
-            self._judge(took_ms + held_up_ms + queued_ms > self.target.frame_ms)
+            late = took_ms + held_up_ms + queued_ms > self.target.frame_ms
+            # Frames that come in while one is late are late by the same accident.
+            if not (late and self._late and took_ms + held_up_ms <= self.target.frame_ms):
+                self._judge(late)
+            self._late = late
         return seen
 
     def observe_answer(
@@ -290,7 +297,9 @@ class LatencyControl:
 
     def miss(self) -> None:
         """A frame was given up that would not have been ready in time."""
-        self._judge(True)
+        if not self._late:
+            self._judge(True)
+        self._late = True
 
     def _judge(self, late: bool) -> None:
         """One deadline."""

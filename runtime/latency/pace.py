@@ -7,12 +7,13 @@ third that were predicted to take most; the rest is the median of what is left (
 Where predictions hardly differ, nothing tells the two apart, and both are scaled alike. In between, the slope counts as
 far as the noise leaves it certain, against the one that was known when the points began.
 
-What is left after the line is noise, kept as a share of what was expected, with the work that it came with. The `NEAR`
+What is left after the line is noise, in milliseconds, kept with the work that it came with. The `NEAR`
 residuals of the work that is most like it count. To larger work a residual counts as it is: what else a machine does
 takes its time. To smaller work it counts in proportion: longer work is disturbed for longer, and a large frame that was slow says
-little of small ones. When `RUN` times in a row lie outside of all but a
-tenth of the noise, on one side, the machine has changed: what was seen before is forgotten, and these times are no
-noise. By chance that happens once in 4,000 times.
+little of small ones. When all of the
+times of `LASTING_S` seconds, and `RUN` at least, lie outside of all but a tenth of the noise, on one side, the machine
+has changed: what was seen before is forgotten, and these times are no noise. By chance that happens once in 4,000
+times, and an accident of the machine that hits a few frames in a row is over by then.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ WINDOW_S, POINTS = 30.0, 128
 """Age and number of the points that a line goes through, at most."""
 NOISE = 256
 """Residuals that are kept."""
-RUN, CHANGE = 3, 0.05
-"""Times in a row, and the share by which they differ from what is expected, at least."""
+RUN, LASTING_S, CHANGE = 3, 1.0, 0.05
+"""Times in a row, seconds that they last, and the share by which they differ from what is expected, at least."""
 LOWEST, SMALLEST = 1e-3, 1e-6
 """Least factor, since no machine is a thousand times as fast as it was said to be, and least duration."""
 SPREAD = 1.5
@@ -60,22 +61,25 @@ class Seen:
 class Pace:
     """The line and its noise for one kind of work. Times in seconds of any clock, durations in milliseconds."""
 
-    def __init__(self, added: float = 0.0) -> None:
+    def __init__(self, added: float = 0.0, like: Pace | None = None) -> None:
         """
         Args:
             added: what is thought to come on top, until it is seen.
+            like: other work of the same machine, which is disturbed as much as this one until that is seen.
         """
         self.added, self.factor = added, 1.0
-        self._known = 1.0
+        self._like, self._known = like, 1.0
         """The factor when the points began."""
         self.changed: float | None = None
         """By how much times grew with the last one seen, where that said that the machine has changed."""
         self._points: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
         self._noise: deque[tuple[float, float]] = deque(maxlen=NOISE)
-        """Work as predicted, and residuals as shares of what was expected of it."""
+        """Work as predicted, and residuals."""
         self._quantiles: dict[tuple[float, int], float] = {}
         """Quantiles of the noise by share and work, until the next time is seen."""
         self._assumed = self._run = 0
+        self._since = 0.0
+        """When the times in a row began."""
 
     def expect(self, x: float) -> float:
         """What is predicted to take `x` takes about so long."""
@@ -83,19 +87,26 @@ class Pace:
 
     def beyond(self, x: float, share: float) -> float:
         """What comes on top of `expect(x)` at most, in this share of cases, in milliseconds: as seen of late, or as
-        assumed."""
+        assumed. Never on the other side of it than the share says: while a machine gets faster, all is below."""
         if self._unseen:
-            return float(np.quantile(ASSUMED, share)) * self.expect(x)
-        of_size = round(ALIKE * math.log2(max(x, SMALLEST)))
-        if (share, of_size) not in self._quantiles:
+            found = float(np.quantile(ASSUMED, share)) * self.expect(x)
+        else:
+            found = self._seen_beyond(round(ALIKE * math.log2(max(x, SMALLEST))), share)
+        if share < 0.5:
+            return min(found, 0.0)
+        like = self._like.beyond(x, share) if self._like and (self._unseen or self._assumed) else 0.0
+        return max(found, like)
+
+    def _seen_beyond(self, size: int, share: float) -> float:
+        if (share, size) not in self._quantiles:
             work, left = np.array(self._noise)[::-1].T  # of several that are as like it, the latest
-            here, there = self.expect(2 ** (of_size / ALIKE)), self.added + self.factor * work
-            near = np.argsort(np.abs(np.log(there / here)), kind="stable")[:NEAR]
-            seen = np.sort(left[near] * np.minimum(there[near], here))
+            ratios = self.expect(2 ** (size / ALIKE)) / (self.added + self.factor * work)
+            near = np.argsort(np.abs(np.log(ratios)), kind="stable")[:NEAR]
+            seen = np.sort(left[near] * np.minimum(1.0, ratios[near]))
             # So that of the next ones this share is below it, not of those that it comes from.
             at = min(max((len(seen) + 1) * share - 1, 0.0), len(seen) - 1)
-            self._quantiles[share, of_size] = float(np.interp(at, range(len(seen)), seen))
-        return self._quantiles[share, of_size]
+            self._quantiles[share, size] = float(np.interp(at, range(len(seen)), seen))
+        return self._quantiles[share, size]
 
     def at_most(self, x: float, share: float) -> float:
         """What is predicted to take `x` takes no longer, in this share of cases."""
@@ -112,7 +123,13 @@ class Pace:
         seen = [(at, x, ratio * taken) for at, x, taken in self._points]
         self._points.clear()
         self._points.extend(seen)
+        self._louder(ratio)
         self._run = 0
+
+    def _louder(self, ratio: float) -> None:
+        """Noise is so many times as loud from now on."""
+        self._noise = deque(((x, ratio * left) for x, left in self._noise), maxlen=NOISE)
+        self._quantiles.clear()
 
     def observe(self, now: float, x: float, taken: float, factor: float | None = None) -> Seen:
         """One more time.
@@ -124,25 +141,27 @@ class Pace:
         expected = self.expect(x)
         if self._unseen:
             self._noise.clear()
-            self._noise.extend((x, one) for one in ASSUMED)
+            self._noise.extend((x, one * expected) for one in ASSUMED)
             self._assumed = len(ASSUMED)
             self._quantiles.clear()
         low, high = (self.at_most(x, share) for share in (0.05, 0.95))
         side = 0
         if abs(taken - expected) > CHANGE * expected:
             side = (taken > high) - (taken < low)
-        self._run = self._run + side if side * self._run > 0 else side
+        if side * self._run <= 0:
+            self._run, self._since = 0, now
+        self._run += side
         self._points.append((now, x, taken))
         while now - self._points[0][0] > WINDOW_S:
             self._points.popleft()
         self.changed = None
-        if abs(self._run) >= RUN:
+        if abs(self._run) >= RUN and now - self._since >= LASTING_S:
             self._begin_anew(x, factor)
         else:
             if self._assumed:  # each that is seen takes the place of one
                 self._noise.popleft()
                 self._assumed -= 1
-            self._noise.append((x, taken / max(expected, SMALLEST) - 1))
+            self._noise.append((x, taken - expected))
             self._draw(factor)
         self._quantiles.clear()
         return Seen(expected, high, taken)
@@ -150,14 +169,16 @@ class Pace:
     def _begin_anew(self, x: float, factor: float | None) -> None:
         """Only the latest points tell of the machine as it is."""
         before = self.expect(x)
-        while len(self._points) > RUN:
+        run = abs(self._run)
+        while len(self._points) > run:
             self._points.popleft()
-        for _ in range(RUN - 1):
+        for _ in range(min(run - 1, len(self._noise))):
             self._noise.pop()
         self._assumed, self._run = min(self._assumed, len(self._noise)), 0
         self._draw(factor)
         self._known = self.factor
         self.changed = self.expect(x) / before
+        self._louder(self.changed)
 
     def _draw(self, factor: float | None) -> None:
         if len(self._points) < RUN:
