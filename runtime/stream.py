@@ -279,7 +279,7 @@ class Stream:
         return [*gone, *changes]
 
     def warm_up(self, expected: tuple[int, int] | None = None) -> None:
-        """Do each stage once, for frames of (height, width) pixels where that is known: the first call takes memory, and
+        """Do each stage once, for frames of (height, width) pixels where known: the first call takes memory, and
         longer; what resizes is loaded by it."""
         most = self.engine.bounds.max_patches if expected else min(WARM_PATCHES, self.engine.bounds.max_patches)
         blank = np.zeros((*(expected or WARM_PIXELS), 3), np.uint8)

@@ -2,18 +2,20 @@
 
 A prediction `x` becomes `added + factor * x`: what the machine does besides takes its time whatever the work, and a
 slower machine takes a multiple of it. A resistant line through the points of the last `WINDOW_S` seconds tells the two
-apart. Its slope is the median of the slopes between the third of the points that were predicted to take least and the
-third that were predicted to take most; the rest is the median of what is left (Theil and Sen, with Tukey's thirds).
+apart. Its slope is the median of the slopes between the points that were predicted to take little and those that were
+predicted to take much; the rest is the median of what is left (Theil and Sen, with groups as Tukey has them, but of
+unlike sizes: most frames are small, and it is the few large ones that come close to a limit).
 Where predictions hardly differ, nothing tells the two apart, and both are scaled alike. In between, the slope counts as
 far as the noise leaves it certain, against the one that was known when the points began.
 
-What is left after the line is noise, in milliseconds, kept with the work that it came with. The `NEAR`
-residuals of the work that is most like it count. To larger work a residual counts as it is: what else a machine does
-takes its time. To smaller work it counts in proportion: longer work is disturbed for longer, and a large frame that was slow says
-little of small ones. When all of the
-times of `LASTING_S` seconds, and `RUN` at least, lie outside of all but a tenth of the noise, on one side, the machine
-has changed: what was seen before is forgotten, and these times are no noise. By chance that happens once in 4,000
-times, and an accident of the machine that hits a few frames in a row is over by then.
+What is left after the line is noise, in milliseconds, kept with the work that it came with. The `NEAR` residuals of the
+work that is most like it count. To larger work a residual counts as it is: what else a machine does takes its time. To
+smaller work it counts in proportion: longer work is disturbed for longer, and a large frame that was slow says little
+of small ones.
+
+When all of the times of `LASTING_S` seconds, and `RUN` at least, lie outside of all but a tenth of the noise, on one
+side, the machine has changed: what was seen before is forgotten, and these times are no noise. By chance that happens
+once in 4,000 times, and an accident of the machine that hits a few frames in a row is over by then.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ RUN, LASTING_S, CHANGE = 3, 1.0, 0.05
 LOWEST, SMALLEST = 1e-3, 1e-6
 """Least factor, since no machine is a thousand times as fast as it was said to be, and least duration."""
 SPREAD = 1.5
-"""Least ratio between predictions of the outer thirds that a slope is read from."""
+"""Least ratio between predictions of the two groups that a slope is read from."""
 NEAR, ALIKE = 48, 4
 """Residuals that count, and the sizes of work in each doubling for which the noise is worked out."""
 UNSURE, NORMAL = 0.5, 1.25 * 1.48
@@ -45,8 +47,8 @@ a mean, times its standard deviation over its median deviation."""
 LEAST = 6
 """Points that it takes, and residuals that noise is read from."""
 ASSUMED = (*np.linspace(-0.1, 0.1, 38).tolist(), 0.25, 0.25)
-"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty takes a quarter longer. They
-are so many that two or three accidents at the beginning, when everything is cold, are not yet the usual."""
+"""Residuals before any are seen, over the first prediction: a tenth either way, and one of twenty takes a
+quarter longer. They are so many that an accident at the beginning, when everything is cold, is not yet the usual."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,7 @@ class Pace:
         if factor is not None:
             self._set(max(factor, LOWEST), x, taken, x, taken)
             return
-        third = max(1, len(x) // 3)
-        low, high = slice(third), slice(len(x) - third, None)
+        low, high, fewest = _apart(x)
         if len(x) < LEAST or np.median(x[high]) < SPREAD * np.median(x[low]):
             ratio = float(np.median(taken / np.maximum(self.added + self.factor * x, SMALLEST)))
             self.added, self.factor = ratio * self.added, max(ratio * self.factor, LOWEST)
@@ -197,7 +198,7 @@ class Pace:
         slope = float(np.median((taken[high, None] - taken[low]) / apart))
         left = taken - slope * x
         spread = NORMAL * float(np.median(np.abs(left - np.median(left))))
-        unsure = spread * math.sqrt(2 / third) / float(np.median(x[high]) - np.median(x[low]))
+        unsure = spread * math.sqrt(2 / fewest) / float(np.median(x[high]) - np.median(x[low]))
         believed = 1 / (1 + (unsure / (UNSURE * self._known)) ** 2)
         self._set(max(self._known + believed * (slope - self._known), LOWEST), x, taken, x[high], taken[high])
 
@@ -207,3 +208,14 @@ class Pace:
         if added < 0:
             factor, added = max(float(np.median(longest / most)), LOWEST), 0.0
         self.added, self.factor = added, factor
+
+
+def _apart(x: Numbers) -> tuple[slice, slice, int]:
+    """Where the small and the large ones of sorted numbers are, and how many there are of the fewer: on either side of
+    the middle of all sizes, or the outer thirds where hardly any are on one side."""
+    middle = int(np.searchsorted(x, math.sqrt(x[0] * x[-1]), "right"))
+    fewest = min(middle, len(x) - middle)
+    if fewest >= RUN:
+        return slice(middle), slice(middle, None), fewest
+    third = max(1, len(x) // 3)
+    return slice(third), slice(len(x) - third, None), third

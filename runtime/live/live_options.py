@@ -28,8 +28,8 @@ class LiveOptions:
     rate: float | None = None
     """Frames per second that the controller expects before they come; None: `fps`."""
     size: tuple[int, int] | None = None
-    """Pixels, (height, width), of the frames that are to come, where that is known: with a target, what depends on it is
-    then done while the engine is warmed up. Others may come."""
+    """Pixels, (height, width), of the frames that are to come, where that is known: with a target, what depends on it
+    is then done while the engine is warmed up. Others may come."""
 
     def __post_init__(self) -> None:
         rate = Maybe(Real(above=0))
