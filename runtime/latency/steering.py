@@ -92,12 +92,12 @@ class Steering:
     def begin(self) -> None:
         """Warm the engine up, choose for the frames that are expected; the clock of decisions begins."""
         self._stream.warm_up(self._expected)
+        self._begun = time.monotonic_ns()
         if self._expected is not None:
             try:
                 self._choose(self._expected)
             except BudgetError:  # the first frame says it
                 self._given_up = False
-        self._begun = time.monotonic_ns()
 
     def offered(self, at: float | None) -> None:
         """A frame of `at` seconds has come, taken or not; from the thread that pushes."""

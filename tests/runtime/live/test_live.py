@@ -481,9 +481,9 @@ def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
 
 
 def timid(nano_bundle: Callable[[str, str], Path], folder: Path) -> Path:
-    """A copy of a bundle whose profile says that each patch takes four milliseconds."""
+    """A copy of a bundle whose profile says that each patch takes a millisecond."""
     bundle = Path(shutil.copytree(nano_bundle("onnx", "fp32"), folder / "timid"))
-    each = dict.fromkeys(AXES, 1e-4) | {"encode": 4.0, "preprocess": 1e-7}  # of a token, a position, and of a pixel
+    each = dict.fromkeys(AXES, 1e-4) | {"encode": 1.0, "preprocess": 1e-7}  # of a token, a position, and of a pixel
     cost = fit(
         {stage: {(size, 1.0)[:axes]: [each[stage] * size] for size in (1.0, 4096.0)} for stage, axes in AXES.items()}
     )
@@ -502,7 +502,7 @@ def test_decisions_of_the_command_line_are_traced(
     # Four seconds show it here; a machine that has other things to do may need more of them.
     seconds = "6" if verb == "stream" else "16"
     command += ["--fps", "4", "--duration", seconds, "--budget", "90", "--threads", "1", "--trace", str(trace)]
-    command += ["--target-first-token", "20000", "--target-frame", "600"]
+    command += ["--target-first-token", "20000", "--target-frame", "150"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -510,12 +510,12 @@ def test_decisions_of_the_command_line_are_traced(
     assert told and told == result["decisions"]
     for one in told:
         assert {"time", "from", "to", "predicted", "observed", "reason"} == one.keys()
-        assert one["from"] != one["to"] and one["time"] >= 0 and one["reason"]
+        assert one["from"] != one["to"] and 0 <= one["time"] < 60 and one["reason"]
     assert told[0]["reason"] == "predicted to be slower than the target allows" and told[0]["observed"] is None
-    assert told[0]["predicted"] <= 600 and told[0]["to"]["frame_tokens"] < told[0]["from"]["frame_tokens"]
+    assert told[0]["predicted"] <= 150 and told[0]["to"]["frame_tokens"] < told[0]["from"]["frame_tokens"]
     if verb == "bench":
         (first, *_) = (one for one in told[1:] if one["reason"] == "room to spare")
-        assert first["observed"] < 600 and first["to"]["frame_tokens"] > first["from"]["frame_tokens"]
+        assert first["observed"] < 150 and first["to"]["frame_tokens"] > first["from"]["frame_tokens"]
         assert result["deadlines"] > 0
         seen = result["calibration"]
         assert seen["frames"]["count"] == result["frames_processed"] == len(seen["frames"]["times"])
