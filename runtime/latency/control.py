@@ -260,7 +260,7 @@ class LatencyControl:
         self._observed = took_ms
         self._held_up.append(held_up_ms)
         if self.target.frame_ms is not None:
-            self._wait = min(float(np.quantile(self._held_up, 1 - ALLOWED)), WAIT * self.target.frame_ms)
+            self._wait = min(float(np.quantile(self._held_up, NOISY)), WAIT * self.target.frame_ms)
         self._queued.append(max(0.0, queued_ms) * self.setting.stride)
         if self.target.frame_ms is not None:
             late = took_ms + held_up_ms + queued_ms > self.target.frame_ms

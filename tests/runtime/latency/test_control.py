@@ -200,6 +200,25 @@ def test_frames_that_wait_for_answers_leave_less_time_for_themselves() -> None:
     assert busy.setting.stride >= 2
 
 
+def test_frames_that_are_late_behind_a_late_one_are_one_accident() -> None:
+    """What waits for it tells nothing new; a frame that is late by itself does."""
+
+    def leeway(*frames: tuple[float, float]) -> float:
+        """A share of the limits that is left after frames that took and had waited so long, in limits of a frame."""
+        run = machine()
+        control = run.control(LatencyTarget(1300.0, 1000.0))
+        work = run.foresee([control.setting], 32)[0].works[0]
+        for now, (took, queued) in enumerate(frames):
+            control.observe_frame(float(now), work, 1000 * took, queued_ms=1000 * queued)
+        return control._leeway
+
+    once = leeway((3.0, 0.0))
+    assert once == pytest.approx(0.9505)
+    assert leeway((3.0, 0.0), (0.1, 2.0), (0.1, 1.0)) == once
+    assert leeway((3.0, 0.0), (1.1, 2.0)) < once
+    assert leeway((0.1, 2.0)) == once, "the first that waits is judged"
+
+
 def test_nothing_is_given_up_for_nothing() -> None:
     """Where even the least is too much, the best of those that take as long is kept."""
     run = machine()

@@ -480,6 +480,25 @@ def test_answers_of_before_count_as_long_as_they_would_take_now() -> None:
     assert control._answering == pytest.approx(min(0.15 * control.slower, 0.5))
 
 
+def test_settings_are_foretold_before_the_first_frame_of_a_known_size() -> None:
+    cost = fit({stage: {(1.0, 1.0)[:axes]: [0.01]} for stage, axes in AXES.items()})
+    size = picture(0).shape[:2]
+    told: list[Decision] = []
+    with Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer()) as session:
+        known = Steering(session, LatencyTarget(60_000.0), cost, told.append, 4.0, size)
+        known.begin()
+        control = known.control
+        assert control is not None and not session.times, "before any frame, and of the engine's calls nothing is left"
+        known.before(Frame(picture(0), 0.0))
+        assert known.control is control and not told
+    # A target that cannot be kept is said with the first frame, as without the size.
+    with Stream(CountingEngine(max_seq_len=1024), tiny_tokenizer()) as session:
+        hopeless = Steering(session, LatencyTarget(1e-4), cost, told.append, 4.0, size)
+        hopeless.begin()
+        with pytest.raises(BudgetError, match="cannot be kept here"):
+            hopeless.before(Frame(picture(0), 0.0))
+
+
 def timid(nano_bundle: Callable[[str, str], Path], folder: Path) -> Path:
     """A copy of a bundle whose profile says that each patch takes a millisecond."""
     bundle = Path(shutil.copytree(nano_bundle("onnx", "fp32"), folder / "timid"))
