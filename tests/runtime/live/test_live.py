@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,67 @@ def held(run: Live, engine: GatedEngine) -> None:
     engine.waiting.clear()
     run.push(picture(99), 0.0)
     assert engine.waiting.wait(20)
+
+
+class SteppedEngine(CountingEngine):
+    """Begins a call of the encoder for each step that it is let, and counts calls that began."""
+
+    def __init__(self) -> None:
+        super().__init__(max_seq_len=1024)
+        self.begun, self.steps, self.calls = threading.Semaphore(0), threading.Semaphore(0), 0
+
+    def encode(self, *arguments: Any) -> Any:
+        self.calls += 1
+        self.begun.release()
+        assert self.steps.acquire(timeout=20)
+        return super().encode(*arguments)
+
+
+def test_a_question_is_answered_between_two_slices_of_a_frame() -> None:
+    """It waits for one call of the encoder, not for the frame: it is answered while the next call has not begun."""
+    options = SamplingOptions(max_new_tokens=4)
+
+    def stream() -> Stream:
+        engine = SteppedEngine()
+        for _ in range(100):
+            engine.steps.release()
+        return Stream(engine, tiny_tokenizer(), budget=90, tra="strict")
+
+    alone, frames = stream(), [(picture(i // 3, 280, 280), i / 2) for i in range(20)]
+    for sliced, (pixels, at) in enumerate(frames):  # noqa: B007
+        before = alone.engine.calls  # type: ignore[attr-defined]
+        alone.push(pixels, at)
+        if alone.engine.calls - before > 1:  # type: ignore[attr-defined]
+            break
+    else:
+        raise AssertionError("no frame made others smaller")
+    ask = partial(Stream.ask, prompt="What?", options=options)
+    wanted = stream()
+    for pixels, at in frames[:sliced]:
+        wanted.push(pixels, at)
+    text = "".join(token.text for token in ask(wanted))
+
+    session = stream()
+    engine = session.engine
+    assert isinstance(engine, SteppedEngine)
+    with Live(session, queued=20) as run:
+        for pixels, at in frames[:sliced]:
+            run.push(pixels, at)
+        run.wait()
+        while engine.steps.acquire(blocking=False):
+            pass
+        while engine.begun.acquire(blocking=False):
+            pass
+        run.push(*frames[sliced])
+        assert engine.begun.acquire(timeout=20), "the first call has begun"
+        answer = run.ask("What?", options=options)
+        engine.steps.release()
+        assert "".join(token.text for token in answer) == text, "about the frames before"
+        assert run.stats.processed == sliced, "the frame is not ready"
+        for _ in range(20):
+            engine.steps.release()
+        run.wait()
+        assert run.stats.processed == sliced + 1 and list(session.times) == [at for _, at in frames[: sliced + 1]]
 
 
 def test_what_comes_is_what_a_session_answers() -> None:
