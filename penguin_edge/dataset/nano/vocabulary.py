@@ -7,13 +7,11 @@ two tokens that are kept. Ordinary tokens keep their ids; special tokens follow,
 from __future__ import annotations
 
 import base64
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from penguin_edge.dataset.nano.assets import Wheel, cache_folder, fetch
-from penguin_edge.files import write_text
 from penguin_edge.prompt.tokenizer import byte_characters
 
 KEPT = 4096
@@ -98,8 +96,3 @@ def _merged_from(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         _, i = min(pairs)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
-
-
-def write_tokenizer(path: Path, cache: Path | None = None) -> None:
-    """Write `tokenizer.json`."""
-    write_text(path, json.dumps(cut_tokenizer(cache), ensure_ascii=False, indent=1))
