@@ -73,7 +73,7 @@ from penguin_edge.schema import LARGEST, Whole
 from penguin_edge.tra.layout import cap_size, largest_size
 from penguin_edge.tra.stream import Change, Limits, StreamPlanner
 
-WARM_PATCHES, WARM_PIXELS = 256, (448, 448)
+WARM_PATCHES, WARM_PIXELS = 256, (448, 448)  # of a frame that warms up, where no size is known
 
 
 class Stream:

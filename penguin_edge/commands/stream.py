@@ -142,8 +142,7 @@ def run(args: argparse.Namespace) -> int:
     cost = latency.cost(args.model, engine, args.threads) if target else None
     with contextlib.ExitStack() as opened:
         told = [latency.trace(args, opened), *([view] if bound is not None else [])]
-        first = frames.ahead() if target is not None and not live_source else None
-        size = first.pixels.shape[:2] if first is not None else None
+        size = frames.size() if target is not None and not live_source else None
         taken = LiveOptions(queued=args.queue, target=target, cost=cost, rate=args.fps, size=size)
         live = opened.enter_context(Live(stream, taken, observer=Observers(*told)))
         live.wait()  # for the engine to be warm

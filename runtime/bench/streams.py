@@ -194,9 +194,7 @@ def bench_stream(
         stream.clock, stream.new_clock = SlowedClock(options.brake), partial(SlowedClock, options.brake)
     timeline = Timeline()
     read = Timed(frames)
-    first = read.ahead()
-    size = first.pixels.shape[:2] if first is not None else None
-    wanted = LiveOptions(target=options.target, cost=options.cost, rate=options.rate, size=size)
+    wanted = LiveOptions(target=options.target, cost=options.cost, rate=options.rate, size=read.size())
     live = Live(stream, wanted, observer=Observers(timeline, options.observer))
     with live, ExitStack() as metered:
         live.wait()  # for the engine to be warm

@@ -65,13 +65,13 @@ class Steering:
         cost: CostModel,
         decided: Callable[[Decision], None],
         rate: float | None = None,
-        expected: tuple[int, int] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
             decided: is told every decision.
             rate: frames per second that are to come, until they have shown it themselves.
-            expected: pixels of these frames, (height, width), where that is known.
+            size: pixels of these frames, (height, width), where that is known.
         """
         self.control: LatencyControl | None = None
         self.stride = 1
@@ -79,7 +79,7 @@ class Steering:
         self._stream, self._target, self._cost, self._decided = stream, target, cost, decided
         self._budget = stream.planner.limits.budget
         self._kinds: deque[str] = deque(maxlen=FRAMES)
-        self._expected = expected
+        self._expected = size
         self._size: tuple[int, int] | None = None
         self._given_up = False
         self._begun = 0

@@ -122,11 +122,14 @@ class Timed:
     def __iter__(self) -> Iterator[Frame]:
         return self
 
-    def ahead(self) -> Frame | None:
-        """The next frame, which comes all the same; None at the end."""
+    def size(self) -> tuple[int, int] | None:
+        """Pixels of the next frame, (height, width), which is read for it and comes all the same; None at the end."""
         if not self._ahead:
             self._ahead.extend(islice(self, 1))
-        return self._ahead[0] if self._ahead else None
+        if not self._ahead:
+            return None
+        height, width = self._ahead[0].pixels.shape[:2]
+        return height, width
 
     def __next__(self) -> Frame:
         if self._ahead:

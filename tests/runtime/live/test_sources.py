@@ -124,12 +124,12 @@ def test_stream_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     refused("tiny", "--source", tmp_path / "empty", "--threads", 1, word="empty")
 
 
-def test_the_next_frame_is_known_ahead_and_comes_all_the_same() -> None:
+def test_the_size_of_the_next_frame_is_known_and_it_comes_all_the_same() -> None:
     frames = [Frame(picture(i), float(i)) for i in range(3)]
     timed = Timed(iter(frames))
-    assert timed.ahead() is timed.ahead() is frames[0] and timed.count == 1
+    assert timed.size() == timed.size() == picture(0).shape[:2] and timed.count == 1
     assert [frame.time for frame in timed] == [0.0, 1.0, 2.0] and timed.count == 3
-    assert timed.ahead() is None and list(timed) == []
+    assert timed.size() is None and list(timed) == []
 
 
 def test_reading_a_clip_is_timed_where_it_is_read() -> None:
