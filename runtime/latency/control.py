@@ -315,8 +315,8 @@ class LatencyControl:
         self._looked = now
         before, wanted, reason = self.setting, self.setting, ""
         rested = now - self._changed >= self._hold(now)
-        if not self._fits(self.predicted(before)):
-            wanted = self._best(1.0)
+        if not self._fits(held := self.predicted(before)):
+            wanted = self._best(1.0, held)
             if self._worth(wanted) < self._worth(before):
                 reason = "slower than the target allows"
                 if now - self._rose < RECENT_S:
@@ -367,10 +367,10 @@ class LatencyControl:
             and (target.tokens_per_s is None or costs.token * target.tokens_per_s <= 1e3 * share)
         )
 
-    def _best(self, share: float) -> Setting:
+    def _best(self, share: float, held: Costs | None = None) -> Setting:
         """The first setting in order that fits a share of the limits, taking it that later ones ask for less. Where not
         even the last one does: the present one for less than all of the limits, else the first that comes close to what
-        the last one reaches."""
+        the last one reaches; but none of less worth while what the present one costs, `held`, is about as much."""
         front = self.order()
         least = self.predicted(front[-1][1])
         if self._fits(least, share):
@@ -379,14 +379,16 @@ class LatencyControl:
         if share < 1:
             return self.setting
 
-        def close(costs: Costs) -> bool:
+        def close(costs: Costs, reached: float = REACHED) -> bool:
             return (
-                costs.frame <= REACHED * least.frame
-                and costs.first <= REACHED * least.first
-                and costs.busy <= max(BUSY, REACHED * least.busy)
+                costs.frame <= reached * least.frame
+                and costs.first <= reached * least.first
+                and costs.busy <= max(BUSY, reached * least.busy)
             )
 
-        return self._first_of([one for _, one in front], close)
+        found = self._first_of([one for _, one in front], close)
+        stays = held is not None and close(held, REACHED / MARGIN) and self._worth(found) < self._worth(self.setting)
+        return self.setting if stays else found
 
     def _first_of(self, choices: list[Setting], will_do: Callable[[Costs], bool]) -> Setting:
         low, high = 0, len(choices) - 1
