@@ -44,6 +44,12 @@ NEAR, ALIKE = 48, 4
 UNSURE, NORMAL = 0.5, 1.25 * 1.48
 """How far the known slope may be off, as a share of it; and the standard error of a median of normal noise over that of
 a mean, times its standard deviation over its median deviation."""
+RARE, LEARN, STRETCH = 0.05, 0.1, (0.8, 1.6)
+"""Share of times that may be longer than `Seen.p95`; how fast the noise that is reckoned with follows those that were,
+and how many times as loud as what was seen of late it may be taken for. Noise comes in bursts, and what was seen of late
+foretells less of it than it seems. With steps like these, that share tends to `RARE` whatever the noise is like
+(adaptive conformal inference: Gibbs and Candès, 2021, arXiv 2106.00170). The noise is stretched, no rarer share of it
+taken: a machine that stood still once is not to count as one that does so often."""
 LEAST = 6
 """Points that it takes, and residuals that noise is read from."""
 ASSUMED = (*np.linspace(-0.1, 0.1, 38).tolist(), 0.25, 0.25)
@@ -79,6 +85,8 @@ class Pace:
         """Work as predicted, and residuals."""
         self._quantiles: dict[tuple[float, int], float] = {}
         """Quantiles of the noise by share and work, until the next time is seen."""
+        self._stretch = 1.0
+        """How many times as loud as of late the noise is taken to be, above the line."""
         self._assumed = self._run = 0
         self._since = 0.0
         """When the times in a row began."""
@@ -97,7 +105,7 @@ class Pace:
         if share < 0.5:
             return min(found, 0.0)
         like = self._like.beyond(x, share) if self._like and (self._unseen or self._assumed) else 0.0
-        return max(found, like)
+        return max(found, like) * self._stretch
 
     def _seen_beyond(self, size: int, share: float) -> float:
         if (share, size) not in self._quantiles:
@@ -146,16 +154,18 @@ class Pace:
             self._noise.extend((x, one * expected) for one in ASSUMED)
             self._assumed = len(ASSUMED)
             self._quantiles.clear()
-        low, high = (self.at_most(x, share) for share in (0.05, 0.95))
+        p95 = self.at_most(x, 1 - RARE)
         side = 0
         if abs(taken - expected) > CHANGE * expected:
-            side = (taken > high) - (taken < low)
+            side = (taken > expected + (p95 - expected) / self._stretch) - (taken < self.at_most(x, RARE))
         if side * self._run <= 0:
             self._run, self._since = 0, now
         self._run += side
         self._points.append((now, x, taken))
         while now - self._points[0][0] > WINDOW_S:
             self._points.popleft()
+        self._stretch *= math.exp(LEARN * ((taken > p95) - RARE))
+        self._stretch = min(max(self._stretch, STRETCH[0]), STRETCH[1])
         self.changed = None
         if abs(self._run) >= RUN and now - self._since >= LASTING_S:
             self._begin_anew(x, factor)
@@ -166,7 +176,7 @@ class Pace:
             self._noise.append((x, taken - expected))
             self._draw(factor)
         self._quantiles.clear()
-        return Seen(expected, high, taken)
+        return Seen(expected, p95, taken)
 
     def _begin_anew(self, x: float, factor: float | None) -> None:
         """Only the latest points tell of the machine as it is."""

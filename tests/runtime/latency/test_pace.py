@@ -45,7 +45,7 @@ def test_slow_frames_that_are_large_say_little_of_small_ones() -> None:
     pace = Pace()
     watch(pace, lambda now, x: 2 * x, seconds=0.5, work=[40.0])
     watch(pace, lambda now, x: x, seconds=5, work=[4.0], begin=0.5)
-    assert pace.beyond(4.0, 0.95) <= 4.0 and pace.beyond(40.0, 0.95) >= 10.0
+    assert pace.beyond(4.0, 0.95) <= 4.4 and pace.beyond(40.0, 0.95) >= 10.0
 
 
 def test_what_disturbs_small_frames_disturbs_large_ones_as_much() -> None:
@@ -114,4 +114,15 @@ def test_another_speed_is_known_as_soon_either_way(before: int, factor: float) -
 def test_one_of_twenty_takes_longer_than_the_95th_percentile(spread: float) -> None:
     random, pace = np.random.default_rng(2), Pace()
     seen = watch(pace, lambda now, x: 2.0 + x * float(random.lognormal(0, spread)), seconds=500)
+    assert 0.03 <= np.mean([one.taken > one.p95 for one in seen[40:]]) <= 0.08
+
+
+def test_as_few_do_while_the_noise_grows() -> None:
+    """It doubles every 12 seconds, and is gone again after 80: what was seen of late is less than what comes."""
+    random, pace = np.random.default_rng(1), Pace()
+
+    def taken(now: float, x: float) -> float:
+        return 2.0 + x * float(np.exp(abs(random.normal(0, 0.005 * 2 ** (now % 80 / 12)))))
+
+    seen = watch(pace, taken, seconds=500)
     assert 0.03 <= np.mean([one.taken > one.p95 for one in seen[40:]]) <= 0.08
