@@ -46,7 +46,7 @@ UNSURE, NORMAL = 0.5, 1.25 * 1.48
 a mean, times its standard deviation over its median deviation."""
 RARE, LEARN, STRETCH = 0.05, 0.1, (0.8, 1.6)
 """Share of times that may be longer than `Seen.p95`; how fast the noise that is reckoned with follows those that were,
-and how many times as loud as what was seen of late it may be taken for. Noise comes in bursts, and what was seen of late
+and how many times as loud as of late it may be taken for. Noise comes in bursts, and what was seen of late
 foretells less of it than it seems. With steps like these, that share tends to `RARE` whatever the noise is like
 (adaptive conformal inference: Gibbs and Candès, 2021, arXiv 2106.00170). The noise is stretched, no rarer share of it
 taken: a machine that stood still once is not to count as one that does so often."""
