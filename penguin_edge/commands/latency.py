@@ -18,8 +18,8 @@ from penguin_edge.runtime.latency.profile import ProfileOptions, differences, lo
 from penguin_edge.runtime.live.events import Observer
 
 AT_ONCE_S = 3.0
-"""Limit of what is measured before a stream begins, beside loading the model and the calls without which there is no
-cost model."""
+"""Limit of what is measured before a stream begins, beside loading the model, the calls without which there is no cost
+model, and the few that tell what a pause costs."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -143,14 +143,14 @@ class Calls:
         return self._engine.config.vision is not None
 
     def waking(self) -> float:
-        """What a small frame takes more after a pause, from the encoder on, than the same one just before; ms."""
+        """What a small frame takes more after a pause than the same one just before; ms."""
         first: dict[str, Task] = {}
         for task in self.tasks:
             if not task.tried and not task.depth:
                 first.setdefault(task.stage, task)
 
         def chain() -> None:
-            for stage in CHAIN:
+            for stage in ("preprocess", *CHAIN):
                 first[stage].call()
 
         took = []
@@ -158,7 +158,6 @@ class Calls:
             self.hold(0)
             if pause:
                 self._clock.sleep(pause)
-            first["preprocess"].call()
             took.append(self._timed(chain))
         # The first one filled the caches of the processor.
         return took[2].ms - took[1].ms

@@ -152,11 +152,15 @@ def frame_work(
 
 def price(cost: CostModel, work: Work, bounds: Bounds, merge: int) -> tuple[float, ...]:
     """Milliseconds of one frame's work by the cost model, slice by slice: each call of the encoder with what comes
-    before it, and at the end what the KV cache takes."""
+    before it, and at the end what the KV cache takes. Older frames that are encoded anew are resized and cut into
+    patches, and no more: what so many patches add to a frame that comes."""
     before = cost.stage_ms("preprocess", work.pixels, work.encoded[-1][1] if work.encoded else 0)
+    bare = cost.stage_ms("preprocess", work.pixels, 0)
     slices = []
-    for frames, patches in work.encoded:
+    for i, (frames, patches) in enumerate(work.encoded):
         call = cost.stage_ms("encode", patches, frames) + cost.stage_ms("project", frames * patches // merge**2)
+        if i < len(work.encoded) - 1:  # the newest frame is in the last call
+            call += frames * max(0.0, cost.stage_ms("preprocess", work.pixels, patches) - bare)
         slices.append(before + call)
         before = 0.0
     if work.prefilled:

@@ -57,7 +57,7 @@ OFTEN_ENOUGH, SHARES = 5, 8
 """Rounds that all points have; from then on each is made as long as it has had no more than its even share of the time,
 and frames after a pause than so many shares."""
 PAIRS = 8
-"""Pairs of an awake and a woken frame from which on they tell anything."""
+"""Pairs of an awake and a woken frame from which on they tell anything: about a second of them."""
 
 Samples = dict[str, dict[Point, list[Timing]]]
 
@@ -179,10 +179,13 @@ class _Run:
                 with self._spending(None):
                     self.woken.append(self.calls.waking())
             if not made:
-                return
+                break
             # Without the points that were too long for the first round; a later one leaves out what no longer fits.
             tasks = made if round_ == 0 else tasks
             round_ += 1
+        # A short measurement has few rounds, and fewer pairs tell nothing.
+        while self.woken and len(self.woken) < PAIRS and self.options.repeat is None:
+            self.woken.append(self.calls.waking())
 
     @property
     def usable(self) -> bool:
