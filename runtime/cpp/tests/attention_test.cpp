@@ -115,3 +115,5 @@ TEST(rows_one_by_one_equal_a_prompt) {
 
 }  // namespace
 }  // namespace penguin
+
+int main(int argc, char** argv) { return testing::run(argc, argv); }

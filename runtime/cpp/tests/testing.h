@@ -55,5 +55,3 @@ inline int run(int argc, char** argv) {
 
 #define CHECK(condition) testing::check(condition, __FILE__, __LINE__, #condition)
 #define CHECK_WHERE(condition, where) testing::check(condition, __FILE__, __LINE__, #condition + std::string(": ") + (where))
-
-int main(int argc, char** argv) { return testing::run(argc, argv); }

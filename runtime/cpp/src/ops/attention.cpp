@@ -11,8 +11,11 @@
 namespace penguin {
 namespace {
 
-// Fixed, so that a result never depends on how many threads there are.
-constexpr std::int64_t kSlotsPerSplit = 512;
+// How work is divided follows from the shapes alone, so that a result never depends on how many threads there are.
+// A decoding step is divided by KV heads and, where these are few, by slots: long runs are read faster than short ones.
+constexpr std::int64_t kTasksOfDecode = 16;
+constexpr std::int64_t kLeastSlotsPerSplit = 256;
+constexpr std::int64_t kSlotStep = 64;  // a multiple of the slots that any kernel takes at once
 constexpr std::int64_t kRowsPerBlock = 132;  // a multiple of the rows that any kernel takes at once
 // Products below which waking other threads costs more than it saves: about 20 microseconds of one thread.
 constexpr std::int64_t kProductsWorthThreads = 1 << 18;
@@ -98,6 +101,7 @@ struct Work {
     const Kernels& kernels;
     float* partial = nullptr;  // [splits, heads, kPartialHeader + size]
     std::int64_t slots = 0;
+    std::int64_t slots_per_split = 0;
     std::int64_t blocks = 0;
     std::int64_t rows_per_block = 0;
     std::atomic<bool> out_of_memory = false;
@@ -111,11 +115,12 @@ void append_head(void* data, std::size_t index) {
 void decode_split(void* data, std::size_t index) {
     const Work& work = *static_cast<Work*>(data);
     const Attention& a = work.call;
-    const std::int64_t split = static_cast<std::int64_t>(index) / a.kv_heads;
-    const std::int64_t kv_head = static_cast<std::int64_t>(index) % a.kv_heads;
-    const std::int64_t begin = split * kSlotsPerSplit;
+    const std::int64_t splits = parts(work.slots, work.slots_per_split);
+    const std::int64_t split = static_cast<std::int64_t>(index) % splits;
+    const std::int64_t kv_head = static_cast<std::int64_t>(index) / splits;
+    const std::int64_t begin = split * work.slots_per_split;
     const std::int64_t head = split * a.heads + kv_head * (a.heads / a.kv_heads);
-    work.kernels.decode(a, kv_head, begin, std::min(begin + kSlotsPerSplit, work.slots),
+    work.kernels.decode(a, kv_head, begin, std::min(begin + work.slots_per_split, work.slots),
                         work.partial + head * (kPartialHeader + a.size));
 }
 
@@ -158,7 +163,9 @@ Status out_of_memory() { return Status::error("got no memory for the attention o
 
 Status decode(Work& work, const ParallelFor& parallel) {
     const Attention& a = work.call;
-    const std::int64_t splits = parts(work.slots, kSlotsPerSplit);
+    const std::int64_t wanted = std::min(parts(work.slots, kLeastSlotsPerSplit), parts(kTasksOfDecode, a.kv_heads));
+    work.slots_per_split = parts(parts(work.slots, wanted), kSlotStep) * kSlotStep;
+    const std::int64_t splits = parts(work.slots, work.slots_per_split);
     const Scratch scratch(static_cast<std::size_t>(splits * a.heads * (kPartialHeader + a.size)));
     if (!scratch.get()) return out_of_memory();
     work.partial = scratch.get();
