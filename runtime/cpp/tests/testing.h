@@ -34,6 +34,7 @@ inline void check(bool good, const char* file, int line, const std::string& what
 }
 
 inline int run(int argc, char** argv) {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was said before a crash is seen
     int ran = 0;
     for (const Test& test : tests()) {
         if (argc > 1 && !std::strstr(test.name, argv[1])) continue;
