@@ -59,7 +59,8 @@ struct Caches {
         }
     }
     void* cache(std::int64_t layer, int which) {
-        return memory.data() + (2 * static_cast<std::size_t>(layer) + static_cast<std::size_t>(which)) * numbers * bytes_of(type);
+        return memory.data() +
+               (2 * static_cast<std::size_t>(layer) + static_cast<std::size_t>(which)) * numbers * bytes_of(type);
     }
     CacheType type;
     std::size_t numbers;
@@ -73,8 +74,8 @@ struct Samples {
     double bytes = 0;  // read per layer
 };
 
-void measure(const Setting& setting, std::vector<std::unique_ptr<Caches>>& caches, std::int64_t rows, std::int64_t slots,
-             std::string& json) {
+void measure(const Setting& setting, std::vector<std::unique_ptr<Caches>>& caches, std::int64_t rows,
+             std::int64_t slots, std::string& json) {
     const auto count = [&](std::int64_t heads) { return static_cast<std::size_t>(rows * heads * setting.size); };
     std::vector<float> q(count(setting.heads), 0.1f), k(count(setting.kv_heads), 0.2f), v(k), out(q.size());
     std::vector<float> cos(static_cast<std::size_t>(setting.capacity * setting.size / 2), 0.6f), sin(cos.size(), 0.8f);
@@ -95,13 +96,15 @@ void measure(const Setting& setting, std::vector<std::unique_ptr<Caches>>& cache
                 Attention call;
                 call.q = q.data(), call.k = k.data(), call.v = v.data(), call.out = out.data();
                 call.positions = positions.data(), call.cos = cos.data(), call.sin = sin.data();
-                call.rows = rows, call.start = slots - rows, call.heads = setting.heads, call.kv_heads = setting.kv_heads;
+                call.rows = rows, call.start = slots - rows, call.heads = setting.heads,
+                call.kv_heads = setting.kv_heads;
                 call.size = setting.size, call.capacity = call.table_rows = setting.capacity, call.type = cache->type;
                 const double begin = seconds();
                 for (std::int64_t layer = 0; layer < layers; layer++) {
                     call.keys = cache->cache(layer, 0), call.values = cache->cache(layer, 1);
                     if (call.type == CacheType::i8) {
-                        const std::size_t of_layer = cache->scales.size() / static_cast<std::size_t>(2 * setting.layers);
+                        const std::size_t of_layer =
+                            cache->scales.size() / static_cast<std::size_t>(2 * setting.layers);
                         call.key_scales = cache->scales.data() + 2 * static_cast<std::size_t>(layer) * of_layer;
                         call.value_scales = call.key_scales + of_layer;
                     }
@@ -117,8 +120,8 @@ void measure(const Setting& setting, std::vector<std::unique_ptr<Caches>>& cache
     }
     std::printf("%lld rows, %lld positions\n", static_cast<long long>(rows), static_cast<long long>(slots));
     for (Samples& samples : all) {
-        json += (json.empty() ? "" : ", ") + std::string("{\"rows\": ") + std::to_string(rows) + ", \"positions\": " +
-                std::to_string(slots) + ", \"kernel\": \"" + samples.name + "\", \"ms\": [";
+        json += (json.empty() ? "" : ", ") + std::string("{\"rows\": ") + std::to_string(rows) +
+                ", \"positions\": " + std::to_string(slots) + ", \"kernel\": \"" + samples.name + "\", \"ms\": [";
         for (std::size_t i = 0; i < samples.milliseconds.size(); i++) {
             json += (i ? ", " : "") + std::to_string(samples.milliseconds[i]);
         }
@@ -150,13 +153,15 @@ double read_speed(const Caches& caches) {
 int run(int argc, char** argv) {
     Setting setting;
     const std::map<std::string, std::int64_t*> options = {
-        {"--layers", &setting.layers}, {"--rounds", &setting.rounds}, {"--heads", &setting.heads},
-        {"--kv-heads", &setting.kv_heads}, {"--size", &setting.size}, {"--capacity", &setting.capacity}};
+        {"--layers", &setting.layers},     {"--rounds", &setting.rounds}, {"--heads", &setting.heads},
+        {"--kv-heads", &setting.kv_heads}, {"--size", &setting.size},     {"--capacity", &setting.capacity}};
     for (int i = 1; i < argc; i += 2) {
         const auto option = options.find(argv[i]);
         if (option == options.end() || i + 1 == argc || std::atoll(argv[i + 1]) < 1) {
-            std::fprintf(stderr, "got '%s', wanted one of --layers --rounds --heads --kv-heads --size --capacity, and a "
-                                 "positive number after it\n", argv[i]);
+            std::fprintf(stderr,
+                         "got '%s', wanted one of --layers --rounds --heads --kv-heads --size --capacity, and a "
+                         "positive number after it\n",
+                         argv[i]);
             return 2;
         }
         *option->second = std::atoll(argv[i + 1]);
@@ -173,7 +178,8 @@ int run(int argc, char** argv) {
             if (slots >= rows && slots <= setting.capacity) measure(setting, caches, rows, slots, json);
         }
     }
-    std::printf("{\"version\": \"%s\", \"read_gb_per_s\": %.3f, \"runs\": [%s]}\n", PENGUIN_OPS_VERSION, read, json.c_str());
+    std::printf("{\"version\": \"%s\", \"read_gb_per_s\": %.3f, \"runs\": [%s]}\n", PENGUIN_OPS_VERSION, read,
+                json.c_str());
     return 0;
 }
 

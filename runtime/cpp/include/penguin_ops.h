@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-/* The version of the distribution, and the number that changes with the inputs, outputs or attributes of an operator. */
+/* The version of the distribution; the number that changes with the inputs, outputs or attributes of an operator. */
 #define PENGUIN_OPS_VERSION "0.1.0"
 #define PENGUIN_OPS_ABI 1
 

@@ -18,7 +18,8 @@ void check_row(const Problem& problem, const std::vector<unsigned char>& cache, 
     const unsigned char* bytes = stored(problem, cache, slot);
     double top = 0;
     for (const double x : wanted) top = std::fmax(top, std::fabs(x));
-    const double scale = problem.type == CacheType::i8 ? static_cast<double>(scales[static_cast<std::size_t>(slot)]) : 0;
+    const double scale =
+        problem.type == CacheType::i8 ? static_cast<double>(scales[static_cast<std::size_t>(slot)]) : 0;
     if (problem.type == CacheType::i8) CHECK_WHERE(std::fabs(scale - top / 127) <= 1e-6 * top / 127, where);
     for (std::size_t d = 0; d < wanted.size(); d++) {
         if (problem.type == CacheType::f32) {
@@ -56,13 +57,18 @@ TEST(rows_are_turned_and_rounded) {
                             for (std::size_t d = 0; d < value.size(); d++) {
                                 value[d] = static_cast<double>(call.v[at + static_cast<std::int64_t>(d)]);
                             }
-                            check_row(problem, problem.keys, problem.key_scales, slot, turned(call, call.k + at, row), where);
+                            check_row(problem, problem.keys, problem.key_scales, slot, turned(call, call.k + at, row),
+                                      where);
                             check_row(problem, problem.values, problem.value_scales, slot, value, where);
                             continue;
                         }
                         const std::size_t bytes = static_cast<std::size_t>(size) * width_of(type);
-                        CHECK_WHERE(!std::memcmp(stored(problem, problem.keys, slot), stored(before, before.keys, slot), bytes), where);
-                        CHECK_WHERE(!std::memcmp(stored(problem, problem.values, slot), stored(before, before.values, slot), bytes), where);
+                        CHECK_WHERE(
+                            !std::memcmp(stored(problem, problem.keys, slot), stored(before, before.keys, slot), bytes),
+                            where);
+                        CHECK_WHERE(!std::memcmp(stored(problem, problem.values, slot),
+                                                 stored(before, before.values, slot), bytes),
+                                    where);
                         if (type != CacheType::i8) continue;
                         const auto s = static_cast<std::size_t>(slot);
                         CHECK_WHERE(!std::memcmp(&problem.key_scales[s], &before.key_scales[s], 4), where);
@@ -81,7 +87,8 @@ struct Stored {
 };
 
 Stored int8_of(const std::vector<float>& row, Isa isa) {
-    Problem problem({.rows = 1, .start = 0, .heads = 1, .kv_heads = 1, .size = static_cast<std::int64_t>(row.size())}, CacheType::i8, 22);
+    Problem problem({.rows = 1, .start = 0, .heads = 1, .kv_heads = 1, .size = static_cast<std::int64_t>(row.size())},
+                    CacheType::i8, 22);
     problem.v = row;
     CHECK(problem.run(isa).ok());
     Stored result{problem.value_scales[0], {}};
@@ -95,7 +102,8 @@ TEST(int8_rounds_halves_to_even_within_127) {
         row[0] = -127.f, row[1] = 0.5f, row[2] = 1.5f, row[3] = 2.5f, row[4] = -2.5f, row[5] = 126.49f, row[31] = 127.f;
         const Stored stored = int8_of(row, isa);
         CHECK(stored.scale == 1.f);
-        CHECK((std::vector<int>(stored.bytes.begin(), stored.bytes.begin() + 6) == std::vector<int>{-127, 0, 2, 2, -2, 126}));
+        CHECK((std::vector<int>(stored.bytes.begin(), stored.bytes.begin() + 6) ==
+               std::vector<int>{-127, 0, 2, 2, -2, 126}));
         CHECK(stored.bytes[31] == 127);
         std::mt19937 random(1);
         std::uniform_real_distribution<float> any(-3.f, 3.f);
@@ -134,7 +142,8 @@ TEST(int8_rows_without_a_scale) {
 TEST(float16_rounds_to_nearest_and_overflows_to_infinity) {
     for (const Isa isa : isas_here()) {
         Problem problem({.rows = 1, .start = 0, .heads = 1, .kv_heads = 1, .size = 32}, CacheType::f16, 23);
-        const float in[] = {65504.f, 65519.f, 65520.f, -1e9f, 0x1p-24f, 0x1p-26f, 1.f + 0x1p-11f, 1.f + 0x1.8p-10f, -0.f};
+        const float in[] = {65504.f,  65519.f,        65520.f,          -1e9f, 0x1p-24f,
+                            0x1p-26f, 1.f + 0x1p-11f, 1.f + 0x1.8p-10f, -0.f};
         const float out[] = {65504.f, 65504.f, kInfinity, -kInfinity, 0x1p-24f, 0.f, 1.f, 1.f + 0x1p-9f, -0.f};
         for (std::size_t i = 0; i < std::size(in); i++) problem.v[i] = in[i];
         CHECK(problem.run(isa).ok());

@@ -23,7 +23,9 @@ void check_parity(const Shape& shape, unsigned seed, float spread = 1.f) {
 
 TEST(random_shapes) {
     std::mt19937 random(7);
-    const auto pick = [&](unsigned least, unsigned most) { return static_cast<std::int64_t>(least + random() % (most - least + 1)); };
+    const auto pick = [&](unsigned least, unsigned most) {
+        return static_cast<std::int64_t>(least + random() % (most - least + 1));
+    };
     for (unsigned i = 0; i < 60; i++) {
         Shape shape;
         shape.kv_heads = pick(1, 3);
@@ -39,8 +41,13 @@ TEST(random_shapes) {
 TEST(lengths_around_tiles_and_splits) {
     for (const std::int64_t slots : {1, 63, 64, 65, 511, 512, 513, 1024, 1100}) {
         check_parity({.rows = 1, .start = slots - 1, .heads = 2, .kv_heads = 1, .size = 32, .spare = 0}, 1);
-        check_parity({.rows = std::min<std::int64_t>(slots, 5), .start = std::max<std::int64_t>(slots - 5, 0),
-                      .heads = 3, .kv_heads = 1, .size = 48, .spare = 1}, 2);
+        check_parity({.rows = std::min<std::int64_t>(slots, 5),
+                      .start = std::max<std::int64_t>(slots - 5, 0),
+                      .heads = 3,
+                      .kv_heads = 1,
+                      .size = 48,
+                      .spare = 1},
+                     2);
     }
 }
 
@@ -53,9 +60,9 @@ TEST(long_prompts) {
 TEST(small_and_large_numbers) {
     for (const std::int64_t rows : {1, 9}) {
         const Shape shape{.rows = rows, .start = 90, .heads = 4, .kv_heads = 2, .size = 72};
-        check_parity(shape, 6, 30.f);     // one key takes it all
-        check_parity(shape, 7, 1e-3f);    // all keys alike
-        check_parity(shape, 8, 1e-39f);   // denormals: zeros in float16 and int8
+        check_parity(shape, 6, 30.f);    // one key takes it all
+        check_parity(shape, 7, 1e-3f);   // all keys alike
+        check_parity(shape, 8, 1e-39f);  // denormals: zeros in float16 and int8
         check_parity(shape, 9, 0.f);
     }
 }

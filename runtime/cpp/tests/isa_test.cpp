@@ -25,7 +25,9 @@ TEST(a_lower_one_is_chosen_when_asked) {
         const IsaChoice choice = choose_isa(name_of(isa));
         CHECK(choice.made == supported(isa));
         if (choice.made) CHECK(choice.isa == isa && choice.reason.find(name_of(isa)) != std::string::npos);
-        if (!choice.made) CHECK_WHERE(choice.reason.find("wanted an instruction set that this machine supports") != std::string::npos, choice.reason);
+        if (!choice.made)
+            CHECK_WHERE(choice.reason.find("wanted an instruction set that this machine supports") != std::string::npos,
+                        choice.reason);
     }
 }
 
@@ -33,7 +35,8 @@ TEST(an_unknown_one_is_refused) {
     for (const char* asked : {"sse9", "AVX2", " avx2", "avx2 "}) {
         const IsaChoice choice = choose_isa(asked);
         CHECK(!choice.made);
-        CHECK(choice.reason == std::string("got PENGUIN_EDGE_ISA=") + asked + ", wanted one of portable, avx2, avx512; or unset it");
+        CHECK(choice.reason ==
+              std::string("got PENGUIN_EDGE_ISA=") + asked + ", wanted one of portable, avx2, avx512; or unset it");
     }
 }
 

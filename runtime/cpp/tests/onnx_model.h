@@ -22,7 +22,9 @@ inline std::string number(std::uint64_t x) {
     return bytes + static_cast<char>(x);
 }
 
-inline std::string field(unsigned id, std::int64_t x) { return number(id << 3) + number(static_cast<std::uint64_t>(x)); }
+inline std::string field(unsigned id, std::int64_t x) {
+    return number(id << 3) + number(static_cast<std::uint64_t>(x));
+}
 
 inline std::string field(unsigned id, const std::string& content) {
     return number(id << 3 | 2) + number(content.size()) + content;

@@ -1,5 +1,5 @@
-// The operators inside ONNX Runtime: a session made from nodes built here, with buffers that are shared and that are not.
-// Arguments: the paths of libonnxruntime and libpenguin_ort_ops.
+// The operators inside ONNX Runtime: a session made from nodes built here, with buffers that are shared and that are
+// not. Arguments: the paths of libonnxruntime and libpenguin_ort_ops.
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
 
@@ -34,7 +34,8 @@ std::string said(OrtStatus* status) {
 
 const char* const kNames[] = {"q",         "k",   "v",   "past_key",       "past_value",      "start",
                               "positions", "cos", "sin", "past_key_scale", "past_value_scale"};
-const char* const kOutputs[] = {"attention", "present_key", "present_value", "present_key_scale", "present_value_scale"};
+const char* const kOutputs[] = {"attention", "present_key", "present_value", "present_key_scale",
+                                "present_value_scale"};
 
 std::size_t inputs_of(CacheType type) { return type == CacheType::i8 ? 11 : 9; }
 std::size_t outputs_of(CacheType type) { return type == CacheType::i8 ? 5 : 3; }
@@ -50,13 +51,23 @@ ONNXTensorElementDataType element(CacheType type, std::size_t input) {
 std::vector<std::int64_t> shape_of(const Problem& p, std::size_t input) {
     const Shape& s = p.shape;
     switch (input) {
-        case 0: return {1, s.rows, s.heads * s.size};
-        case 1: case 2: return {1, s.rows, s.kv_heads * s.size};
-        case 3: case 4: return {1, s.kv_heads, p.capacity, s.size};
-        case 5: return {1};
-        case 6: return {s.rows};
-        case 7: case 8: return {p.table_rows, s.size / 2};
-        default: return {1, s.kv_heads, p.capacity};
+        case 0:
+            return {1, s.rows, s.heads * s.size};
+        case 1:
+        case 2:
+            return {1, s.rows, s.kv_heads * s.size};
+        case 3:
+        case 4:
+            return {1, s.kv_heads, p.capacity, s.size};
+        case 5:
+            return {1};
+        case 6:
+            return {s.rows};
+        case 7:
+        case 8:
+            return {p.table_rows, s.size / 2};
+        default:
+            return {1, s.kv_heads, p.capacity};
     }
 }
 
@@ -71,7 +82,8 @@ OrtSession* session_of(const Problem& p, int threads) {
     const char* name = p.type == CacheType::i8    ? "KvAttentionInt8"
                        : p.type == CacheType::f16 ? "KvAttentionHalf"
                                                   : "KvAttention";
-    const std::string model = one_node_model(name, "penguin", in, out, {{"num_heads", p.shape.heads}, {"kv_num_heads", p.shape.kv_heads}});
+    const std::string model =
+        one_node_model(name, "penguin", in, out, {{"num_heads", p.shape.heads}, {"kv_num_heads", p.shape.kv_heads}});
     OrtSessionOptions* options = nullptr;
     OrtSession* session = nullptr;
     must(api->CreateSessionOptions(&options));
@@ -88,16 +100,23 @@ std::string run(OrtSession* session, Problem& p, Problem* apart) {
     must(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
     std::int64_t start = p.shape.start;
     const auto buffers = [&](Problem& of) {
-        return std::vector<std::pair<void*, std::size_t>>{
-            {of.q.data(), of.q.size() * 4}, {of.k.data(), of.k.size() * 4}, {of.v.data(), of.v.size() * 4},
-            {of.keys.data(), of.keys.size()}, {of.values.data(), of.values.size()}, {&start, 8},
-            {of.positions.data(), of.positions.size() * 8}, {of.cos.data(), of.cos.size() * 4}, {of.sin.data(), of.sin.size() * 4},
-            {of.key_scales.data(), of.key_scales.size() * 4}, {of.value_scales.data(), of.value_scales.size() * 4}};
+        return std::vector<std::pair<void*, std::size_t>>{{of.q.data(), of.q.size() * 4},
+                                                          {of.k.data(), of.k.size() * 4},
+                                                          {of.v.data(), of.v.size() * 4},
+                                                          {of.keys.data(), of.keys.size()},
+                                                          {of.values.data(), of.values.size()},
+                                                          {&start, 8},
+                                                          {of.positions.data(), of.positions.size() * 8},
+                                                          {of.cos.data(), of.cos.size() * 4},
+                                                          {of.sin.data(), of.sin.size() * 4},
+                                                          {of.key_scales.data(), of.key_scales.size() * 4},
+                                                          {of.value_scales.data(), of.value_scales.size() * 4}};
     };
     const auto value = [&](std::pair<void*, std::size_t> buffer, std::size_t input) {
         const std::vector<std::int64_t> shape = shape_of(p, input);
         OrtValue* made = nullptr;
-        must(api->CreateTensorWithDataAsOrtValue(memory, buffer.first, buffer.second, shape.data(), shape.size(), element(p.type, input), &made));
+        must(api->CreateTensorWithDataAsOrtValue(memory, buffer.first, buffer.second, shape.data(), shape.size(),
+                                                 element(p.type, input), &made));
         return made;
     };
     std::vector<OrtValue*> in, out;
@@ -108,14 +127,17 @@ std::string run(OrtSession* session, Problem& p, Problem* apart) {
         const std::size_t input = i < 3 ? 2 + i : 6 + i;
         out.push_back(apart ? value(buffers(*apart)[input], input) : in[input]);
     }
-    const std::string sentence = said(api->Run(session, nullptr, kNames, in.data(), in.size(), kOutputs, out.size(), out.data()));
+    const std::string sentence =
+        said(api->Run(session, nullptr, kNames, in.data(), in.size(), kOutputs, out.size(), out.data()));
     for (OrtValue* each : in) api->ReleaseValue(each);
     for (std::size_t i = 0; i < (apart ? out.size() : 1); i++) api->ReleaseValue(out[i]);
     api->ReleaseMemoryInfo(memory);
     return sentence;
 }
 
-const Shape kShapes[] = {{.rows = 1, .start = 600, .heads = 8, .kv_heads = 2, .size = 64}, {.rows = 40, .start = 5}, {.rows = 0, .start = 4}};
+const Shape kShapes[] = {{.rows = 1, .start = 600, .heads = 8, .kv_heads = 2, .size = 64},
+                         {.rows = 40, .start = 5},
+                         {.rows = 0, .start = 4}};
 
 TEST(a_session_gives_what_the_kernel_gives) {
     for (const CacheType type : kTypes) {
@@ -127,8 +149,10 @@ TEST(a_session_gives_what_the_kernel_gives) {
             CHECK(shared.out == plain.out && shared.keys == plain.keys && shared.values == plain.values);
             const std::vector<unsigned char> before = apart.keys;
             CHECK(run(session, apart, &copied).empty());
-            CHECK(copied.out == plain.out && copied.keys == plain.keys && copied.values == plain.values && apart.keys == before);
-            if (type == CacheType::i8) CHECK(!std::memcmp(copied.key_scales.data(), plain.key_scales.data(), plain.key_scales.size() * 4));
+            CHECK(copied.out == plain.out && copied.keys == plain.keys && copied.values == plain.values &&
+                  apart.keys == before);
+            if (type == CacheType::i8)
+                CHECK(!std::memcmp(copied.key_scales.data(), plain.key_scales.data(), plain.key_scales.size() * 4));
             api->ReleaseSession(session);
         }
     }
@@ -158,9 +182,11 @@ TEST(refusals_are_sentences) {
     Problem problem({.rows = 2, .start = 3, .spare = 0}, CacheType::f32, 53);
     OrtSession* session = session_of(problem, 1);
     problem.shape.start = 4;
-    CHECK(run(session, problem, nullptr).find("penguin::KvAttention: got 2 rows from slot 4 on, wanted slots 0 to 4") != std::string::npos);
+    CHECK(run(session, problem, nullptr).find("penguin::KvAttention: got 2 rows from slot 4 on, wanted slots 0 to 4") !=
+          std::string::npos);
     problem.shape.start = 3, problem.positions[1] = problem.table_rows;
-    CHECK(run(session, problem, nullptr).find("got position 45 for row 1, wanted one from 0 to 44") != std::string::npos);
+    CHECK(run(session, problem, nullptr).find("got position 45 for row 1, wanted one from 0 to 44") !=
+          std::string::npos);
     api->ReleaseSession(session);
 }
 
@@ -170,7 +196,9 @@ TEST(an_older_library_is_refused_by_its_version) {
     CHECK(library);
     const auto entry = reinterpret_cast<Register>(dlsym(library, "RegisterCustomOps"));
     static const OrtApi* the_api = api;
-    const OrtApiBase old{[](std::uint32_t version) noexcept { return version < kApi ? the_api : static_cast<const OrtApi*>(nullptr); }, []() noexcept { return "1.23.2"; }};
+    const OrtApiBase old{
+        [](std::uint32_t version) noexcept { return version < kApi ? the_api : static_cast<const OrtApi*>(nullptr); },
+        []() noexcept { return "1.23.2"; }};
     CHECK(said(entry(nullptr, &old)) == "penguin: got onnxruntime 1.23.2, wanted 1.24 or newer; install a newer one");
 }
 

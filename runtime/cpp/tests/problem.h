@@ -39,7 +39,10 @@ struct Shape {
 inline std::string text(const Shape& s, CacheType type, Isa isa) {
     return "rows " + std::to_string(s.rows) + " start " + std::to_string(s.start) + " heads " +
            std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " size " + std::to_string(s.size) + " cache " +
-           (type == CacheType::f32 ? "f32" : type == CacheType::f16 ? "f16" : "int8") + " isa " + name_of(isa);
+           (type == CacheType::f32   ? "f32"
+            : type == CacheType::f16 ? "f16"
+                                     : "int8") +
+           " isa " + name_of(isa);
 }
 
 inline std::size_t width_of(CacheType type) { return type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1; }
@@ -86,7 +89,8 @@ struct Problem {
         }
         const std::int64_t half = shape.size / 2;
         for (std::int64_t i = 0; i < table_rows * half; i++) {
-            const double angle = static_cast<double>(i / half) * std::pow(1e4, -static_cast<double>(i % half) / static_cast<double>(half));
+            const double angle = static_cast<double>(i / half) *
+                                 std::pow(1e4, -static_cast<double>(i % half) / static_cast<double>(half));
             cos.push_back(static_cast<float>(std::cos(angle)));
             sin.push_back(static_cast<float>(std::sin(angle)));
         }
@@ -168,7 +172,8 @@ inline double error_of(const Attention& a) {
             for (std::int64_t t = 0; t < slots; t++) {
                 double score = 0, terms = 0;
                 for (std::int64_t d = 0; d < a.size; d++) {
-                    const double term = query[static_cast<std::size_t>(d)] * number(a, a.keys, a.key_scales, first + t, d);
+                    const double term =
+                        query[static_cast<std::size_t>(d)] * number(a, a.keys, a.key_scales, first + t, d);
                     score += term, terms += std::fabs(term);
                 }
                 weight[static_cast<std::size_t>(t)] = score * scale;
@@ -184,7 +189,8 @@ inline double error_of(const Attention& a) {
                 }
             }
             for (std::int64_t d = 0; d < a.size; d++) {
-                const double difference = std::fabs(result[static_cast<std::size_t>(d)] / sum - static_cast<double>(a.out[at + d]));
+                const double difference =
+                    std::fabs(result[static_cast<std::size_t>(d)] / sum - static_cast<double>(a.out[at + d]));
                 const double error = difference / (std::fmax(largest, 1e-30) * (1 + size));
                 if (!(error <= worst)) worst = error;
             }

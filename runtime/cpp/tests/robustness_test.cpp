@@ -63,7 +63,8 @@ TEST(nan_in_a_key_or_value_reaches_what_attends_to_it) {
             }
             CHECK(problem.run(isa).ok());
             for (std::int64_t r = row; r < shape.rows; r++) CHECK_WHERE(all_nan(problem, r, 0), text(shape, type, isa));
-            if (shape.kv_heads > 1) CHECK_WHERE(none_nan(problem, shape.rows - 1, shape.heads - 1), text(shape, type, isa));
+            if (shape.kv_heads > 1)
+                CHECK_WHERE(none_nan(problem, shape.rows - 1, shape.heads - 1), text(shape, type, isa));
             if (shape.rows > 12) CHECK_WHERE(none_nan(problem, 0, 0), text(shape, type, isa));
         }
     });
@@ -96,13 +97,15 @@ TEST(any_address_that_the_type_allows) {
             Problem problem(shape, type, 34);
             Attention call = problem.call();
             call.q = shift(problem.q, by), call.k = shift(problem.k, by), call.v = shift(problem.v, by);
-            call.keys = shift(problem.keys, by * width_of(type)), call.values = shift(problem.values, by * width_of(type));
+            call.keys = shift(problem.keys, by * width_of(type)),
+            call.values = shift(problem.values, by * width_of(type));
             call.cos = shift(problem.cos, by), call.sin = shift(problem.sin, by), call.out = shift(problem.out, by);
             if (type == CacheType::i8) {
                 call.key_scales = shift(problem.key_scales, by), call.value_scales = shift(problem.value_scales, by);
             }
             CHECK(kv_attention(call, kernels_of(isa, shape.size), serial()).ok());
-            CHECK_WHERE(!std::memcmp(call.out, plain.out.data(), plain.out.size() * sizeof(float)), text(shape, type, isa));
+            CHECK_WHERE(!std::memcmp(call.out, plain.out.data(), plain.out.size() * sizeof(float)),
+                        text(shape, type, isa));
         }
     });
 }
@@ -155,13 +158,15 @@ TEST(what_does_not_fit_is_refused) {
     refused(CacheType::i8, "no buffer for value_scales", [](Problem&, Attention& a) { a.value_scales = nullptr; });
     const auto odd = [](void* p) { return static_cast<void*>(static_cast<unsigned char*>(p) + 1); };
     refused(f32, "got keys at an address that 4", [&](Problem&, Attention& a) { a.keys = odd(a.keys); });
-    refused(CacheType::f16, "got values at an address that 2", [&](Problem&, Attention& a) { a.values = odd(a.values); });
+    refused(CacheType::f16, "got values at an address that 2",
+            [&](Problem&, Attention& a) { a.values = odd(a.values); });
     refused(f32, "got out at an address", [&](Problem&, Attention& a) { a.out = static_cast<float*>(odd(a.out)); });
 }
 
 TEST(a_failure_of_the_threads_is_the_result) {
     Problem problem({.rows = 40, .start = 100, .size = 128}, CacheType::f32, 38);
-    const ParallelFor broken{[](void*, std::size_t, ParallelFor::Task, void*) { return Status::error("no threads"); }, nullptr};
+    const ParallelFor broken{[](void*, std::size_t, ParallelFor::Task, void*) { return Status::error("no threads"); },
+                             nullptr};
     CHECK(problem.run(Isa::portable, broken).sentence() == "no threads");
 }
 

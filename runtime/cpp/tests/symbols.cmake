@@ -1,5 +1,5 @@
-# Fails when an object of the kernels has a weak symbol: the linker keeps one copy of such a function for all, and it may
-# be the one for AVX-512. Fails when the library shows other symbols than its own.
+# Fails when an object of the kernels has a weak symbol: the linker keeps one copy of such a function for all, and it
+# may be the one for AVX-512. Fails when the library shows other symbols than its own.
 foreach(object IN LISTS OBJECTS)
     execute_process(COMMAND ${NM} -C ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
     string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" weak "${symbols}")

@@ -55,4 +55,5 @@ inline int run(int argc, char** argv) {
     static void name()
 
 #define CHECK(condition) testing::check(condition, __FILE__, __LINE__, #condition)
-#define CHECK_WHERE(condition, where) testing::check(condition, __FILE__, __LINE__, #condition + std::string(": ") + (where))
+#define CHECK_WHERE(condition, where) \
+    testing::check(condition, __FILE__, __LINE__, #condition + std::string(": ") + (where))

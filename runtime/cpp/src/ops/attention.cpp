@@ -15,7 +15,7 @@ namespace {
 // A decoding step is divided by KV heads and, where these are few, by slots: long runs are read faster than short ones.
 constexpr std::int64_t kTasksOfDecode = 16;
 constexpr std::int64_t kLeastSlotsPerSplit = 256;
-constexpr std::int64_t kSlotStep = 64;  // a multiple of the slots that any kernel takes at once
+constexpr std::int64_t kSlotStep = 64;       // a multiple of the slots that any kernel takes at once
 constexpr std::int64_t kRowsPerBlock = 132;  // a multiple of the rows that any kernel takes at once
 // Products below which waking other threads costs more than it saves: about 20 microseconds of one thread.
 constexpr std::int64_t kProductsWorthThreads = 1 << 18;
@@ -38,8 +38,8 @@ Status check_sizes(const Attention& a) {
                              " KV heads, wanted at least one of each and a whole number of query heads per KV head");
     }
     if (a.rows < 0 || a.start < 0 || a.capacity < 0 || a.rows > a.capacity || a.start > a.capacity - a.rows) {
-        return Status::error("got " + text(a.rows) + " rows from slot " + text(a.start) +
-                             " on, wanted slots 0 to " + text(a.capacity - 1) + ", which is what the cache has");
+        return Status::error("got " + text(a.rows) + " rows from slot " + text(a.start) + " on, wanted slots 0 to " +
+                             text(a.capacity - 1) + ", which is what the cache has");
     }
     if (!(a.scale >= 0) || std::isinf(a.scale)) {
         return Status::error("got the scale " + std::to_string(a.scale) +
@@ -51,7 +51,8 @@ Status check_sizes(const Attention& a) {
 Status check_buffer(const void* p, std::size_t alignment, const char* name) {
     if (!p) return Status::error(std::string("got no buffer for ") + name);
     if (aligned(p, alignment)) return {};
-    return Status::error(std::string("got ") + name + " at an address that " + text(static_cast<std::int64_t>(alignment)) +
+    return Status::error(std::string("got ") + name + " at an address that " +
+                         text(static_cast<std::int64_t>(alignment)) +
                          " does not divide, wanted one that the size of its numbers divides");
 }
 

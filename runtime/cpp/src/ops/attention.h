@@ -12,8 +12,8 @@
 //
 // Row i goes to slot start + i and attends to slots 0 to start + i. What lies in later slots is never read.
 // An int8 row is x / scale rounded to the nearest integer, halves to even, with scale = max|x| / 127. A row whose scale
-// would be below the smallest normal float is stored as zeros with scale 0. A row with NaN or infinity has scale NaN, so
-// that what attends to it is NaN. float16 holds up to 65,504; larger numbers become infinity.
+// would be below the smallest normal float is stored as zeros with scale 0. A row with NaN or infinity has scale NaN,
+// so that what attends to it is NaN. float16 holds up to 65,504; larger numbers become infinity.
 #pragma once
 
 #include <cstddef>

@@ -57,10 +57,11 @@ struct Arguments {
 
 // Threads of ExecuTorch's own pool.
 Status on_its_threads(void*, std::size_t count, ParallelFor::Task task, void* data) {
-    const bool done = executorch::extension::parallel_for(
-        0, static_cast<std::int64_t>(count), 1, [task, data](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; i++) task(data, static_cast<std::size_t>(i));
-        });
+    const bool done = executorch::extension::parallel_for(0, static_cast<std::int64_t>(count), 1,
+                                                          [task, data](std::int64_t begin, std::int64_t end) {
+                                                              for (std::int64_t i = begin; i < end; i++)
+                                                                  task(data, static_cast<std::size_t>(i));
+                                                          });
     return done ? Status() : Status::error("got a failure of the thread pool");
 }
 
@@ -68,7 +69,7 @@ Status compute(const Arguments& from, Tensor& out) {
     if (from.q.dim() != 4 || from.keys.dim() != 4 || from.cos.dim() != 2) {
         return Status::error("got q, keys or cos of another rank, wanted [1, S, H, D], [1, KV, C, D] and [M, D / 2]");
     }
-    const ScalarType kept = from.key_scales                                       ? ScalarType::Char
+    const ScalarType kept = from.key_scales                               ? ScalarType::Char
                             : from.keys.scalar_type() == ScalarType::Half ? ScalarType::Half
                                                                           : ScalarType::Float;
     Attention call;
@@ -77,16 +78,15 @@ Status compute(const Arguments& from, Tensor& out) {
     call.scale = static_cast<float>(from.scale);
     call.type = from.key_scales ? CacheType::i8 : kept == ScalarType::Half ? CacheType::f16 : CacheType::f32;
     const std::int64_t half = call.size / 2;
-    for (const Status& status :
-         {want("q", from.q, ScalarType::Float, {1, call.rows, call.heads, call.size}),
-          want("k", from.k, ScalarType::Float, {1, call.rows, call.kv_heads, call.size}),
-          want("v", from.v, ScalarType::Float, {1, call.rows, call.kv_heads, call.size}),
-          want("keys", from.keys, kept, {1, call.kv_heads, call.capacity, call.size}),
-          want("values", from.values, kept, {1, call.kv_heads, call.capacity, call.size}),
-          want("start", from.start, ScalarType::Long, {1}),
-          want("positions", from.positions, ScalarType::Long, {call.rows}),
-          want("cos", from.cos, ScalarType::Float, {call.table_rows, half}),
-          want("sin", from.sin, ScalarType::Float, {call.table_rows, half})}) {
+    for (const Status& status : {want("q", from.q, ScalarType::Float, {1, call.rows, call.heads, call.size}),
+                                 want("k", from.k, ScalarType::Float, {1, call.rows, call.kv_heads, call.size}),
+                                 want("v", from.v, ScalarType::Float, {1, call.rows, call.kv_heads, call.size}),
+                                 want("keys", from.keys, kept, {1, call.kv_heads, call.capacity, call.size}),
+                                 want("values", from.values, kept, {1, call.kv_heads, call.capacity, call.size}),
+                                 want("start", from.start, ScalarType::Long, {1}),
+                                 want("positions", from.positions, ScalarType::Long, {call.rows}),
+                                 want("cos", from.cos, ScalarType::Float, {call.table_rows, half}),
+                                 want("sin", from.sin, ScalarType::Float, {call.table_rows, half})}) {
         if (!status.ok()) return status;
     }
     if (from.key_scales) {
@@ -97,7 +97,8 @@ Status compute(const Arguments& from, Tensor& out) {
         call.key_scales = from.key_scales->mutable_data_ptr<float>();
         call.value_scales = from.value_scales->mutable_data_ptr<float>();
     }
-    if (executorch::runtime::resize_tensor(out, from.q.sizes()) != Error::Ok || out.scalar_type() != ScalarType::Float) {
+    if (executorch::runtime::resize_tensor(out, from.q.sizes()) != Error::Ok ||
+        out.scalar_type() != ScalarType::Float) {
         return Status::error("got an output that cannot have the shape and type of q");
     }
     call.q = from.q.const_data_ptr<float>();

@@ -21,12 +21,12 @@ template <class T>
 Span<T> span_of(const Attention& call, int64_t kv_head, int64_t begin, int64_t end) {
     const int64_t slot = kv_head * call.capacity + begin;
     return {static_cast<const T*>(call.keys) + slot * call.size, static_cast<const T*>(call.values) + slot * call.size,
-            call.key_scales ? call.key_scales + slot : nullptr,
-            call.value_scales ? call.value_scales + slot : nullptr, end - begin};
+            call.key_scales ? call.key_scales + slot : nullptr, call.value_scales ? call.value_scales + slot : nullptr,
+            end - begin};
 }
 
-constexpr int kLine = 64;          // bytes that one prefetch brings
-constexpr int kValuesAhead = 16;   // rows
+constexpr int kLine = 64;         // bytes that one prefetch brings
+constexpr int kValuesAhead = 16;  // rows
 
 template <class T>
 inline void prefetch_row(const T* row, int64_t size) {

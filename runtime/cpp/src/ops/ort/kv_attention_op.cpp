@@ -9,7 +9,19 @@
 namespace penguin::ort {
 namespace {
 
-enum Input : std::size_t { q, k, v, past_key, past_value, start, positions, cos, sin, past_key_scale, past_value_scale };
+enum Input : std::size_t {
+    q,
+    k,
+    v,
+    past_key,
+    past_value,
+    start,
+    positions,
+    cos,
+    sin,
+    past_key_scale,
+    past_value_scale
+};
 enum Output : std::size_t { attention, present_key, present_value, present_key_scale, present_value_scale };
 
 constexpr const char* kInputNames[] = {"q",         "k",   "v",   "past_key",       "past_value",      "start",
