@@ -25,14 +25,7 @@ Span<T> span_of(const Attention& call, int64_t kv_head, int64_t begin, int64_t e
             end - begin};
 }
 
-constexpr int kLine = 64;         // bytes that one prefetch brings
-constexpr int kValuesAhead = 16;  // rows
-
-template <class T>
-inline void prefetch_row(const T* row, int64_t size) {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (int64_t b = 0; b < size * static_cast<int64_t>(sizeof(T)); b += kLine) __builtin_prefetch(p + b);
-}
+constexpr int kValuesAtOnce = 16;  // rows
 
 // How many keys are multiplied side by side, so that the sums of all heads fill whole vectors.
 template <int kHeads>
@@ -50,10 +43,6 @@ inline void multiply_keys(const float* q, const T* keys, int64_t size, int64_t l
     int64_t at[kKeys];
     PENGUIN_UNROLL
     for (int j = 0; j < kKeys; j++) at[j] = (kWhole ? j : smaller(j, left - 1)) * size;
-    if (kWhole) {
-        PENGUIN_UNROLL
-        for (int j = 0; j < kKeys; j++) prefetch_row(keys + (j + 2 * kKeys) * size, size);
-    }
     for (int64_t d = 0; d < size; d += kWidth) {
         Vec query[kHeads];
         PENGUIN_UNROLL
@@ -77,7 +66,7 @@ inline void multiply_keys(const float* q, const T* keys, int64_t size, int64_t l
 // out[h] = out[h] * factor[h] + the weighted sum of values, over kVectors vectors of each head's numbers.
 template <int kHeads, int kVectors, class T>
 inline void add_values(const float* weights, const float* factor, const T* values, int64_t count, int64_t size,
-                       bool prefetch, float* out) {
+                       float* out) {
     Vec sum[kHeads][kVectors];
     PENGUIN_UNROLL
     for (int h = 0; h < kHeads; h++) {
@@ -86,7 +75,6 @@ inline void add_values(const float* weights, const float* factor, const T* value
     }
     for (int64_t i = 0; i < count; i++) {
         const T* row = values + i * size;
-        if (prefetch) prefetch_row(row + kValuesAhead * size, size);
         PENGUIN_UNROLL
         for (int c = 0; c < kVectors; c++) {
             const Vec value = load(row + c * kWidth);
@@ -130,11 +118,20 @@ void decode_heads(const float* q, const Span<T>& span, int64_t size, float* part
             }
         }
         const T* values = span.values + t * size;
-        int64_t d = 0;
-        for (; d + kVectors * kWidth <= size; d += kVectors * kWidth) {
-            add_values<kHeads, kVectors>(scores, factor, values + d, count, size, d == 0, out + d);
+        // A few rows at a time, all their numbers: memory is read in its order.
+        for (i = 0; i < count; i += kValuesAtOnce) {
+            const int64_t some = smaller(kValuesAtOnce, count - i);
+            if (i > 0) {
+                for (float& each : factor) each = 1.f;
+            }
+            int64_t d = 0;
+            for (; d + kVectors * kWidth <= size; d += kVectors * kWidth) {
+                add_values<kHeads, kVectors>(scores + i, factor, values + i * size + d, some, size, out + d);
+            }
+            for (; d < size; d += kWidth) {
+                add_values<kHeads, 1>(scores + i, factor, values + i * size + d, some, size, out + d);
+            }
         }
-        for (; d < size; d += kWidth) add_values<kHeads, 1>(scores, factor, values + d, count, size, d == 0, out + d);
     }
     for (int h = 0; h < kHeads; h++) {
         float* to = partial + h * (kPartialHeader + size);
