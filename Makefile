@@ -73,11 +73,12 @@ $(NATIVE_STAMP): $(STAMP) $(NATIVE_FILES)
 # cmake and ninja as the tests need them: the system's, or else those of .venv.
 test-native: $(STAMP)
 	@command -v cmake >/dev/null && command -v ninja >/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) cmake ninja
-	@for preset in release asan-ubsan; do \
-	    export PATH="$$PATH:$(abspath $(BIN))"; \
-	    (cd $(NATIVE) && cmake --preset $$preset -DPENGUIN_EXECUTORCH=$(SITE)/executorch \
-	        -DPENGUIN_ONNXRUNTIME=$$(echo $(SITE)/onnxruntime/capi/libonnxruntime.so.*) >/dev/null && \
-	        cmake --build --preset $$preset && ctest --preset $$preset) || exit 1; \
+	@export PATH="$$PATH:$(abspath $(BIN))"; site="$(SITE)"; cd $(NATIVE); \
+	for preset in release asan-ubsan; do \
+	    cmake --preset $$preset -DPENGUIN_EXECUTORCH="$$site/executorch" \
+	        -DPENGUIN_ONNXRUNTIME="$$(echo $$site/onnxruntime/capi/libonnxruntime.so.*)" >/dev/null; \
+	    cmake --build --preset $$preset; \
+	    ctest --preset $$preset; \
 	done
 
 CLIP := tests/media/polar_bear.mp4
