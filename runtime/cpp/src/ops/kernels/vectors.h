@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -63,6 +65,10 @@ inline Vec load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+    int32_t four;  // GCC 12 would convert a vector of four bytes one by one
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
 #else
     using Bytes = int8_t __attribute__((vector_size(kWidth), aligned(1), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec);
@@ -75,8 +81,7 @@ inline Vec load(const HalfBits* p) {
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__aarch64__)
-    using Halves = Half __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
-    return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Vec);
+    return vcvt_f32_f16(vld1_f16(reinterpret_cast<const Half*>(p)));
 #else
     // Without an instruction for it: move exponent and mantissa into place, multiply the exponent right.
     using Words = uint16_t __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
@@ -92,6 +97,8 @@ inline void store_half(HalfBits* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_f16(reinterpret_cast<Half*>(p), vcvt_f16_f32(x));
 #else
     for (int i = 0; i < kWidth; i++) {
         const Half y = static_cast<Half>(x[i]);

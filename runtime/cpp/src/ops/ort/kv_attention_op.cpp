@@ -110,7 +110,7 @@ void* Kernel::present(OrtKernelContext* context, const TensorView* inputs, std::
     void* data = nullptr;
     check(api_.KernelContext_GetOutput(context, output, past.shape, past.rank, &value));
     check(api_.GetTensorMutableData(value, &data));
-    if (data != past.data) {
+    if (data != past.data && past.count() > 0) {
         const std::size_t width = past.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? 4
                                   : past.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2
                                                                                        : 1;
