@@ -25,7 +25,9 @@ Span<T> span_of(const Attention& call, int64_t kv_head, int64_t begin, int64_t e
             end - begin};
 }
 
-constexpr int kValuesAtOnce = 16;  // rows
+// Rows of values added before the next part of a head's numbers: few, so that memory is read in its order; more where
+// all numbers fit the registers.
+constexpr int kValuesAtOnce = kWidth == 16 ? 16 : 4;
 
 // How many keys are multiplied side by side, so that the sums of all heads fill whole vectors.
 template <int kHeads>
@@ -118,7 +120,6 @@ void decode_heads(const float* q, const Span<T>& span, int64_t size, float* part
             }
         }
         const T* values = span.values + t * size;
-        // A few rows at a time, all their numbers: memory is read in its order.
         for (i = 0; i < count; i += kValuesAtOnce) {
             const int64_t some = smaller(kValuesAtOnce, count - i);
             if (i > 0) {
