@@ -48,7 +48,7 @@ inline void put(const float* x, int8_t* to, float* scale, int64_t size) {
         return;
     }
     const Vec divisor = splat(*scale);
-    using Bytes = int8_t __attribute__((vector_size(kWidth), aligned(1), may_alias));
+    typedef int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
     for (int64_t d = 0; d < size; d += kWidth) {
         const IntVec whole = __builtin_convertvector(rounded(load(x + d) / divisor), IntVec);
         *reinterpret_cast<Bytes*>(to + d) = __builtin_convertvector(whole, Bytes);

@@ -42,8 +42,8 @@ constexpr int kVectorsAtOnce = 4;
 
 using Vec = float __attribute__((vector_size(kWidth * 4)));
 using IntVec = int32_t __attribute__((vector_size(kWidth * 4)));
-// In memory, at any address that a float may have.
-using VecInMemory = float __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+// In memory, at any address that a float may have. A typedef, because Clang drops the alignment of a using.
+typedef float VecInMemory __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 
 #if defined(__aarch64__)
 using Half = __fp16;
@@ -70,7 +70,7 @@ inline Vec load(const int8_t* p) {
     memcpy(&four, p, sizeof four);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
 #else
-    using Bytes = int8_t __attribute__((vector_size(kWidth), aligned(1), may_alias));
+    typedef int8_t Bytes __attribute__((vector_size(kWidth), aligned(1), may_alias));
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec);
 #endif
 }
@@ -84,7 +84,7 @@ inline Vec load(const HalfBits* p) {
     return vcvt_f32_f16(vld1_f16(reinterpret_cast<const Half*>(p)));
 #else
     // Without an instruction for it: move exponent and mantissa into place, multiply the exponent right.
-    using Words = uint16_t __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+    typedef uint16_t Words __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
     const IntVec bits = __builtin_convertvector(*reinterpret_cast<const Words*>(p), IntVec);
     const Vec magnitude = (Vec)((bits & 0x7fff) << 13) * splat(0x1p112f);
     const IntVec special = (magnitude >= splat(0x1p16f)) & 0x7f800000;  // infinity and NaN
