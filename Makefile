@@ -4,6 +4,9 @@
 # make test        the test suite without its slow tests; `make test PYTEST_ARGS=` runs them all
 #                  TEST_WORKERS: how many processes share it; 0 runs it in one, as `--pdb` needs
 # make peers       our bundles beside llama.cpp and onnxruntime-genai: makes models and packages once, then measures
+# make native      build the compiled operators and install them into .venv; `make install` does it where there is a C++
+#                  compiler
+# make test-native the tests of the compiled operators, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint        ruff, rules and format
 # make typecheck   mypy
 #
@@ -28,11 +31,11 @@ PINS := .ci/constraints.txt
 # Read from torch/version.py: it can be run before the packages that torch needs are there.
 TORCH_BUILD = $(BIN)/python -c 'import importlib.util as u, runpy; v = runpy.run_path(u.find_spec("torch").submodule_search_locations[0] + "/version.py"); print(v["__version__"], "CUDA", v["cuda"])'
 
-.PHONY: help install demo demo-onnx demo-executorch nano peers test lint typecheck
+.PHONY: help install native test-native demo demo-onnx demo-executorch nano peers test lint typecheck
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-install: $(STAMP)
+install: $(STAMP) $(if $(shell command -v $(CXX)),native,no-native)
 
 # torch goes in first and alone, so that no other package chooses its build; then nothing may have replaced it.
 $(STAMP): pyproject.toml $(PINS)
@@ -47,6 +50,36 @@ $(STAMP): pyproject.toml $(PINS)
 	$(BIN)/python -m pip check
 	@for room in export quantize runtime; do ln -sfn ../$$room penguin_edge/$$room; done
 	@touch $@
+
+# The compiled operators: a second distribution, which the first one works without. pip builds it in an environment of
+# its own, where cmake and ninja come from the package registry if the system has none; both variables pin them there,
+# one for each age of pip.
+NATIVE := runtime/cpp
+NATIVE_STAMP := $(VENV)/.native
+NATIVE_FILES := $(shell find $(NATIVE) -type f -not -path '*/__pycache__/*')
+SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+
+.PHONY: no-native
+no-native:
+	@echo "no C++ compiler '$(CXX)': the compiled operators are left out, and decoders use those of their engine" >&2
+
+native: $(NATIVE_STAMP)
+$(NATIVE_STAMP): $(STAMP) $(NATIVE_FILES)
+	@command -v $(CXX) >/dev/null || { echo "got no C++ compiler '$(CXX)', wanted GCC 12 or Clang 16 or newer: apt install g++, or make native CXX=..." >&2; exit 1; }
+	PIP_CONSTRAINT=$(abspath $(PINS)) PIP_BUILD_CONSTRAINT=$(abspath $(PINS)) $(BIN)/python -m pip install --quiet \
+	    --no-deps --force-reinstall --config-settings=cmake.define.PENGUIN_EXECUTORCH=$(SITE)/executorch ./$(NATIVE)
+	@touch $@
+
+# cmake and ninja as the tests need them: the system's, or else those of .venv.
+test-native: $(STAMP)
+	@command -v cmake >/dev/null && command -v ninja >/dev/null || $(BIN)/python -m pip install --quiet -c $(PINS) cmake ninja
+	@export PATH="$$PATH:$(abspath $(BIN))"; site="$(SITE)"; cd $(NATIVE); \
+	for preset in release asan-ubsan; do \
+	    cmake --preset $$preset -DPENGUIN_EXECUTORCH="$$site/executorch" \
+	        -DPENGUIN_ONNXRUNTIME="$$(echo $$site/onnxruntime/capi/libonnxruntime.so.*)" >/dev/null; \
+	    cmake --build --preset $$preset; \
+	    ctest --preset $$preset; \
+	done
 
 CLIP := tests/media/polar_bear.mp4
 DEMO := build/demo

@@ -19,10 +19,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import penguin_edge
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE_DIRS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 PINS = ROOT / ".ci" / "constraints.txt"
+# The second distribution, with the compiled parts: no part of the package, although it lies in a folder of it.
+NATIVE = Path("runtime/cpp")
 MAX_BYTES = 3 << 20
 WEIGHTS = Path("penguin_edge/assets/nano/model.safetensors")
 
@@ -200,6 +204,8 @@ def sources() -> list[tuple[str, Path]]:
     found = {}
     for package, folder in sorted(PACKAGE_DIRS.items(), key=lambda item: len(item[0])):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if (ROOT / NATIVE) in path.parents:
+                continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             found[path] = ".".join([package, *(part for part in parts if part != "__init__")])
     return [(module, path) for path, module in found.items()]
@@ -325,7 +331,10 @@ def test_every_package_is_listed() -> None:
     found = {
         path.parent
         for path in tracked()
-        if path.name == "__init__.py" and path.parts[0] != "tests" and not path.parts[0].startswith(".")
+        if path.name == "__init__.py"
+        and path.parts[0] != "tests"
+        and not path.parts[0].startswith(".")
+        and NATIVE not in path.parents
     }
     listed: list[str] = PROJECT["tool"]["setuptools"]["packages"]
     folders = {}
@@ -368,6 +377,15 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
             name = canonicalize_name(requirement.name)
             assert name in pins, f"{name} has no line in .ci/constraints.txt"
             assert pins[name] in requirement.specifier, f"{requirement} excludes the pinned {pins[name]}"
+
+
+def test_both_distributions_have_one_version_and_its_tools_are_pinned() -> None:
+    header = (ROOT / NATIVE / "include" / "penguin_ops.h").read_text(encoding="utf-8")
+    assert re.findall(r'^#define PENGUIN_OPS_VERSION "(.+)"$', header, re.MULTILINE) == [penguin_edge.__version__]
+    native = tomllib.loads((ROOT / NATIVE / "pyproject.toml").read_text(encoding="utf-8"))
+    pinned = {canonicalize_name(line.split("==")[0]) for line in PINS.read_text(encoding="utf-8").splitlines()}
+    built_with = {canonicalize_name(Requirement(line).name) for line in native["build-system"]["requires"]}
+    assert {*built_with, "cmake", "ninja"} <= pinned
 
 
 def readme_tree(text: str) -> list[Path]:

@@ -1,0 +1,5 @@
+#include "prompt.h"
+
+namespace penguin {
+constinit const Kernels kAvx2Kernels = kKernels;
+}  // namespace penguin

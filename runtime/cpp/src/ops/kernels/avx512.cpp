@@ -1,0 +1,5 @@
+#include "prompt.h"
+
+namespace penguin {
+constinit const Kernels kAvx512Kernels = kKernels;
+}  // namespace penguin

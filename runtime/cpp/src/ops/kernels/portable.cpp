@@ -1,0 +1,5 @@
+#include "prompt.h"
+
+namespace penguin {
+constinit const Kernels kPortableKernels = kKernels;
+}  // namespace penguin
