@@ -31,11 +31,14 @@ PINS := .ci/constraints.txt
 # Read from torch/version.py: it can be run before the packages that torch needs are there.
 TORCH_BUILD = $(BIN)/python -c 'import importlib.util as u, runpy; v = runpy.run_path(u.find_spec("torch").submodule_search_locations[0] + "/version.py"); print(v["__version__"], "CUDA", v["cuda"])'
 
+# Everything works without them, and more slowly.
+OPERATORS := $(if $(shell command -v $(CXX)),try-native,no-native)
+
 .PHONY: help install native test-native demo demo-onnx demo-executorch nano peers test lint typecheck
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-install: $(STAMP) $(if $(shell command -v $(CXX)),native,no-native)
+install: $(STAMP) $(OPERATORS)
 
 # torch goes in first and alone, so that no other package chooses its build; then nothing may have replaced it.
 $(STAMP): pyproject.toml $(PINS)
@@ -59,7 +62,10 @@ NATIVE_STAMP := $(VENV)/.native
 NATIVE_FILES := $(shell find $(NATIVE) -type f -not -path '*/__pycache__/*')
 SITE = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-.PHONY: no-native
+.PHONY: no-native try-native
+try-native: $(STAMP)
+	@$(MAKE) --no-print-directory native || echo "the compiled operators could not be built (see above) and are left out" >&2
+
 no-native:
 	@echo "no C++ compiler '$(CXX)': the compiled operators are left out, and decoders use those of their engine" >&2
 
@@ -89,7 +95,7 @@ demo: demo-onnx demo-executorch $(DEMO)/questions
 	$(BIN)/python tools/demo_table.py $(DEMO)/nano-onnx.json $(DEMO)/nano-executorch.json
 	$(BIN)/python tools/demo_questions.py $(DEMO)/questions $(DEMO)/nano-onnx $(DEMO)/nano-executorch
 
-demo-onnx demo-executorch: demo-%: $(STAMP)
+demo-onnx demo-executorch: demo-%: $(STAMP) $(OPERATORS)
 	@mkdir -p $(DEMO)
 	$(BIN)/penguin-edge export --model nano --target $* --quant fp32 --overwrite -o $(DEMO)/nano-$*
 	$(BIN)/penguin-edge verify $(DEMO)/nano-$*
@@ -174,7 +180,7 @@ PEERS_ARGS ?=
 peers: $(STAMP)
 	@$(BIN)/python bench/peers/decoder_peers.py --work $(PEERS) --torch-index "$(TORCH_INDEX)" $(PEERS_ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(OPERATORS)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
