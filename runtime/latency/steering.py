@@ -163,7 +163,8 @@ class Steering:
         control, work = self.control, self._stream.last_work
         if control is None or work is None:
             return
-        self._kinds.append(self._stream.window[-1].kind)
+        if len(self._stream.window) > 1:  # the first one is a key frame whatever it shows
+            self._kinds.append(self._stream.window[-1].kind)
         control.device = self._device()
         held_up = sum(max(0, min(begun, end) - max(arrived, begin)) for begin, end, _ in self._spoken) / 1e6
         took = (ended - begun - paused) / 1e6
