@@ -31,7 +31,7 @@ PINS := .ci/constraints.txt
 # Read from torch/version.py: it can be run before the packages that torch needs are there.
 TORCH_BUILD = $(BIN)/python -c 'import importlib.util as u, runpy; v = runpy.run_path(u.find_spec("torch").submodule_search_locations[0] + "/version.py"); print(v["__version__"], "CUDA", v["cuda"])'
 
-# Everything works without them, and more slowly.
+# The package works without them.
 OPERATORS := $(if $(shell command -v $(CXX)),try-native,no-native)
 
 .PHONY: help install native test-native demo demo-onnx demo-executorch nano peers test lint typecheck

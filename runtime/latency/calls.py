@@ -47,8 +47,8 @@ of the processor filled by another stage."""
 ALONE, REST_S = 0.8, 0.005
 """Share of the threads at once that smaller calls were seen to have, below which a call was disturbed. It is made again
 after a rest: a system takes cores from those first that have used them long."""
-CHAIN = ("encode", "project", "prefill")
-"""A frame's way through the engine."""
+CHAIN = ("preprocess", "encode", "project", "prefill")
+"""A frame's way to the KV cache."""
 APART = 4.0
 """The second point of a stage takes this many times the work of the first: two such give a constant and a slope."""
 
@@ -150,7 +150,7 @@ class Calls:
                 first.setdefault(task.stage, task)
 
         def chain() -> None:
-            for stage in ("preprocess", *CHAIN):
+            for stage in CHAIN:
                 first[stage].call()
 
         took = []

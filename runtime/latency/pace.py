@@ -164,8 +164,9 @@ class Pace:
         self._points.append((now, x, taken))
         while now - self._points[0][0] > WINDOW_S:
             self._points.popleft()
-        self._stretch *= math.exp(LEARN * ((taken > p95) - RARE))
-        self._stretch = min(max(self._stretch, STRETCH[0]), STRETCH[1])
+        if not self._assumed:  # what is only assumed foretells nothing
+            self._stretch *= math.exp(LEARN * ((taken > p95) - RARE))
+            self._stretch = min(max(self._stretch, STRETCH[0]), STRETCH[1])
         self.changed = None
         if abs(self._run) >= RUN and now - self._since >= LASTING_S:
             self._begin_anew(x, factor)

@@ -12,7 +12,7 @@
 
 namespace penguin::ort {
 
-// Of onnxruntime 1.24, whose functions are enough.
+// Version of the interface that ONNX Runtime 1.24 has: it holds all that the operators call.
 constexpr std::uint32_t kApiVersion = 24;
 
 // A failure inside this library; it never leaves it: `guarded` turns it into an OrtStatus.
